@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help venv demo test test-full lint bench clean
+
+help:
+	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
+	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
+	@echo "make test-full  lint, types and every test"
+	@echo "make bench      the benchmarks, with ratios to peers in the same run"
+	@echo "make venv       .venv with everything the above need; they make it themselves"
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,test]'
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m examples.countdown
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: lint
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest benchmarks --benchmark-disable
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

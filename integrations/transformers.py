@@ -1,0 +1,460 @@
+"""N-GRPO in `transformers`: mixed rollouts with `generate`, and the replay of their embeddings in a forward.
+
+    mixing = NeighborMixing(model, MixingConfig(k=3, mixing_rate=0.1))
+    sequences, record = mixing.generate(input_ids, attention_mask=mask, do_sample=True, max_new_tokens=64)
+    with mixing.replay(record):
+        logits = model(input_ids=sequences, attention_mask=...).logits
+
+One mechanism serves both: a pair of hooks on the input-embedding module, armed for one forward. The first appends the
+candidates to the ids, so that there is a single native lookup; the second cuts them off again, mixes them, and writes
+the mixed positions out of place. The module's weight is not read in a forward: LoRA, scaled embeddings, gradient
+checkpointing and separate reference models each use their own table, and gradients reach every candidate row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+    from transformers.generation import GenerationMode
+    from transformers.utils import logging
+except ImportError as error:
+    raise ImportError("this adapter needs transformers: pip install 'ngrpo-ops[transformers]'") from error
+
+from ngrpo_ops import MixingConfig, MixRecord, NeighborTable, RefreshReport, mix_embeddings, selective_log_softmax
+from ngrpo_ops.random import bernoulli, philox
+from ngrpo_ops.reference import candidate_weights, neighbor_candidates
+
+logger = logging.get_logger(__name__)
+
+
+# The hook pair ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Overlay:
+    """What a forward writes: the mix of `ids` [M, k] by `weights` [M, k] at flat `positions` [M], where `gate` [M]."""
+
+    positions: Tensor
+    ids: Tensor
+    weights: Tensor
+    gate: Tensor | None = None  # None: everywhere
+
+
+class EmbeddingMixer:
+    """The hook pair on one input-embedding module. Idle, it changes nothing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._next: Callable[[Tensor], _Overlay | None] | None = None  # makes the overlay of the coming forward
+        self._now: tuple[Tensor, _Overlay] | None = None  # the ids and overlay of the forward under way
+        self.cosines: list[Tensor] = []  # cos(mix, anchor) at each position of the last replay, a tensor a forward
+        self._handles = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        for handle in self._handles:
+            handle.remove()
+
+    def arm_step(self, ids: Tensor, weights: Tensor, gate: Tensor) -> None:
+        """The next forward is a decode step of one column: mix its gated rows."""
+
+        def overlay(input_ids: Tensor) -> _Overlay:
+            if input_ids.shape != (gate.shape[0], 1):
+                raise RuntimeError(
+                    f"a mixed decode step expects input ids of shape {(gate.shape[0], 1)}, got "
+                    f"{tuple(input_ids.shape)}: mixing needs the key-value cache and one token a step"
+                )
+            self._next = None
+            return _Overlay(torch.arange(gate.shape[0], device=gate.device), ids, weights, gate)
+
+        self._next = overlay
+
+    @contextmanager
+    def replaying(self, record: MixRecord) -> Iterator[None]:
+        """Forwards within replay the record, row by row: all at once, or its rows in order over several forwards.
+
+        Raises:
+            RuntimeError: a forward of other columns than the record's, or the record not replayed exactly once.
+        """
+        done = 0
+        self.cosines = []
+
+        def overlay(input_ids: Tensor) -> _Overlay | None:
+            nonlocal done
+            rows, columns = input_ids.shape
+            if columns != record.prompt_length + record.length:
+                raise RuntimeError(
+                    f"the record has {record.prompt_length} prompt and {record.length} completion columns, "
+                    f"but the forward has {columns}"
+                )
+            if done + rows > len(record):
+                raise RuntimeError(
+                    f"the record has {len(record)} rows, {done} of them already replayed; this forward has {rows} more"
+                )
+            part = record[done : done + rows].to(input_ids.device)
+            done += rows
+            row, column = part.gate.nonzero(as_tuple=True)
+            if not row.numel():
+                return None
+            return _Overlay(
+                row * columns + record.prompt_length + column, part.ids[row, column], part.weights[row, column]
+            )
+
+        self._next = overlay
+        try:
+            yield
+        finally:
+            self._next = self._now = None
+        if done != len(record):
+            raise RuntimeError(
+                f"only {done} of the record's {len(record)} rows were replayed: the model's forward did not go through "
+                "its input embeddings (inputs_embeds, or another model?)"
+            )
+
+    def disarm(self) -> None:
+        self._next = self._now = None
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._next is None:
+            return None
+        name = None if args else next(iter(kwargs))
+        input_ids = args[0] if name is None else kwargs[name]
+        overlay = self._next(input_ids)
+        if overlay is None:
+            return None
+        self._now = input_ids, overlay
+        extended = torch.cat([input_ids.reshape(-1), overlay.ids.reshape(-1).to(input_ids.dtype)])[None]
+        return ((extended, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: extended})
+
+    def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if self._now is None:
+            return None
+        (input_ids, overlay), self._now = self._now, None
+        embedded, rows = output[0, : input_ids.numel()], output[0, input_ids.numel() :]
+        local = torch.arange(rows.shape[0], device=rows.device).view(overlay.ids.shape)
+        mixed = mix_embeddings(rows, local, overlay.weights)
+        if overlay.gate is not None:
+            mixed = torch.where(overlay.gate[:, None], mixed, embedded[overlay.positions])
+        else:
+            with torch.no_grad():
+                anchors = rows.view(*overlay.ids.shape, -1)[:, 0]
+                self.cosines.append(torch.cosine_similarity(mixed.float(), anchors.float(), dim=-1))
+        # Out of place: the embedding's output may be a leaf that requires grad (enable_input_require_grads).
+        return embedded.index_copy(0, overlay.positions, mixed).view(*input_ids.shape, -1)
+
+
+# The rollout ------------------------------------------------------------------------------------------------------
+
+
+class _Rollout(LogitsProcessor):
+    """Watches one `generate`: gates and forces anchors, arms the mixer, and keeps the record.
+
+    It is called after the repetition penalties and before temperature and filters; forcing the anchor is leaving it
+    alone above -inf, which no later filter undoes. torch's generator still draws once a step, as without it.
+    """
+
+    def __init__(self, mixing: NeighborMixing, generation: GenerationConfig, rows: Tensor, prompt_length: int) -> None:
+        self.mixing, self.config, self.rows, self.prompt_length = mixing, mixing.config, rows, prompt_length
+        # A greedy rollout has no temperature: generate does not read the setting then.
+        temperature = generation.temperature if generation.do_sample else None
+        self.temperature = 1.0 if temperature is None else float(temperature)
+        self.mixing_temperature = self.temperature if self.config.temperature is None else self.config.temperature
+        device = rows.device
+        eos = generation.eos_token_id
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        self.eos = torch.tensor(ends, dtype=torch.int64, device=device)
+        self.stops = torch.tensor(self.config.stop_token_ids, dtype=torch.int64, device=device)
+        self.seed = torch.full((), self.config.seed, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(rows.shape[0], dtype=torch.bool, device=device)
+        self.stopped = self.ended.clone()
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.logprobs: list[Tensor] = []
+        self.logits: Tensor  # the model's own, of the step under way
+
+    def watch(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook on the model: its logits before any processor, which is what a replay computes."""
+        self.fresh_logits = output.logits[:, -1].detach()
+
+    def _finish_step(self, tokens: Tensor) -> None:
+        logprobs = selective_log_softmax(self.logits, tokens, temperature=self.temperature).float()
+        self.logprobs.append(logprobs.masked_fill(self.ended, 0.0))
+        self.ended = self.ended | torch.isin(tokens, self.eos)
+        self.stopped = self.stopped | torch.isin(tokens, self.stops)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = len(self.steps)
+        if step:
+            self._finish_step(input_ids[:, -1])
+        self.logits = self.fresh_logits
+        ids = self.mixing._candidates(scores)
+        weights = candidate_weights(scores, ids, self.mixing_temperature, self.config.variant).float()
+        word = philox(self.seed, self.rows, torch.full_like(self.seed, step))[0]
+        gate = bernoulli(word, self.config.mixing_rate) & ~self.ended & ~self.stopped
+        self.steps.append((gate, ids, weights))
+        self.mixing.mixer.arm_step(ids, weights, gate)
+        anchor = ids[:, :1]
+        forced = torch.full_like(scores, -torch.inf).scatter(1, anchor, scores.gather(1, anchor))
+        return torch.where(gate[:, None], forced, scores)
+
+    def record(self, sequences: Tensor) -> MixRecord:
+        """The record of what was returned."""
+        completion = sequences[:, self.prompt_length :]
+        length = completion.shape[1]
+        self._finish_step(completion[:, len(self.steps) - 1])
+        gate, ids, weights = (torch.stack(part, dim=1)[:, :length] for part in zip(*self.steps, strict=True))
+        # A row that a stop string or a criterion of the user's ended emits padding where its anchor was due.
+        emitted = (completion == ids[:, :, 0]) | ~gate
+        gate = gate & (emitted.cumprod(1) == 1)
+        logprobs = torch.stack(self.logprobs, dim=1)[:, :length]
+        return MixRecord(gate, ids, weights, self.prompt_length, logprobs)
+
+
+def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -> None:
+    """Refuse what would silently not mix, or mix wrongly.
+
+    Args:
+        generation: the resolved generation configuration.
+        arguments: further arguments of `generate`.
+
+    Raises:
+        ValueError: the setting, its value and the reason.
+    """
+    mode = generation.get_generation_mode(arguments.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"generation mode {mode.value!r} cannot be mixed: beams reorder rows and assisted decoding proposes "
+            "several tokens a step; use greedy search or sampling (num_beams=1, no assistant_model, no "
+            "prompt_lookup_num_tokens)"
+        )
+    if generation.use_cache is False:
+        raise ValueError("use_cache=False cannot be mixed: every step would embed the plain ids of earlier steps again")
+    if generation.guidance_scale not in (None, 1, 1.0):
+        raise ValueError(
+            f"guidance_scale={generation.guidance_scale} cannot be mixed: its second forward a step embeds plain ids"
+        )
+    if generation.cache_implementation == "paged":
+        raise ValueError("cache_implementation='paged' (continuous batching) cannot be mixed: it ignores the hooks")
+    if generation.compile_config is not None:
+        raise ValueError("compile_config must be None: the armed hooks are not part of a compiled forward")
+    if generation.token_healing:
+        raise ValueError("token_healing cannot be mixed: it rewrites the prompt")
+    for name in ("inputs_embeds", "custom_generate", "inputs"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} cannot be mixed: pass the prompt as input_ids")
+
+
+class NeighborMixing:
+    """N-GRPO rollouts and replays on a causal language model of `transformers`.
+
+    Args:
+        model: a decoder-only model with an input-embedding module, plain or wrapped by PEFT.
+        config: see `MixingConfig`.
+
+    Raises:
+        TypeError, ValueError: not a model, an encoder-decoder, PEFT prompt learning, token ids beyond its vocabulary.
+    """
+
+    def __init__(self, model: Any, config: MixingConfig | None = None) -> None:
+        self.config = MixingConfig() if config is None else config
+        if not isinstance(self.config, MixingConfig):
+            raise TypeError(f"config must be a MixingConfig, got {type(config).__name__}")
+        self.model = model
+        # `generate` of a PEFT wrapper runs the loop, and so the forwards, of the model inside.
+        self._inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(self._inner, PreTrainedModel):
+            raise TypeError(f"model must be a transformers model, or one wrapped by PEFT, got {type(model).__name__}")
+        if self._inner.config.is_encoder_decoder:
+            raise ValueError(f"model must be decoder-only, got the encoder-decoder {type(self._inner).__name__}")
+        for name, peft in getattr(model, "peft_config", {}).items():
+            if getattr(peft, "is_prompt_learning", False):
+                raise ValueError(
+                    f"model has the prompt-learning PEFT adapter {name!r} ({type(peft).__name__}): its virtual tokens "
+                    "shift every position; use LoRA or full fine-tuning"
+                )
+        self._mixers: dict[nn.Module, EmbeddingMixer] = {}
+        self.mixer = self.attach(model)
+        self.vocabulary = _vocabulary_size(model)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            beyond = [token for token in getattr(self.config, name) or () if token >= self.vocabulary]
+            if beyond:
+                raise ValueError(f"{name} must be below the vocabulary size {self.vocabulary}, got {beyond}")
+        self.table: NeighborTable | None = None
+        if self.config.strategy == "neighbor" and self.config.k > 1:
+            allowed = None
+            if self.config.allowed_token_ids is not None:
+                allowed = torch.zeros(self.vocabulary, dtype=torch.bool)
+                allowed[list(self.config.allowed_token_ids)] = True
+            self.table = NeighborTable(self.config.k - 1, metric=self.config.metric, allowed=allowed)
+        self.next_row = 0
+        """Id of the next generated row; it advances with every rollout, so that no two share their gates."""
+
+    def attach(self, model: Any) -> EmbeddingMixer:
+        """Let `replay` run on a further model too, a reference model with a table of its own.
+
+        Raises:
+            ValueError: its vocabulary is another one.
+        """
+        embeddings = model.get_input_embeddings()
+        if embeddings not in self._mixers:
+            if self._mixers and _vocabulary_size(model) != self.vocabulary:
+                raise ValueError(
+                    f"model has {_vocabulary_size(model)} token embeddings but the policy {self.vocabulary}: the "
+                    "record's ids would name other tokens; both need the same vocabulary"
+                )
+            self._mixers[embeddings] = EmbeddingMixer(embeddings)
+        return self._mixers[embeddings]
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for mixer in self._mixers.values():
+            mixer.remove()
+        self._mixers.clear()
+
+    @torch.no_grad()
+    def refresh(self) -> RefreshReport | None:
+        """Bring the neighbour table up to date with the model's current input embeddings; `generate` does it itself.
+
+        The table is that of the embedding *module*: scaled where the model scales it, merged where LoRA adapts it.
+        """
+        if self.table is None:
+            return None
+        module = self._inner.get_input_embeddings()
+        if type(module) is nn.Embedding:
+            embedding = module.weight
+        else:
+            embedding = module(torch.arange(self.vocabulary, device=self._inner.device))
+        with logging.tqdm(desc="neighbour table", unit="row", delay=5, leave=False) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return self.table.refresh(embedding, progress=progress)
+
+    def _candidates(self, scores: Tensor) -> Tensor:
+        if scores.shape[1] != self.vocabulary:
+            raise ValueError(
+                f"the model has {self.vocabulary} token embeddings but {scores.shape[1]} logits: two vocabularies that "
+                "differ cannot be mixed (resize_token_embeddings makes them equal)"
+            )
+        if self.config.strategy == "topk":
+            # A stable sort: among equal logits the lower id, so that column 0 is the argmax of the other strategies.
+            return scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.k]
+        if self.table is None:
+            return neighbor_candidates(scores, scores.new_empty(self.vocabulary, 0, dtype=torch.int64))
+        return neighbor_candidates(scores, self.table.ids)
+
+    @contextmanager
+    def rollouts(self, row_ids: Tensor | None = None) -> Iterator[list[MixRecord]]:
+        """Within it, `model.generate` mixes; the list yielded gains a record with every call.
+
+        For trainers that call `generate` themselves; `generate` of this class is the direct way.
+
+        Args:
+            row_ids: int64 [B], what the gates of each row are drawn by; None: the next unused ones.
+        """
+        records: list[MixRecord] = []
+        original = self.model.generate
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            output, record = self._generate(original, row_ids, *args, **kwargs)
+            records.append(record)
+            return output
+
+        self.model.generate = generate
+        try:
+            yield records
+        finally:
+            del self.model.generate  # the instance attribute: the class's method is back
+
+    def generate(self, input_ids: Tensor, *, row_ids: Tensor | None = None, **kwargs: Any) -> tuple[Any, MixRecord]:
+        """`model.generate` with mixing.
+
+        Args:
+            input_ids: int64 [B, P], left-padded prompts.
+            row_ids: int64 [B x num_return_sequences], see `rollouts`.
+            **kwargs: what `generate` takes; beams, assisted decoding, use_cache=False and the like are refused.
+
+        Returns:
+            What `generate` returns, and the record of its rows.
+
+        Raises:
+            ValueError: a refused setting, an empty batch; two vocabularies that differ.
+        """
+        return self._generate(self.model.generate, row_ids, input_ids=input_ids, **kwargs)
+
+    def _generate(
+        self, generate: Callable[..., Any], row_ids: Tensor | None, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, MixRecord]:
+        if input_ids is None or input_ids.dim() != 2 or input_ids.numel() == 0:
+            got = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be a non-empty [B, P], got {got}")
+        model = self._inner
+        arguments = dict(kwargs)
+        generation, _ = model._prepare_generation_config(arguments.pop("generation_config", None), **arguments)
+        refuse_generation(generation, kwargs)
+        device = model.device
+        rows = input_ids.shape[0] * (generation.num_return_sequences or 1)
+        if row_ids is None:
+            row_ids = torch.arange(self.next_row, self.next_row + rows)
+            self.next_row += rows
+        if row_ids.shape != (rows,):
+            raise ValueError(f"row_ids must be [{rows}], one for each returned sequence, got {tuple(row_ids.shape)}")
+        self.refresh()
+        rollout = _Rollout(self, generation, row_ids.to(device), input_ids.shape[1])
+        processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), rollout])
+        if kwargs.get("generation_config") is None:
+            kwargs["disable_compile"] = True
+        else:  # generate takes a configuration or settings, not both
+            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            kwargs["generation_config"].disable_compile = True
+        watching = model.register_forward_hook(rollout.watch)
+        try:
+            output = generate(input_ids=input_ids, logits_processor=processors, **kwargs)
+        finally:
+            watching.remove()
+            self.mixer.disarm()  # the last armed step is never embedded
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        return output, rollout.record(sequences)
+
+    @contextmanager
+    def replay(self, record: MixRecord, model: nn.Module | None = None) -> Iterator[None]:
+        """Within it, a forward of the sequences [B, P + T] sees the rollout's own input embeddings.
+
+        The candidates are looked up in the table of today, so gradients reach them. The rows may be spread over
+        several forwards, in order; each must be replayed exactly once before the context ends.
+
+        Args:
+            record: as `generate` returned it, or cut and padded as the batch was.
+            model: the model whose forward it is; None: the policy. Another one is attached first.
+
+        Raises:
+            RuntimeError: a forward of another shape, or rows left over.
+        """
+        mixer = self.mixer if model is None else self.attach(model)
+        with mixer.replaying(record):
+            yield
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint must keep for the gates to go on where they were."""
+        return {"next_row": self.next_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next_row = int(state["next_row"])
+
+
+def _vocabulary_size(model: Any) -> int:
+    module = model.get_input_embeddings()
+    return getattr(module, "base_layer", module).weight.shape[0]

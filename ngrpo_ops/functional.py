@@ -1,0 +1,352 @@
+"""The public functions: what they compute, what they accept, and the checks; the arithmetic is behind `ops`."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args, overload
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .config import Metric, Variant
+from .search import Progress
+from .validation import (
+    require_backend,
+    require_choice,
+    require_embedding,
+    require_ids,
+    require_mask,
+    require_positive,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+
+
+class NearestNeighbors(NamedTuple):
+    """ids [Q, k] int64, best first; scores [Q, k] float32, larger is nearer."""
+
+    ids: Tensor
+    scores: Tensor
+
+
+class DecodeStep(NamedTuple):
+    """What one decode step leaves behind; see `decode_step`."""
+
+    token_ids: Tensor
+    gate: Tensor
+    ids: Tensor
+    weights: Tensor
+    embeddings: Tensor
+    logprobs: Tensor
+
+
+def nearest_neighbors(
+    embedding: Tensor,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    queries: Tensor | None = None,
+    allowed: Tensor | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> NearestNeighbors:
+    """The k most similar *other* rows of an embedding table, for every row or for the rows in `queries`.
+
+    The candidates C of N-GRPO are the anchor and its k - 1 nearest neighbours by cosine (equations 7 and 8); here `k`
+    counts neighbours. The result is exact: the ids are those of scoring every pair in float32, equal scores by the
+    lower id. The search runs in tiles and never holds a [V, V] matrix: at most 256 MiB beyond inputs and outputs.
+
+    Args:
+        embedding: [V, d], floating point, finite; scored in float32.
+        k: neighbours a row, 1 <= k < V.
+        metric: "cosine" (a zero row has similarity 0 to every row), "dot", "l2" (negative squared distance) or "l1"
+            (negative distance; it has no matrix-multiplication form and is many times slower).
+        queries: int64 [Q], ids of the rows whose neighbours are wanted; None: all V, in order.
+        allowed: bool [V], rows that may be returned; None: all. At least k + 1 of them.
+        backend: None or "eager".
+        progress: called with (rows done, rows in all) as a long search goes on.
+
+    Returns:
+        ids [Q, k] int64 and scores [Q, k] float32, nearest first. Not differentiable.
+
+    Raises:
+        TypeError: a DTensor, or ids or a mask of another dtype.
+        ValueError: k out of range, NaN or inf in the embedding, an empty shard, queries out of range or empty, too few
+            allowed rows, an unknown metric or backend, shapes that do not fit.
+    """
+    require_embedding(embedding)
+    vocabulary = embedding.shape[0]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < vocabulary:
+        raise ValueError(
+            f"k must be an integer in [1, {vocabulary}): each of {vocabulary} rows has V - 1 others, got {k}"
+        )
+    require_choice(metric, get_args(Metric), "metric")
+    require_backend(backend)
+    if queries is not None:
+        require_ids(queries, "queries")
+        require_same_device("queries", queries, "embedding", embedding)
+        if queries.dim() != 1 or queries.numel() == 0:
+            raise ValueError(f"queries must be a non-empty vector of row ids, got shape {tuple(queries.shape)}")
+    if allowed is not None:
+        require_mask(allowed, (vocabulary,), "allowed", "[V]")
+        require_same_device("allowed", allowed, "embedding", embedding)
+    embedding = embedding.detach()
+    if progress is None:
+        return NearestNeighbors(*ops.nearest_neighbors(embedding, k, metric, queries, allowed))
+    return NearestNeighbors(*reference.nearest_neighbors(embedding, k, metric, queries, allowed, progress))
+
+
+def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, variant: Variant = "paper") -> Tensor:
+    """Weights of the candidates: a softmax of logits / temperature over the candidates alone (equation 9).
+
+    Args:
+        logits: [..., V], floating point; computed in float32 (float64 for float64).
+        ids: int64 [..., k], the candidates of each row.
+        temperature: tau > 0.
+        variant: "released" applies what the published code does: the softmax over the candidates' probabilities.
+
+    Returns:
+        weights [..., k], float32 (float64 for float64 logits); each row sums to 1. Differentiable in `logits`.
+
+    Raises:
+        TypeError: ids that are not int64. ValueError: shapes that do not fit, temperature <= 0, an unknown variant.
+    """
+    require_tensor(logits, "logits")
+    require_ids(ids, "ids")
+    require_same_device("ids", ids, "logits", logits)
+    if ids.dim() != logits.dim() or ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] == 0:
+        raise ValueError(
+            f"ids must be [..., k >= 1] over the rows of logits {tuple(logits.shape)}, got {tuple(ids.shape)}"
+        )
+    require_positive(temperature, "temperature")
+    require_choice(variant, get_args(Variant), "variant")
+    return reference.candidate_weights(logits, ids, temperature, variant)
+
+
+def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of embedding rows, sum_c weights_c E[ids_c] (equation 10): the input of a mixed step.
+
+    Args:
+        embedding: E [V, d], floating point.
+        ids: int64 [..., k], values in [0, V); repeated ids add up.
+        weights: floating point, the shape of `ids`. They need not sum to 1.
+
+    Returns:
+        [..., d] in E's dtype, accumulated in float32 (float64 for float64). Differentiable once in `embedding` (a
+        dense gradient) and in `weights`.
+
+    Raises:
+        TypeError: ids that are not int64, a DTensor. ValueError: shapes that do not fit, an empty table or no
+            candidates, ids out of range (checked on the CPU; an accelerator asserts in its own indexing).
+    """
+    require_embedding(embedding)
+    require_ids(ids, "ids")
+    require_tensor(weights, "weights")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must be floating point, got {weights.dtype}")
+    if ids.dim() < 1 or ids.shape[-1] == 0:
+        raise ValueError(f"ids must be [..., k] with k >= 1, got shape {tuple(ids.shape)}")
+    require_shape(weights, tuple(ids.shape), "weights", "that of ids")
+    require_same_device("ids", ids, "embedding", embedding)
+    require_same_device("weights", weights, "embedding", embedding)
+    return ops.mix_embeddings(embedding, ids, weights)
+
+
+def decode_step(
+    logits: Tensor,
+    embedding: Tensor,
+    neighbor_ids: Tensor,
+    *,
+    mixing_rate: float = 0.1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor,
+    step: int | Tensor,
+    row_ids: Tensor | None = None,
+    variant: Variant = "paper",
+    backend: str | None = None,
+) -> DecodeStep:
+    """One decode step of an N-GRPO rollout: sample, anchor, gate, weights, mix (section 3, equations 2 to 10).
+
+    Args:
+        logits: [B, V], floating point.
+        embedding: the input table E [V, d].
+        neighbor_ids: int64 [V, k - 1], the neighbours of every token (`NeighborTable.ids`); [V, 0] is k = 1.
+        mixing_rate: probability rho that a row is mixed at this step.
+        temperature: tau > 0; sample, weights and log-probabilities use logits / tau.
+        top_k, top_p: cut the *sampled* distribution (top_k first; equal logits by the lower id); the weights and the
+            log-probabilities do not see them. None: no cut.
+        seed, step: int or 0-d int64 tensor; with `row_ids` int64 [B] (default 0 .. B - 1) they are all that gate and
+            sample depend on: a Philox generator keyed (seed, row id, step). torch's generators are not touched.
+        variant: weights of the "paper" or of the "released" code.
+        backend: None or "eager".
+
+    Returns:
+        DecodeStep: token_ids [B] int64; gate [B] bool; ids [B, k] int64, ids[:, 0] being the argmax; weights [B, k]
+        float32; embeddings [B, d] in E's dtype; logprobs [B] float32. ids and weights are valid on every row: gated
+        rows emit ids[:, 0] and embed the mix, the others emit the sample and embed E[sample]. logprobs: log-softmax of
+        logits / tau at the emitted token, before top_k and top_p. Not differentiable. A row of NaN logits yields NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape or range, by name; tables of another vocabulary.
+    """
+    require_tensor(logits, "logits")
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.numel() == 0:
+        raise ValueError(
+            f"logits must be a non-empty floating-point [B, V], got {logits.dtype} of shape {tuple(logits.shape)}"
+        )
+    require_embedding(embedding)
+    require_ids(neighbor_ids, "neighbor_ids")
+    batch, vocabulary = logits.shape
+    if embedding.shape[0] != vocabulary:
+        raise ValueError(
+            f"embedding has {embedding.shape[0]} rows but logits {vocabulary} columns: two vocabularies that differ"
+        )
+    if neighbor_ids.dim() != 2 or neighbor_ids.shape[0] != vocabulary:
+        raise ValueError(f"neighbor_ids must be [V = {vocabulary}, k - 1], got shape {tuple(neighbor_ids.shape)}")
+    if not 0.0 <= mixing_rate <= 1.0:
+        raise ValueError(f"mixing_rate must be within [0, 1], got {mixing_rate!r}")
+    require_positive(temperature, "temperature")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None, got {top_k!r}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be within (0, 1], or None, got {top_p!r}")
+    require_choice(variant, get_args(Variant), "variant")
+    require_backend(backend)
+    device = logits.device
+    if row_ids is None:
+        row_ids = torch.arange(batch, device=device)
+    require_ids(row_ids, "row_ids")
+    require_shape(row_ids, (batch,), "row_ids", "[B]")
+    for name, tensor in (("embedding", embedding), ("neighbor_ids", neighbor_ids), ("row_ids", row_ids)):
+        require_same_device(name, tensor, "logits", logits)
+    out = ops.decode_step(
+        logits.detach(),
+        embedding.detach(),
+        neighbor_ids,
+        mixing_rate,
+        temperature,
+        top_k,
+        top_p,
+        _scalar(seed, "seed", device),
+        _scalar(step, "step", device),
+        row_ids,
+        variant,
+    )
+    return DecodeStep(*out)
+
+
+def _scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        require_ids(value, name)
+        require_shape(value, (), name, "0-d")
+        return value.to(device)
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    baseline: str = "mean",
+    scale: str = "std",
+    ddof: int = 1,
+    eps: float = 1e-4,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Group-relative advantages (r - baseline) / (scale + eps), one a completion (equation 12).
+
+    The defaults are those of TRL's GRPOTrainer; verl takes eps=1e-6, OpenRLHF 1e-9; Dr. GRPO is scale="none"; RLOO is
+    baseline="leave_one_out", scale="none"; MaxRL is scale="mean".
+
+    Args:
+        rewards: [N], floating point; computed in float32 (float64 for float64).
+        group_size: rows of a group, one after the other; divides N. Exactly one of it and `group_ids` is given.
+        group_ids: int64 [N], a label a row; groups need not be contiguous nor equal in size.
+        baseline: "mean" of the group, or "leave_one_out", the mean of the group's others.
+        scale: "std" of the group, "batch_std" over all rows, "mean" of the group, or "none" (then eps is not used).
+        ddof: the standard deviations divide by (n - ddof).
+        eps: added to the scale, >= 0. Equal rewards give exactly 0 whatever it is.
+        mask: bool [N]; False rows have no part in any statistic and get 0. A NaN reward that is not masked makes its
+            group NaN.
+
+    Returns:
+        advantages [N] in the dtype of `rewards`; a group with fewer than two rows in the mask gives 0. Differentiable
+        once in `rewards`.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; a group_size that
+            does not divide N; both or neither of group_size and group_ids.
+    """
+    require_tensor(rewards, "rewards")
+    if rewards.dim() != 1 or not rewards.is_floating_point() or rewards.numel() == 0:
+        raise ValueError(
+            f"rewards must be a non-empty floating-point [N], got {rewards.dtype} of shape {tuple(rewards.shape)}"
+        )
+    count = rewards.shape[0]
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("exactly one of group_size and group_ids must be given")
+    if group_size is not None:
+        if group_size < 1 or count % group_size:
+            raise ValueError(f"group_size must divide the {count} rewards, got {group_size}")
+        group_ids = torch.arange(count, device=rewards.device) // group_size
+    assert group_ids is not None
+    require_ids(group_ids, "group_ids")
+    require_shape(group_ids, (count,), "group_ids", "[N]")
+    require_same_device("group_ids", group_ids, "rewards", rewards)
+    require_choice(baseline, ("mean", "leave_one_out"), "baseline")
+    require_choice(scale, ("std", "batch_std", "mean", "none"), "scale")
+    if ddof < 0:
+        raise ValueError(f"ddof must be at least 0, got {ddof}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if mask is not None:
+        require_mask(mask, (count,), "mask", "[N]")
+        require_same_device("mask", mask, "rewards", rewards)
+    return ops.group_advantages(rewards, group_ids, baseline, scale, ddof, eps, mask)
+
+
+@overload
+def selective_log_softmax(
+    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, return_entropy: Literal[False] = False
+) -> Tensor: ...
+@overload
+def selective_log_softmax(
+    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, return_entropy: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def selective_log_softmax(
+    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, return_entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-softmax of logits / temperature at the given ids, without a [N, V] result.
+
+    Args:
+        logits: [N, V], floating point.
+        ids: int64 [N] or [N, k], values in [0, V).
+        temperature: tau > 0.
+        return_entropy: also return the entropy of each row, in nats.
+
+    Returns:
+        log-probabilities of the shape of `ids`, float32 (float64 for float64 logits), and with `return_entropy` a pair
+        with the entropy [N]. Differentiable once in `logits`; the gradient is in the dtype of `logits`.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; ids out of range
+            (checked on the CPU; an accelerator asserts in its own indexing).
+    """
+    require_tensor(logits, "logits")
+    require_ids(ids, "ids")
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.numel() == 0:
+        raise ValueError(
+            f"logits must be a non-empty floating-point [N, V], got {logits.dtype} of shape {tuple(logits.shape)}"
+        )
+    if ids.dim() not in (1, 2) or ids.shape[0] != logits.shape[0] or ids.numel() == 0:
+        raise ValueError(f"ids must be [N] or [N, k] with N = {logits.shape[0]}, got shape {tuple(ids.shape)}")
+    require_same_device("ids", ids, "logits", logits)
+    require_positive(temperature, "temperature")
+    columns = ids if ids.dim() == 2 else ids[:, None]
+    logprobs, entropy = ops.selective_log_softmax(logits, columns, temperature, return_entropy)
+    logprobs = logprobs if ids.dim() == 2 else logprobs.squeeze(1)
+    return (logprobs, entropy) if return_entropy else logprobs

@@ -1,0 +1,56 @@
+"""Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC 2011) in integer torch arithmetic.
+
+The key is the seed, the counter is (step, row id): the same bits on every device, for every batch size and order of
+the rows, and torch's global generators are never touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(seed: Tensor, row_ids: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four independent 32-bit words for every row.
+
+    Args:
+        seed: 0-d int64, the key.
+        row_ids: int64 [B], the high 64 bits of the counter.
+        step: 0-d int64, the low 64 bits of the counter.
+
+    Returns:
+        Four int64 tensors [B] with values in [0, 2^32).
+    """
+    words = [step & _MASK, (step >> 32) & _MASK, row_ids & _MASK, (row_ids >> 32) & _MASK]
+    x0, x1, x2, x3 = torch.broadcast_tensors(*words)
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # A 32 x 32 bit product wraps in int64, but its 64 bits are the right ones: >> 32 and the mask undo the sign.
+        product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
+        x0, x1, x2, x3 = (
+            ((product1 >> 32) & _MASK) ^ x1 ^ key0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ x3 ^ key1,
+            product0 & _MASK,
+        )
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return x0, x1, x2, x3
+
+
+def bernoulli(word: Tensor, probability: float) -> Tensor:
+    """True with the given probability: an integer comparison, so that no device rounds it differently.
+
+    Args:
+        word: int64 in [0, 2^32), from `philox`.
+        probability: in [0, 1]; 0 never and 1 always gives True.
+    """
+    return word < round(probability * 2**32)
+
+
+def uniform(high: Tensor, low: Tensor) -> Tensor:
+    """float64 in [0, 1) with 53 random bits, from two words of `philox`."""
+    return ((high << 21) | (low >> 11)).double() * 2.0**-53

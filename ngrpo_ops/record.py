@@ -1,0 +1,105 @@
+"""What a rollout leaves behind, and how it is padded, split and shuffled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .validation import require_ids, require_mask, require_shape, require_tensor
+
+
+@dataclass
+class MixRecord:
+    """The mixed steps of B rollouts, all a trainer needs to rebuild their input embeddings (section 3.4 of the paper).
+
+    Column t belongs to completion token t, whose input column is ``prompt_length + t``: the gate decided that token and
+    replaced its input, so it changes log-probabilities from t + 1 on.
+
+    Args:
+        gate: bool [B, T]; False after a row has ended.
+        ids: int64 [B, T, k]; the candidates, ids[..., 0] the anchor. Only gated entries mean anything.
+        weights: float32 [B, T, k].
+        prompt_length: columns before the first completion token, padding included.
+        logprobs: float32 [B, T] or None: the policy's log-softmax of logits / rollout temperature at each emitted
+            token when it was emitted, 0 after a row has ended; what a replay is checked against.
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype or shape; a negative prompt_length.
+    """
+
+    gate: Tensor
+    ids: Tensor
+    weights: Tensor
+    prompt_length: int
+    logprobs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require_tensor(self.gate, "gate")
+        if self.gate.dim() != 2:
+            raise ValueError(f"gate must be [B, T], got shape {tuple(self.gate.shape)}")
+        require_mask(self.gate, tuple(self.gate.shape), "gate", "[B, T]")
+        require_ids(self.ids, "ids")
+        if self.ids.dim() != 3 or self.ids.shape[:2] != self.gate.shape:
+            raise ValueError(f"ids must be [B, T, k] over gate {tuple(self.gate.shape)}, got {tuple(self.ids.shape)}")
+        require_tensor(self.weights, "weights")
+        require_shape(self.weights, tuple(self.ids.shape), "weights", "that of ids")
+        if self.prompt_length < 0:
+            raise ValueError(f"prompt_length must not be negative, got {self.prompt_length}")
+        if self.logprobs is not None:
+            require_shape(self.logprobs, tuple(self.gate.shape), "logprobs", "that of gate")
+
+    def __len__(self) -> int:
+        return self.gate.shape[0]
+
+    @property
+    def length(self) -> int:
+        """T, the completion columns."""
+        return self.gate.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field name, each with B rows: what a trainer may shuffle and split with its own batch."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    def _with(self, tensors: dict[str, Tensor], prompt_length: int | None = None) -> MixRecord:
+        return MixRecord(**tensors, prompt_length=self.prompt_length if prompt_length is None else prompt_length)
+
+    def __getitem__(self, rows: slice | Tensor) -> MixRecord:
+        """The record of some rows: a slice, a permutation, a bool mask."""
+        return self._with({name: value[rows] for name, value in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> MixRecord:
+        return self._with({name: value.to(device) for name, value in self.tensors().items()})
+
+    def fit(self, length: int, prompt_length: int | None = None) -> MixRecord:
+        """The record with T = `length`: cut, or padded with ungated columns, as a batch's completions are.
+
+        Raises:
+            ValueError: a cut that would drop a gated column.
+        """
+        if bool(self.gate[:, length:].any()):
+            raise ValueError(f"length must keep every gated column, got {length} with T = {self.length}")
+        grown: dict[str, Tensor] = {}
+        for name, value in self.tensors().items():
+            value = value[:, :length]
+            blank = value.new_zeros(value.shape[0], length - value.shape[1], *value.shape[2:])
+            grown[name] = torch.cat([value, blank], dim=1)
+        return self._with(grown, prompt_length)
+
+    @staticmethod
+    def cat(records: Sequence[MixRecord]) -> MixRecord:
+        """The rows of several records, one after the other, fitted to the longest.
+
+        Raises:
+            ValueError: no records, or records of different prompt_length or k.
+        """
+        if not records:
+            raise ValueError("records must not be empty")
+        if len({(r.prompt_length, r.ids.shape[2], r.logprobs is None) for r in records}) > 1:
+            raise ValueError("records must agree in prompt_length, k and in having logprobs")
+        length = max(r.length for r in records)
+        parts = [r.fit(length).tensors() for r in records]
+        return records[0]._with({name: torch.cat([part[name] for part in parts]) for name in parts[0]})

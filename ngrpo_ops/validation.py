@@ -1,0 +1,68 @@
+"""Checks that name the argument, what was expected and what came. None of them makes the host wait for a device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def require_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if isinstance(value, DTensor):
+        raise TypeError(f"{name} is a sharded DTensor: pass {name}.full_tensor(), gathered on every rank")
+
+
+def require_embedding(embedding: Any, name: str = "embedding") -> None:
+    """A dense floating-point table [V, d]."""
+    require_tensor(embedding, name)
+    if embedding.numel() == 0:
+        raise ValueError(
+            f"{name} must not be empty, got shape {tuple(embedding.shape)} "
+            "(an empty ZeRO-3 shard? gather it first, with deepspeed.zero.GatheredParameters)"
+        )
+    if embedding.dim() != 2 or not embedding.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating-point table [V, d], got {embedding.dtype} of shape {tuple(embedding.shape)}"
+        )
+
+
+def require_ids(ids: Any, name: str) -> None:
+    require_tensor(ids, name)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+
+
+def require_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(tensor.shape)}")
+
+
+def require_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} on {other.device}")
+
+
+def require_mask(mask: Any, shape: tuple[int, ...], name: str, meaning: str) -> None:
+    require_tensor(mask, name)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {mask.dtype}")
+    require_shape(mask, shape, name, meaning)
+
+
+def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def require_positive(value: float, name: str) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def require_backend(backend: str | None) -> None:
+    require_choice("eager" if backend is None else backend, ("eager",), "backend")

@@ -1,0 +1,238 @@
+"""NeighborTable: whatever moved, a refreshed table is the table of a fresh search, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import METRICS, generators, metrics, tables
+from torch import Tensor
+
+from ngrpo_ops import NeighborTable, nearest_neighbors, search, table
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Re-scored blocks are padded to one size, two million numbers: too slow for hundreds of tiny searches."""
+    monkeypatch.setattr(search, "_PAIR_ELEMENTS", 2**14)
+
+
+def assert_fresh(neighbors: NeighborTable, embedding: Tensor) -> None:
+    want = nearest_neighbors(embedding, neighbors.k, metric=neighbors.metric, allowed=neighbors.allowed)
+    assert torch.equal(neighbors.ids, want.ids)
+    assert torch.equal(neighbors.scores, want.scores)
+
+
+@given(
+    embedding=tables(st.integers(4, 80), st.integers(1, 24)),
+    metric=metrics,
+    scales=st.lists(st.sampled_from([0.0, 1e-7, 1e-4, 1e-2, 0.1, 1.0, 100.0]), min_size=1, max_size=4),
+    share=st.sampled_from([0.05, 0.5, 1.0]),
+    use_mask=st.booleans(),
+    generator=generators,
+)
+def test_refresh_is_a_fresh_search(embedding, metric, scales, share, use_mask, generator):
+    v = embedding.shape[0]
+    allowed = None
+    if use_mask:
+        allowed = torch.rand(v, generator=generator) < 0.6
+        allowed[:3] = True
+    k = 2 if v < 10 else 3
+    neighbors = NeighborTable(k if allowed is None else 2, metric=metric, candidates=k + 2, allowed=allowed)
+    report = neighbors.refresh(embedding)
+    assert (report.certified, report.recomputed) == (0, v)
+    assert_fresh(neighbors, embedding)
+    for scale in scales:
+        moved = torch.rand(v, 1, generator=generator) < share
+        noise = torch.randn(embedding.shape, generator=generator, dtype=torch.float64) * moved * scale
+        embedding = (embedding.double() + noise).to(embedding.dtype)
+        report = neighbors.refresh(embedding)
+        assert report.certified + report.recomputed == v and min(report.certified, report.recomputed) >= 0
+        assert_fresh(neighbors, embedding)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_certificate_works_for_its_keep(metric):
+    """Tiny drifts are certified for most rows, larger ones search some rows anew; never at the price of the answer."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(300, 12, generator=generator)
+    neighbors = NeighborTable(2, metric=metric, candidates=24)
+    neighbors.refresh(embedding)
+    seen = []
+    for scale in (0.0, 1e-6, 1e-4, 0.003, 0.01, 0.03, 0.1):
+        moved = embedding + scale * torch.randn(embedding.shape, generator=generator)
+        report = neighbors.refresh(moved)
+        assert_fresh(neighbors, moved)
+        seen.append((report.certified, report.recomputed))
+    assert seen[0] == seen[1] == (300, 0)
+    assert any(certified and recomputed for certified, recomputed in seen)
+    assert seen[-1] == (0, 300)
+
+
+def test_stored_bounds_do_not_drift():
+    """A hundred small steps add up to a large one: each is certified against the build, not against the last step."""
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.randn(120, 6, generator=generator)
+    direction = torch.randn(embedding.shape, generator=generator) * 0.01
+    neighbors = NeighborTable(2, candidates=8)
+    neighbors.refresh(embedding)
+    recomputed = 0
+    for _ in range(100):
+        embedding = embedding + direction
+        recomputed += neighbors.refresh(embedding).recomputed
+        assert_fresh(neighbors, embedding)
+    assert recomputed > 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_distant_row_that_jumps_next_to_a_query(metric):
+    """The query and its candidates stay where they are: only the largest movement of all tells."""
+    generator = torch.Generator().manual_seed(2)
+    embedding = torch.randn(200, 8, generator=generator)
+    neighbors = NeighborTable(2, metric=metric, candidates=6)
+    neighbors.refresh(embedding)
+    target = 17
+    distant = int(nearest_neighbors(embedding, 199, metric=metric).ids[target, -1])
+    moved = embedding.clone()
+    moved[distant] = 1.5 * embedding[target] if metric == "dot" else embedding[target]
+    neighbors.refresh(moved)
+    assert neighbors.ids[target, 0] == distant
+    assert_fresh(neighbors, moved)
+    neighbors.refresh(embedding)
+    assert_fresh(neighbors, embedding)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_rows_are_never_certified_wrongly(metric):
+    embedding = torch.randn(10, 8, generator=torch.Generator().manual_seed(3)).repeat(30, 1)
+    neighbors = NeighborTable(3, metric=metric)
+    neighbors.refresh(embedding)
+    assert_fresh(neighbors, embedding)
+    embedding = embedding.clone()
+    embedding[::7] *= 1.001
+    neighbors.refresh(embedding)
+    assert_fresh(neighbors, embedding)
+
+
+def test_some_rows_searched_anew(monkeypatch):
+    """Only the open rows are searched when few are, and all of them again beyond the rebuild share."""
+    generator = torch.Generator().manual_seed(4)
+    embedding = torch.cat([torch.randn(150, 8, generator=generator), torch.randn(50, 8, generator=generator) * 50])
+    neighbors = NeighborTable(2, metric="l2", candidates=10)
+    neighbors.refresh(embedding)
+    moved = embedding.clone()
+    moved[:150] += 0.05 * torch.randn(150, 8, generator=generator)
+    searched = []
+    report = neighbors.refresh(moved, progress=lambda done, total: searched.append((done, total)))
+    assert 0 < report.recomputed < 100 and report.certified == 200 - report.recomputed
+    assert searched[-1] == (report.recomputed, report.recomputed)
+    assert_fresh(neighbors, moved)
+    monkeypatch.setattr(table, "_REBUILD_SHARE", 0.0)
+    assert neighbors.refresh(moved + 0.01).recomputed == 200
+    assert_fresh(neighbors, moved + 0.01)
+
+
+def test_another_shape_or_dtype_rebuilds():
+    embedding = torch.randn(60, 8)
+    neighbors = NeighborTable(3)
+    neighbors.refresh(embedding)
+    for changed in (embedding[:50], torch.randn(50, 9), torch.randn(50, 9).bfloat16(), torch.randn(50, 9)):
+        assert neighbors.refresh(changed).recomputed == changed.shape[0]
+        assert_fresh(neighbors, changed)
+
+
+def test_in_place_updates_are_seen():
+    """The trainer's optimizer writes into the very tensor the table was built from."""
+    embedding = torch.randn(60, 8, requires_grad=True)
+    neighbors = NeighborTable(3)
+    neighbors.refresh(embedding)
+    with torch.no_grad():
+        embedding.copy_(torch.randn(60, 8))
+    neighbors.refresh(embedding)
+    assert not neighbors.scores.requires_grad
+    assert_fresh(neighbors, embedding.detach())
+
+
+def test_a_refused_refresh_leaves_the_table_as_it_was():
+    embedding = torch.randn(60, 8)
+    neighbors = NeighborTable(3)
+    neighbors.refresh(embedding)
+    ids = neighbors.ids.clone()
+    with pytest.raises(ValueError, match="embedding"):
+        neighbors.refresh(torch.full((60, 8), torch.nan))
+    assert torch.equal(neighbors.ids, ids)
+    neighbors.refresh(embedding + 1e-3)
+    assert_fresh(neighbors, embedding + 1e-3)
+
+
+def test_an_interrupted_rebuild_is_not_believed():
+    """Whatever stops a long rebuild (here its progress callback), the next refresh must not trust half of it."""
+    embedding, other = torch.randn(60, 8), torch.randn(60, 8)
+    neighbors = NeighborTable(3)
+    neighbors.refresh(embedding)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        neighbors.refresh(other, progress=interrupt)
+    neighbors.refresh(other)
+    assert_fresh(neighbors, other)
+
+
+def test_lookup():
+    neighbors = NeighborTable(3)
+    for use in (lambda: neighbors.ids, lambda: neighbors.scores, lambda: neighbors.lookup(torch.tensor([0]))):
+        with pytest.raises(RuntimeError, match="refresh"):
+            use()
+    neighbors.refresh(torch.randn(30, 4))
+    tokens = torch.randint(30, (2, 5))
+    assert torch.equal(neighbors.lookup(tokens), neighbors.ids[tokens])
+    assert neighbors.ids.shape == neighbors.scores.shape == (30, 3)
+    with pytest.raises(TypeError, match="token_ids"):
+        neighbors.lookup(tokens.int())
+
+
+def test_fewer_rows_than_candidates():
+    for metric in METRICS:
+        embedding = torch.randn(5, 4)
+        neighbors = NeighborTable(4, metric=metric)
+        neighbors.refresh(embedding)
+        assert_fresh(neighbors, embedding)
+        moved = torch.randn(5, 4) * 100
+        report = neighbors.refresh(moved)
+        assert report.certified + report.recomputed == 5
+        assert_fresh(neighbors, moved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"k": 0}, "k must"),
+        ({"k": True}, "k must"),
+        ({"k": 2.0}, "k must"),
+        ({"k": 2, "metric": "angle"}, "metric"),
+        ({"k": 2, "candidates": 2}, "candidates"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        NeighborTable(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "allowed", "error", "name"),
+    [
+        (torch.ones(2, 4), None, ValueError, "k must"),
+        (torch.ones(4), None, ValueError, "embedding"),
+        (torch.ones(0, 4), None, ValueError, "embedding"),
+        ([1.0], None, TypeError, "embedding"),
+        (torch.ones(9, 4), torch.ones(8, dtype=torch.bool), ValueError, "allowed"),
+        (torch.ones(9, 4), torch.ones(9), TypeError, "allowed"),
+        (torch.ones(9, 4), torch.arange(9) < 2, ValueError, "allowed"),
+    ],
+)
+def test_bad_refreshes_are_named(embedding, allowed, error, name):
+    with pytest.raises(error, match=name):
+        NeighborTable(2, allowed=allowed).refresh(embedding)

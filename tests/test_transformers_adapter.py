@@ -1,0 +1,462 @@
+"""The transformers adapter: what a rollout emits and records, and that a replay sees what the rollout saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import EOS, PAD, VOCABULARY, left_padded, tiny_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ngrpo_ops import MixingConfig, MixRecord, candidate_weights, nearest_neighbors
+from ngrpo_ops.integrations.transformers import NeighborMixing
+
+PARITY = 1e-5
+
+
+def full_mask(attention_mask: Tensor, sequences: Tensor) -> Tensor:
+    """The prompt's mask for each returned sequence, and ones for the completion."""
+    mask = attention_mask.repeat_interleave(sequences.shape[0] // attention_mask.shape[0], 0)
+    return torch.cat([mask, mask.new_ones(mask.shape[0], sequences.shape[1] - mask.shape[1])], dim=1)
+
+
+def completion_logprobs(model: nn.Module, sequences: Tensor, mask: Tensor, prompt: int, temperature: float) -> Tensor:
+    logits = model(input_ids=sequences, attention_mask=mask).logits[:, prompt - 1 : -1]
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    return log_p.gather(-1, sequences[:, prompt:, None]).squeeze(-1)
+
+
+def replay_errors(mixing: NeighborMixing, model: nn.Module, batch: dict, **settings: object) -> tuple[float, float]:
+    """Largest |rollout - replayed| log-probability with the record, and with the plain ids instead of it."""
+    sequences, record = mixing.generate(**batch, max_new_tokens=12, **settings)
+    temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 1.0  # type: ignore[arg-type]
+    mask = full_mask(batch["attention_mask"], sequences)
+    live = record.logprobs != 0
+    errors = []
+    for context in (mixing.replay(record), nullcontext()):
+        with context, torch.no_grad():
+            replayed = completion_logprobs(model, sequences, mask, record.prompt_length, temperature)
+        errors.append(float((replayed - record.logprobs)[live].abs().max()))
+    return errors[0], errors[1]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.7},
+        {"do_sample": False},
+        {"do_sample": True, "cache_implementation": "static", "top_k": 5, "top_p": 0.9},
+        {"do_sample": True, "num_return_sequences": 3, "repetition_penalty": 1.4},
+    ],
+    ids=["sampled", "greedy", "static-filtered", "returned3-penalty"],
+)
+def test_replay_equals_rollout_on_left_padded_prompts(family: str, tied: bool, settings: dict) -> None:
+    model = tiny_model(family, tied)
+    error, plain = replay_errors(NeighborMixing(model, MixingConfig(mixing_rate=0.5)), model, left_padded(), **settings)
+    assert error <= PARITY
+    assert plain > 1e-2
+
+
+@given(
+    k=st.integers(1, 6),
+    rate=st.sampled_from([0.2, 0.5, 1.0]),
+    temperature=st.sampled_from([None, 0.4, 2.0]),
+    metric=st.sampled_from(["cosine", "dot", "l2", "l1"]),
+    strategy=st.sampled_from(["neighbor", "topk"]),
+    variant=st.sampled_from(["paper", "released"]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+@settings(max_examples=15)
+def test_replay_equals_rollout_for_every_configuration(**fields: object) -> None:
+    model = tiny_model()
+    fields["mixing_rate"] = fields.pop("rate")
+    config = MixingConfig(**fields)  # type: ignore[arg-type]
+    error, _ = replay_errors(NeighborMixing(model, config), model, left_padded(), do_sample=True)
+    assert error <= PARITY
+
+
+class _Seen(LogitsProcessor):
+    """Keeps the processed scores of every step, as they stand before the adapter's own processor."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.scores.append(scores.clone())
+        return scores
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize(("temperature", "mixing_temperature"), [(0.7, None), (1.0, 0.3)])
+def test_a_gated_step_emits_the_argmax_and_records_its_neighbours_and_their_weights(
+    variant: str, temperature: float, mixing_temperature: float | None
+) -> None:
+    model = tiny_model()
+    config = MixingConfig(k=4, mixing_rate=0.5, temperature=mixing_temperature, variant=variant)  # type: ignore[arg-type]
+    seen = _Seen()
+    sequences, record = NeighborMixing(model, config).generate(
+        **left_padded(8),
+        max_new_tokens=10,
+        do_sample=True,
+        temperature=temperature,
+        repetition_penalty=1.5,
+        logits_processor=LogitsProcessorList([seen]),
+    )
+    scores = torch.stack(seen.scores, dim=1)[:, : record.length]
+    gate, ids = record.gate, record.ids
+    assert gate.any() and not gate.all()
+    anchors = scores.argmax(-1)
+    assert torch.equal(sequences[:, record.prompt_length :][gate], anchors[gate])
+    assert torch.equal(ids[..., 0][gate], anchors[gate])
+    neighbors = nearest_neighbors(model.get_input_embeddings().weight, 3).ids
+    assert torch.equal(ids[..., 1:][gate], neighbors[anchors[gate]])
+    tau = temperature if mixing_temperature is None else mixing_temperature
+    z = (scores.double() / tau).softmax(-1) if variant == "released" else scores.double() / tau
+    expected = z.gather(-1, ids).softmax(-1)
+    assert (record.weights - expected)[gate].abs().max() < 1e-6
+    assert torch.allclose(candidate_weights(scores[gate], ids[gate], temperature=tau, variant=variant).double(), expected[gate])  # type: ignore[arg-type] # fmt: skip
+
+
+def test_gates_follow_the_rate_and_depend_on_seed_row_and_step_alone() -> None:
+    model = tiny_model()
+    batch = left_padded(64)
+
+    def gates(rows: Tensor, seed: int = 5, order: Tensor | None = None, **settings: object) -> Tensor:
+        part = batch if order is None else {name: value[order] for name, value in batch.items()}
+        mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.3, seed=seed))
+        _, record = mixing.generate(
+            **part, row_ids=rows, max_new_tokens=20, min_new_tokens=20, do_sample=True, **settings
+        )
+        mixing.remove()
+        return record.gate
+
+    rows = torch.arange(64) + 1000
+    reference = gates(rows)
+    assert binomtest(int(reference.sum()), reference.numel(), 0.3).pvalue > 1e-3
+    order = torch.randperm(64)[:10]
+    assert torch.equal(gates(rows[order], order=order, temperature=3.0), reference[order])
+    assert not torch.equal(gates(rows, seed=6), reference)
+    assert not torch.equal(gates(rows + 64), reference)
+
+
+def test_no_two_rollouts_share_their_rows() -> None:
+    mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=0.5))
+    first = mixing.generate(**left_padded(), max_new_tokens=12, min_new_tokens=12)[1]
+    state = mixing.state_dict()
+    second = mixing.generate(**left_padded(2), num_return_sequences=3, do_sample=True, max_new_tokens=5)[1]
+    assert mixing.next_row == 4 + 6
+    assert not torch.equal(first.gate[:, :5], second.gate[:4, :5])
+    mixing.load_state_dict(state)
+    again = mixing.generate(**left_padded(2), num_return_sequences=3, do_sample=True, max_new_tokens=5)[1]
+    length = min(second.length, again.length)
+    live = (second.logprobs[:, :length] != 0) & (again.logprobs[:, :length] != 0)
+    assert torch.equal(second.gate[:, :length][live], again.gate[:, :length][live])
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rate_zero_is_plain_generate(do_sample: bool) -> None:
+    model, batch = tiny_model(), left_padded()
+    torch.manual_seed(7)
+    expected = model.generate(**batch, do_sample=do_sample, max_new_tokens=12)
+    after = torch.get_rng_state()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0))
+    torch.manual_seed(7)
+    sequences, record = mixing.generate(**batch, do_sample=do_sample, max_new_tokens=12)
+    assert torch.equal(sequences, expected)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not record.gate.any()
+
+
+def test_the_global_generator_is_not_touched() -> None:
+    mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=0.5))
+    before = torch.get_rng_state()
+    mixing.generate(**left_padded(), max_new_tokens=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_plain_generate_is_untouched_before_during_and_after() -> None:
+    model, batch = tiny_model(), left_padded()
+    expected = model.generate(**batch, max_new_tokens=8)
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
+    mixed = mixing.generate(**batch, max_new_tokens=8)[0]
+    assert torch.equal(model.generate(**batch, max_new_tokens=8), expected)
+    assert not torch.equal(mixed[:, 6:], expected[:, 6 : mixed.shape[1]])
+    mixing.remove()
+    module = model.get_input_embeddings()
+    assert not module._forward_hooks and not module._forward_pre_hooks and not model._forward_hooks
+
+
+def test_rollouts_mixes_generate_and_restores_it_after_an_error() -> None:
+    model, batch = tiny_model(), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
+    with mixing.rollouts(torch.arange(4)) as records:
+        model.generate(**batch, max_new_tokens=4)
+    assert len(records) == 1 and records[0].gate.any()
+    with pytest.raises(ValueError, match="use_cache"), mixing.rollouts():
+        model.generate(**batch, use_cache=False)
+    assert "generate" not in vars(model)
+
+
+# Ends of rows -----------------------------------------------------------------------------------------------------
+
+
+def test_gates_end_with_the_row() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = model.lm_head.weight.mean(0) + 0.05  # ends often, not always
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.6))
+    sequences, record = mixing.generate(**left_padded(32), do_sample=True, max_new_tokens=30)
+    completion = sequences[:, record.prompt_length :]
+    ended = (completion == EOS).cumsum(1) - (completion == EOS).long() > 0
+    assert ended.any()
+    assert not record.gate[ended].any()
+    assert (record.logprobs[ended] == 0).all()
+    assert (completion[ended] == PAD).all()
+
+
+def test_mixing_stops_after_a_stop_token() -> None:
+    model = tiny_model()
+    plain = MixingConfig(mixing_rate=1.0)
+    sequences, _ = NeighborMixing(model, plain).generate(**left_padded(), max_new_tokens=12, min_new_tokens=12)
+    stop = int(sequences[0, 6 + 3])
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0, stop_token_ids=[stop]))
+    sequences, record = mixing.generate(**left_padded(), max_new_tokens=12, min_new_tokens=12)
+    completion = sequences[:, record.prompt_length :]
+    after = (completion == stop).cumsum(1) - (completion == stop).long() > 0
+    assert after[0].any()
+    assert torch.equal(record.gate, ~after)
+
+
+class _EndsWith(StoppingCriteria):
+    """Ends a row at a token, as a stop string would: nothing the adapter's processor could know of."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        return input_ids[:, -1] == self.token
+
+
+def test_a_row_ended_by_a_criterion_of_the_user_is_no_longer_gated() -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
+    sequences, _ = mixing.generate(**left_padded(), max_new_tokens=12, min_new_tokens=12)
+    criterion = StoppingCriteriaList([_EndsWith(int(sequences[0, 6 + 2]))])
+    output, record = mixing.generate(
+        **left_padded(), max_new_tokens=12, stopping_criteria=criterion, return_dict_in_generate=True
+    )
+    completion = output.sequences[:, record.prompt_length :]
+    assert (completion[0] == PAD).any()
+    assert not record.gate[completion == PAD].any()
+    assert record.gate[completion != PAD].all()
+
+
+# Replay -----------------------------------------------------------------------------------------------------------
+
+
+def _reference_embeddings(model: nn.Module, sequences: Tensor, record: MixRecord) -> Tensor:
+    """The rebuilt history by hand: equation 10 at the gated columns."""
+    table = model.get_input_embeddings().weight
+    embedded = table[sequences]
+    mixed = (record.weights[..., None] * table[record.ids]).sum(-2)
+    start = record.prompt_length
+    completion = torch.where(record.gate[..., None], mixed, embedded[:, start:])
+    return torch.cat([embedded[:, :start], completion], dim=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_reach_every_candidate_row(tied: bool) -> None:
+    model, batch = tiny_model(tied=tied), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    sequences, record = mixing.generate(**batch, do_sample=True, max_new_tokens=10)
+    mask = full_mask(batch["attention_mask"], sequences)
+    coefficients = torch.randn(sequences.shape[0], record.length)
+
+    def gradient(make: Callable[[], Tensor]) -> Tensor:
+        model.zero_grad()
+        log_p = make()[:, record.prompt_length - 1 : -1].log_softmax(-1)
+        (log_p.gather(-1, sequences[:, record.prompt_length :, None]).squeeze(-1) * coefficients).sum().backward()
+        return model.get_input_embeddings().weight.grad.clone()
+
+    by_hand = gradient(
+        lambda: model(inputs_embeds=_reference_embeddings(model, sequences, record), attention_mask=mask).logits
+    )
+    with mixing.replay(record):
+        replayed = gradient(lambda: model(input_ids=sequences, attention_mask=mask).logits)
+    plain = gradient(lambda: model(input_ids=sequences, attention_mask=mask).logits)
+    scale = by_hand.abs().max()
+    assert (replayed - by_hand).abs().max() <= 1e-5 * scale
+    assert (plain - by_hand).abs().max() > 1e-2 * scale
+
+
+def test_a_record_is_replayed_over_several_forwards_and_after_a_shuffle() -> None:
+    model, batch = tiny_model(), left_padded(6)
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    sequences, record = mixing.generate(**batch, do_sample=True, max_new_tokens=10)
+    mask = full_mask(batch["attention_mask"], sequences)
+    order = torch.randperm(6)
+    sequences, mask, record = sequences[order], mask[order], record[order].fit(record.length + 3)
+    sequences = torch.cat([sequences, sequences.new_full((6, 3), PAD)], dim=1)
+    mask = torch.cat([mask, mask.new_zeros(6, 3)], dim=1)
+    with mixing.replay(record), torch.no_grad():
+        parts = [completion_logprobs(model, s, m, 6, 1.0) for s, m in zip(sequences.split(2), mask.split(2), strict=True)]
+    live = record.logprobs != 0
+    assert (torch.cat(parts) - record.logprobs)[live].abs().max() <= PARITY
+
+
+def test_a_replay_that_does_not_fit_or_is_not_used_exactly_once_raises() -> None:
+    model, batch = tiny_model(), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    sequences, record = mixing.generate(**batch, max_new_tokens=5, min_new_tokens=5)
+    with pytest.raises(RuntimeError, match="0 of the record's 4 rows"), mixing.replay(record):
+        pass
+    with pytest.raises(RuntimeError, match="5 completion columns"), mixing.replay(record):
+        model(input_ids=sequences[:, :-1])
+    with pytest.raises(RuntimeError, match="already replayed"), mixing.replay(record):
+        model(input_ids=sequences)
+        model(input_ids=sequences)
+    with pytest.raises(RuntimeError, match="only 2 of"), mixing.replay(record):
+        model(input_ids=sequences[:2])
+    model(input_ids=sequences[:2])  # and nothing stays armed
+
+
+def test_another_model_replays_with_its_own_table() -> None:
+    policy, other, batch = tiny_model(), tiny_model(scale=2.0), left_padded()
+    mixing = NeighborMixing(policy, MixingConfig(mixing_rate=0.5))
+    sequences, record = mixing.generate(**batch, max_new_tokens=8)
+    mask = full_mask(batch["attention_mask"], sequences)
+    with mixing.replay(record, other), torch.no_grad():
+        replayed = other(input_ids=sequences, attention_mask=mask).logits
+        by_hand = other(inputs_embeds=_reference_embeddings(other, sequences, record), attention_mask=mask).logits
+    assert (replayed - by_hand).abs().max() <= 1e-4
+
+
+def test_the_table_follows_the_weights() -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
+    mixing.generate(**left_padded(), max_new_tokens=2)
+    with torch.no_grad():  # in place, through .data, as a weight sync does: no version counter moves
+        model.get_input_embeddings().weight.data.copy_(torch.randn(VOCABULARY, 32))
+    _, record = mixing.generate(**left_padded(), max_new_tokens=4, min_new_tokens=4)
+    expected = nearest_neighbors(model.get_input_embeddings().weight, 2).ids
+    assert torch.equal(record.ids[..., 1:], expected[record.ids[..., 0]])
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_lora_on_the_embedding_and_gradient_checkpointing(checkpointing: bool | None) -> None:
+    model = get_peft_model(
+        tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    )
+    batch = left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    error, plain = replay_errors(mixing, model, batch, do_sample=True)
+    assert error <= PARITY and plain > 1e-2
+    merged = model.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
+    assert torch.equal(mixing.table.ids, nearest_neighbors(merged, 2).ids)
+    sequences, record = mixing.generate(**batch, max_new_tokens=6, min_new_tokens=6)
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.train()
+    with mixing.replay(record):
+        logits = model(input_ids=sequences, attention_mask=full_mask(batch["attention_mask"], sequences)).logits
+        logits.logsumexp(-1).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+# Refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 2}, "num_beams=1"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"cache_implementation": "paged"}, "paged"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, "num_beams=1"),
+        ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
+    ],
+    ids=["beams", "no-cache", "prompt-lookup", "guidance", "paged", "in-config", "custom"],
+)
+def test_generation_that_would_not_mix_is_refused(settings: dict, message: str) -> None:
+    mixing = NeighborMixing(tiny_model(), MixingConfig())
+    with pytest.raises(ValueError, match=message):
+        mixing.generate(**left_padded(), max_new_tokens=3, **settings)
+
+
+def test_assisted_decoding_and_embedded_prompts_are_refused() -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig())
+    with pytest.raises(ValueError, match="assisted"):
+        mixing.generate(**left_padded(1), assistant_model=tiny_model())
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        mixing.generate(**left_padded(), inputs_embeds=torch.zeros(4, 6, 32))
+    with pytest.raises(ValueError, match="input_ids must be"):
+        mixing.generate(torch.zeros(0, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"row_ids must be \[4\]"):
+        mixing.generate(**left_padded(), row_ids=torch.arange(3))
+
+
+@contextmanager
+def _wider_head(model: nn.Module) -> Iterator[None]:
+    old = model.lm_head
+    model.lm_head = nn.Linear(32, VOCABULARY + 5, bias=False)
+    yield
+    model.lm_head = old
+
+
+def test_models_that_cannot_be_mixed_are_refused() -> None:
+    with pytest.raises(TypeError, match="model must be a transformers model"):
+        NeighborMixing(nn.Linear(2, 2), MixingConfig())
+    with pytest.raises(TypeError, match="config must be a MixingConfig"):
+        NeighborMixing(tiny_model(), {"k": 3})  # type: ignore[arg-type]
+    small = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        NeighborMixing(T5ForConditionalGeneration(small), MixingConfig())
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="prompt-learning"):
+        NeighborMixing(get_peft_model(tiny_model(), prompt), MixingConfig())
+    with pytest.raises(ValueError, match="stop_token_ids must be below"):
+        NeighborMixing(tiny_model(), MixingConfig(stop_token_ids=[VOCABULARY]))
+    larger = tiny_model()
+    larger.resize_token_embeddings(VOCABULARY + 1)
+    with pytest.raises(ValueError, match="same vocabulary"):
+        NeighborMixing(tiny_model(), MixingConfig()).attach(larger)
+    model = tiny_model()
+    with _wider_head(model), pytest.raises(ValueError, match="two vocabularies"):
+        NeighborMixing(model, MixingConfig()).generate(**left_padded(), max_new_tokens=2)
+
+
+def test_allowed_token_ids_are_the_only_neighbours() -> None:
+    allowed = [5, 9, 20, 33]
+    mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=1.0, allowed_token_ids=allowed))
+    _, record = mixing.generate(**left_padded(), max_new_tokens=6, min_new_tokens=6)
+    assert torch.isin(record.ids[..., 1:], torch.tensor(allowed)).all()
+
+
+def test_k_of_one_emits_the_anchor_and_embeds_it_alone() -> None:
+    model, batch = tiny_model(), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(k=1, mixing_rate=1.0))
+    sequences, record = mixing.generate(**batch, do_sample=True, max_new_tokens=8)
+    assert mixing.table is None and record.ids.shape[2] == 1
+    assert torch.equal(sequences, model.generate(**batch, do_sample=False, max_new_tokens=8))

@@ -1,0 +1,387 @@
+"""The TRL adapter: stock GRPO at rate 0, replayed histories in every scoring forward, its logs, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from datasets import Dataset
+from models import EOS, VOCABULARY, tiny_model, tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from trl import GRPOConfig, GRPOTrainer
+
+from ngrpo_ops import MixRecord, group_advantages
+from ngrpo_ops.integrations import trl as adapter
+from ngrpo_ops.integrations.transformers import NeighborMixing
+from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+
+PARITY = 1e-5
+
+
+def distinct(completions: list[str], **kwargs: Any) -> list[float]:
+    return [len(set(text.split())) / 10 for text in completions]
+
+
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": [" ".join(f"w{3 + (7 * i + j) % 60}" for j in range(2 + i % 4)) for i in range(16)]})
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved model: with beta > 0 TRL loads its reference from the path."""
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = model.lm_head.weight.mean(0) + 0.05  # completions of many lengths
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def train(checkpoint: str, tmp_path: Path) -> Callable[..., GRPOTrainer]:
+    def run(trainer: type = NGRPOTrainer, config: type = NGRPOConfig, steps: int = 3, **settings: Any) -> GRPOTrainer:
+        trained = make(trainer, config, max_steps=steps, **settings)
+        trained.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+        return trained
+
+    def make(trainer: type = NGRPOTrainer, config: type = NGRPOConfig, **settings: Any) -> GRPOTrainer:
+        keywords = {
+            name: settings.pop(name)
+            for name in ("peft_config", "rollout_func", "tools", "environment_factory", "model", "eval_dataset")
+            if name in settings
+        }
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "max_completion_length": 12,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        return trainer(
+            **{"model": checkpoint, "reward_funcs": distinct, "train_dataset": prompts()} | keywords,
+            args=config(**defaults | settings),
+            processing_class=tokenizer(),
+        )
+
+    run.make = make  # type: ignore[attr-defined]
+    return run
+
+
+def logged(trainer: GRPOTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if entry.get(name) is not None]
+
+
+# Rate 0 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "beta": 0.04},
+        {"repetition_penalty": 1.2, "top_p": 0.9, "temperature": 0.8, "loss_type": "grpo"},
+    ],
+    ids=["default", "multi-step", "filtered"],
+)
+def test_rate_zero_is_stock_grpo_bit_for_bit(train: Any, settings: dict) -> None:
+    stock = train(GRPOTrainer, GRPOConfig, **settings)
+    ours = train(mixing_rate=0.0, **settings)
+    names = [name for name in ("reward", "loss", "grad_norm", "kl", "entropy") if logged(stock, name)]
+    assert len(names) >= 4 and len(logged(stock, "loss")) == 3
+    for name in names:
+        assert logged(ours, name) == logged(stock, name), name
+    for (key, a), b in zip(stock.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+# Replay -----------------------------------------------------------------------------------------------------------
+
+MULTI_STEP = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "beta": 0.04}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        MULTI_STEP,
+        {**MULTI_STEP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"pad_to_multiple_of": 8, "loss_on_mixed_steps": False, "mixing_strategy": "topk", "mixing_variant": "released"},
+        {"temperature": 0.7, "mixing_k": 1, "cache_implementation": "static"},
+        {"mask_truncated_completions": True, "mixing_metric": "l2", "importance_sampling_level": "sequence"},
+    ],
+    ids=["default", "multi-step", "reentrant", "non-reentrant", "padded-topk", "anchor-static", "truncated-gspo"],
+)
+def test_the_policy_scores_the_rollouts_own_history(train: Any, settings: dict) -> None:
+    trainer = train(mixing_rate=0.5, **settings)
+    errors = logged(trainer, "mix/replay_error")
+    assert errors and max(errors) <= PARITY
+
+
+@pytest.mark.parametrize("settings", [{}, MULTI_STEP], ids=["default", "multi-step"])
+def test_without_the_replay_the_error_is_large(train: Any, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
+    trainer = train(mixing_rate=0.5, **settings)
+    assert max(logged(trainer, "mix/replay_error")) > 1e-2
+
+
+def test_old_current_and_reference_see_the_same_history(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first update the three models are one: each must give the rollout's own log-probabilities."""
+    scored: list[tuple[Any, torch.Tensor]] = []
+    score = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spy(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = score(self, model, *args, **kwargs)
+        scored.append((model, result[0].detach().clone()))
+        return result
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    outputs: list[dict] = []
+    generate = NGRPOTrainer._generate_and_score_completions
+
+    def keep(self: Any, inputs: Any) -> Any:
+        outputs.append(generate(self, inputs))
+        return outputs[-1]
+
+    monkeypatch.setattr(NGRPOTrainer, "_generate_and_score_completions", keep)
+    trainer = train(steps=1, mixing_rate=0.5, **MULTI_STEP | {"gradient_accumulation_steps": 4})
+    output = outputs[0]
+    live = output["completion_mask"].bool()
+    rollout = output["mix_logprobs"]
+    assert output["mix_gate"].any()
+    assert (output["old_per_token_logps"] - rollout)[live].abs().max() <= PARITY
+    assert (output["ref_per_token_logps"] - rollout)[live].abs().max() <= PARITY
+    assert [model is trainer.ref_model for model, _ in scored[:2]] == [False, True]
+    # Current: the four slices of the loss, shuffled rows of the batch, before the one update of this run.
+    assert logged(trainer, "kl")[0] <= 1e-9
+    current = torch.cat([logps for _, logps in scored[2:]])
+    assert current.shape == rollout.shape
+    distance = ((current[:, None] - rollout[None]) * live).abs().amax(-1)
+    assert (distance.amin(1) <= PARITY).all() and (distance.amin(0) <= PARITY).all()
+
+
+def test_lora_replays_policy_and_reference(train: Any, checkpoint: str) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "embed_tokens"])
+    trainer = train(mixing_rate=0.5, peft_config=lora, **MULTI_STEP)
+    assert max(logged(trainer, "mix/replay_error")) <= PARITY
+    assert logged(trainer, "kl")[0] <= 1e-9
+    assert logged(trainer, "kl")[-1] > 0
+
+
+def test_a_rollout_that_bypasses_generate_stops_the_run(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = train.make(max_steps=1)
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate_single_turn", lambda self, prompt_ids, *a, **k: ([[3, EOS] for _ in prompt_ids], None)
+    )
+    with pytest.raises(RuntimeError, match="nothing would be mixed"):
+        trainer.train()
+
+
+# Logs, evaluation, loss mask --------------------------------------------------------------------------------------
+
+
+def test_metrics_and_completions_table(train: Any, tmp_path: Path) -> None:
+    trainer = train(mixing_rate=0.5, log_completions=True, eval_dataset=prompts(), eval_strategy="steps", eval_steps=2)
+    shares = logged(trainer, "mix/gated_share")
+    assert len(shares) == 3 and all(0.3 < share < 0.7 for share in shares)
+    for name, low in (("anchor_differs", 0.0), ("anchor_weight", 1 / 3), ("cosine", 0.3)):
+        values = logged(trainer, f"mix/{name}")
+        assert len(values) == 3 and all(low < value <= 1 for value in values), name
+    assert not any(name.startswith("eval_mix/") for entry in trainer.state.log_history for name in entry)
+    (path,) = (tmp_path / "out" / "completions").glob("*00001.parquet")
+    table = pandas.read_parquet(path)
+    assert len(table) == 8 and table["mix_share"].between(0, 1).all() and table["mix_share"].max() > 0
+
+
+def test_anchor_metrics_are_those_of_the_gated_steps(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[MixRecord] = []
+    log = NGRPOTrainer._log_rollout
+
+    def keep(self: Any, record: MixRecord, lengths: torch.Tensor) -> None:
+        records.append(record)
+        log(self, record, lengths)
+
+    monkeypatch.setattr(NGRPOTrainer, "_log_rollout", keep)
+    trainer = train(steps=1, mixing_rate=0.5)
+    record = records[0]
+    assert logged(trainer, "mix/anchor_differs")[0] == pytest.approx(
+        float((1 - record.logprobs[record.gate].exp()).mean()), rel=1e-5
+    )
+    assert logged(trainer, "mix/anchor_weight")[0] == pytest.approx(float(record.weights[record.gate][:, 0].mean()))
+
+
+def test_evaluation_does_not_mix(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = []
+    monkeypatch.setattr(NeighborMixing, "_generate", lambda self, *a, **k: mixed.append(1))
+    ours = train.make(mixing_rate=1.0, eval_dataset=prompts())
+    stock = train.make(GRPOTrainer, GRPOConfig, eval_dataset=prompts())
+    results = []
+    for trainer in (ours, stock):
+        torch.manual_seed(3)
+        results.append(trainer.evaluate())
+    assert not mixed
+    assert results[0]["eval_reward"] == results[1]["eval_reward"]
+    assert results[0]["eval_loss"] == results[1]["eval_loss"]
+
+
+def test_loss_on_mixed_steps_false_leaves_exactly_the_gated_tokens_out(train: Any, monkeypatch: Any) -> None:
+    outputs: list[dict] = []
+    generate = NGRPOTrainer._generate_and_score_completions
+
+    def keep(self: Any, inputs: Any) -> Any:
+        outputs.append(generate(self, inputs))
+        return outputs[-1]
+
+    monkeypatch.setattr(NGRPOTrainer, "_generate_and_score_completions", keep)
+    train(steps=1, mixing_rate=0.5, loss_on_mixed_steps=False)
+    output = outputs[0]
+    live = output["completion_mask"].bool()
+    assert torch.equal(output["tool_mask"].bool()[live], ~output["mix_gate"][live])
+    assert int(output["num_items_in_batch"]) == int((live & ~output["mix_gate"]).sum())
+    train(steps=1, mixing_rate=0.5)
+    assert "tool_mask" not in outputs[1]
+
+
+def test_advantages_equal_our_own(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL computes advantages inline; `group_advantages` with its defaults is the same function."""
+    outputs: list[tuple[dict, torch.Tensor]] = []
+    rewards: list[torch.Tensor] = []
+    score = GRPOTrainer._calculate_rewards
+
+    def spy(self: Any, *args: Any) -> Any:
+        rewards.append(score(self, *args))
+        return rewards[-1]
+
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", spy)
+    generate = NGRPOTrainer._generate_and_score_completions
+
+    def keep(self: Any, inputs: Any) -> Any:
+        outputs.append((generate(self, inputs), rewards[-1]))
+        return outputs[-1][0]
+
+    monkeypatch.setattr(NGRPOTrainer, "_generate_and_score_completions", keep)
+    for scale, ours in (("group", "std"), ("batch", "batch_std"), ("none", "none")):
+        train(steps=1, scale_rewards=scale)
+        output, reward = outputs[-1]
+        expected = group_advantages(reward[:, 0], group_size=4, scale=ours)
+        assert torch.allclose(output["advantages"], expected, atol=1e-5, rtol=1e-5), scale
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_go_on_after_a_resume(train: Any, tmp_path: Path) -> None:
+    trainer = train(steps=2, save_strategy="steps", save_steps=1)
+    assert trainer.mixing.next_row == 16
+    saved = tmp_path / "out" / "checkpoint-1"
+    assert json.loads((saved / "mixing_state.json").read_text()) == {"next_row": 8}
+    resumed = train.make(max_steps=2)
+    resumed.train(resume_from_checkpoint=str(saved))
+    assert resumed.mixing.next_row == 16
+
+
+# Refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_vllm": True}, "use_vllm"),
+        ({"use_transformers_continuous_batching": True}, "continuous_batching"),
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
+        ({"generation_kwargs": {"use_cache": False}}, "use_cache"),
+        ({"generation_kwargs": {"prompt_lookup_num_tokens": 2}}, "assisted"),
+        ({"generation_kwargs": {"guidance_scale": 2.0}}, "guidance_scale"),
+        ({"cache_implementation": "paged"}, "paged"),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "peft_config"),
+        ({"rollout_func": lambda prompts, trainer: {}}, "rollout_func"),
+        ({"tools": [len]}, "tools"),
+        ({"environment_factory": object}, "environment_factory"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_settings_under_which_nothing_would_mix_are_refused(train: Any, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.make(**settings)
+
+
+def test_models_that_cannot_be_replayed_are_refused(train: Any) -> None:
+    with pytest.raises(ValueError, match="absolute positions"):
+        train.make(model=tiny_model("gpt2"))
+    prompt = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="peft_config"):
+        train.make(model=prompt)
+    trainer = train.make(beta=0.1)
+    trainer.ref_model.resize_token_embeddings(VOCABULARY + 3)
+    with pytest.raises(ValueError, match="same vocabulary"):
+        trainer.mixing.attach(tiny_larger())
+
+
+def tiny_larger() -> Any:
+    model = tiny_model()
+    model.resize_token_embeddings(VOCABULARY + 3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mixing_k", 0),
+        ("mixing_rate", 1.5),
+        ("mixing_temperature", 0.0),
+        ("mixing_metric", "euclid"),
+        ("mixing_strategy", "random"),
+        ("mixing_variant", "mine"),
+        ("mixing_stop_token_ids", [-1]),
+        ("mixing_allowed_token_ids", [1]),
+    ],
+)
+def test_bad_fields_name_themselves(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
+
+
+def test_a_plain_config_is_refused_and_none_makes_our_own(train: Any, checkpoint: str, monkeypatch: Any) -> None:
+    with pytest.raises(TypeError, match="args must be an NGRPOConfig"):
+        train.make(NGRPOTrainer, GRPOConfig)
+
+    class OnCPU(NGRPOConfig):
+        def __post_init__(self) -> None:
+            self.use_cpu, self.bf16 = True, False
+            super().__post_init__()
+
+    monkeypatch.setattr(adapter, "NGRPOConfig", OnCPU)
+    seen = {}
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda self, *a, **k: seen.update(k, positional=a) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        NGRPOTrainer(tiny_model(), distinct, None, prompts())
+    assert isinstance(seen["positional"][2], NGRPOConfig)
+
+
+def test_the_seed_keys_the_gates_unless_one_is_given(tmp_path: Path) -> None:
+    settings = {"use_cpu": True, "bf16": False}
+    assert NGRPOConfig(str(tmp_path), seed=11, **settings).mixing().seed == 11
+    assert NGRPOConfig(str(tmp_path), seed=11, mixing_seed=5, **settings).mixing().seed == 5
+
+
+@pytest.mark.parametrize("name", sorted(adapter._EXPECTED_PARAMETERS))
+def test_a_changed_trl_stops_the_import(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(GRPOTrainer, name, lambda self, something_else: None)
+    with pytest.raises(ImportError, match=name):
+        adapter._check_trl()
+    monkeypatch.setattr(GRPOTrainer, name, None)
+    with pytest.raises(ImportError, match=name):
+        adapter._check_trl()
