@@ -23,10 +23,10 @@ demo: venv
 	$(BIN)/python -m examples.countdown
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-full: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 lint: venv

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 try:
+    from tqdm.auto import tqdm
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
     from transformers.generation import GenerationMode
     from transformers.utils import logging
@@ -32,9 +33,6 @@ except ImportError as error:
 from ngrpo_ops import MixingConfig, MixRecord, NeighborTable, RefreshReport, mix_embeddings, selective_log_softmax
 from ngrpo_ops.random import bernoulli, philox
 from ngrpo_ops.reference import candidate_weights, neighbor_candidates
-
-logger = logging.get_logger(__name__)
-
 
 # The hook pair ----------------------------------------------------------------------------------------------------
 
@@ -335,7 +333,8 @@ class NeighborMixing:
             embedding = module.weight
         else:
             embedding = module(torch.arange(self.vocabulary, device=self._inner.device))
-        with logging.tqdm(desc="neighbour table", unit="row", delay=5, leave=False) as bar:
+        quiet = not logging.is_progress_bar_enabled()
+        with tqdm(desc="neighbour table", unit="row", delay=5, leave=False, disable=quiet) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The models are tiny and the tests run side by side (pytest -n): more threads would only wait for each other.
+torch.set_num_threads(1)
+
 # Tensors are slow to make and the cores are few: few examples, no deadline, and the same ones in every run.
 settings.register_profile(
     "ngrpo",

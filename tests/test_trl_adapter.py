@@ -29,7 +29,8 @@ def distinct(completions: list[str], **kwargs: Any) -> list[float]:
 
 
 def prompts() -> Dataset:
-    return Dataset.from_dict({"prompt": [" ".join(f"w{3 + (7 * i + j) % 60}" for j in range(2 + i % 4)) for i in range(16)]})
+    texts = [" ".join(f"w{3 + (7 * i + j) % 60}" for j in range(2 + i % 4)) for i in range(16)]
+    return Dataset.from_dict({"prompt": texts})
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +120,12 @@ MULTI_STEP = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumula
         MULTI_STEP,
         {**MULTI_STEP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"pad_to_multiple_of": 8, "loss_on_mixed_steps": False, "mixing_strategy": "topk", "mixing_variant": "released"},
+        {
+            "pad_to_multiple_of": 8,
+            "mixing_strategy": "topk",
+            "mixing_variant": "released",
+            "loss_on_mixed_steps": False,
+        },
         {"temperature": 0.7, "mixing_k": 1, "cache_implementation": "static"},
         {"mask_truncated_completions": True, "mixing_metric": "l2", "importance_sampling_level": "sequence"},
     ],
