@@ -14,6 +14,7 @@ from .validation import (
     require_backend,
     require_choice,
     require_embedding,
+    require_floating,
     require_ids,
     require_mask,
     require_positive,
@@ -142,9 +143,7 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """
     require_embedding(embedding)
     require_ids(ids, "ids")
-    require_tensor(weights, "weights")
-    if not weights.is_floating_point():
-        raise TypeError(f"weights must be floating point, got {weights.dtype}")
+    require_floating(weights, "weights")
     if ids.dim() < 1 or ids.shape[-1] == 0:
         raise ValueError(f"ids must be [..., k] with k >= 1, got shape {tuple(ids.shape)}")
     require_shape(weights, tuple(ids.shape), "weights", "that of ids")

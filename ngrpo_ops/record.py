@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .validation import require_ids, require_mask, require_shape, require_tensor
+from .validation import require_floating, require_ids, require_mask, require_shape, require_tensor
 
 
 @dataclass
@@ -44,11 +44,12 @@ class MixRecord:
         require_ids(self.ids, "ids")
         if self.ids.dim() != 3 or self.ids.shape[:2] != self.gate.shape:
             raise ValueError(f"ids must be [B, T, k] over gate {tuple(self.gate.shape)}, got {tuple(self.ids.shape)}")
-        require_tensor(self.weights, "weights")
+        require_floating(self.weights, "weights")
         require_shape(self.weights, tuple(self.ids.shape), "weights", "that of ids")
         if self.prompt_length < 0:
             raise ValueError(f"prompt_length must not be negative, got {self.prompt_length}")
         if self.logprobs is not None:
+            require_floating(self.logprobs, "logprobs")
             require_shape(self.logprobs, tuple(self.gate.shape), "logprobs", "that of gate")
 
     def __len__(self) -> int:

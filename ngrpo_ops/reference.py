@@ -197,7 +197,7 @@ def _group_statistics(
     if scale == "std":
         spread = (total(centered.square()) / (count - ddof).clamp(min=1)).sqrt()
     elif scale == "batch_std":
-        overall = torch.where(valid, values - values[valid].mean(), 0)
+        overall = _batch_centered(values, valid)
         spread = (overall.square().sum() / (valid.sum() - ddof).clamp(min=1)).sqrt().expand_as(values)
     elif scale == "mean":
         spread = torch.where(valid, top + mean, 0)
@@ -207,6 +207,11 @@ def _group_statistics(
     usable = valid & (count > 1) & (divisor != 0)
     factor = count / (count - 1).clamp(min=1) if baseline == "leave_one_out" else torch.ones_like(count)
     return valid, torch.where(usable, factor, 0), centered, spread, torch.where(usable, divisor, 1), count
+
+
+def _batch_centered(values: Tensor, valid: Tensor) -> Tensor:
+    shifted = values - torch.where(valid, values, -torch.inf).max()  # as within the groups: no cancellation
+    return torch.where(valid, shifted - shifted[valid].mean(), 0)
 
 
 def group_advantages(
@@ -249,8 +254,7 @@ def group_advantages_backward(
         slope = torch.where(spread > 0, centered / ((count - ddof).clamp(min=1) * spread), 0)
         out = out + total(to_divisor) * slope
     elif scale == "batch_std":
-        values = torch.where(valid, rewards, 0).to(centered.dtype)
-        overall = torch.where(valid, values - values[valid].mean(), 0)
+        overall = _batch_centered(torch.where(valid, rewards, 0).to(centered.dtype), valid)
         slope = torch.where(spread > 0, overall / ((valid.sum() - ddof).clamp(min=1) * spread), 0)
         out = out + to_divisor.sum() * slope
     elif scale == "mean":

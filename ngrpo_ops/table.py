@@ -126,8 +126,10 @@ class NeighborTable:
         return RefreshReport(vocabulary - open_rows.numel(), open_rows.numel(), "certified against the last build")
 
     def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
-        self._snapshot = ScoredRows(embedding.clone(), self.metric)
-        self._result = search(self._snapshot, self.k, self.candidates, allowed=self.allowed, progress=progress)
+        snapshot = ScoredRows(embedding.clone(), self.metric)
+        # Set together, and only once the search is through: an interrupted one leaves the table as it was.
+        self._result = search(snapshot, self.k, self.candidates, allowed=self.allowed, progress=progress)
+        self._snapshot = snapshot
         return RefreshReport(0, embedding.shape[0], reason)
 
     def _outside(self, old: ScoredRows, new: ScoredRows) -> Tensor:

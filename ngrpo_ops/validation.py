@@ -37,6 +37,12 @@ def require_ids(ids: Any, name: str) -> None:
         raise TypeError(f"{name} must be int64, got {ids.dtype}")
 
 
+def require_floating(tensor: Any, name: str) -> None:
+    require_tensor(tensor, name)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
 def require_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(tensor.shape)}")

@@ -56,29 +56,29 @@ def test_refresh_is_a_fresh_search(embedding, metric, scales, share, use_mask, g
 def test_the_certificate_works_for_its_keep(metric):
     """Tiny drifts are certified for most rows, larger ones search some rows anew; never at the price of the answer."""
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(300, 12, generator=generator)
-    neighbors = NeighborTable(2, metric=metric, candidates=24)
-    neighbors.refresh(embedding)
+    embedding = torch.randn(150, 12, generator=generator)
     seen = []
-    for scale in (0.0, 1e-6, 1e-4, 0.003, 0.01, 0.03, 0.1):
+    for scale in (0.0, 1e-6, 0.02, 1.0):
+        neighbors = NeighborTable(2, metric=metric, candidates=6)
+        neighbors.refresh(embedding)
         moved = embedding + scale * torch.randn(embedding.shape, generator=generator)
         report = neighbors.refresh(moved)
         assert_fresh(neighbors, moved)
         seen.append((report.certified, report.recomputed))
-    assert seen[0] == seen[1] == (300, 0)
+    assert seen[0] == seen[1] == (150, 0)
     assert any(certified and recomputed for certified, recomputed in seen)
-    assert seen[-1] == (0, 300)
+    assert seen[-1] == (0, 150)
 
 
 def test_stored_bounds_do_not_drift():
-    """A hundred small steps add up to a large one: each is certified against the build, not against the last step."""
+    """Forty small steps add up to a large one: each is certified against the build, not against the last step."""
     generator = torch.Generator().manual_seed(1)
     embedding = torch.randn(120, 6, generator=generator)
-    direction = torch.randn(embedding.shape, generator=generator) * 0.01
+    direction = torch.randn(embedding.shape, generator=generator) * 0.02
     neighbors = NeighborTable(2, candidates=8)
     neighbors.refresh(embedding)
     recomputed = 0
-    for _ in range(100):
+    for _ in range(40):
         embedding = embedding + direction
         recomputed += neighbors.refresh(embedding).recomputed
         assert_fresh(neighbors, embedding)

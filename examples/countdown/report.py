@@ -21,7 +21,7 @@ _WINDOW = 10
 
 
 def print_table(arms: dict[str, Any], ks: Sequence[int]) -> None:
-    table = Table(title="Countdown, held-out problems: mean [95 % interval over problems]", padding=(0, 0))
+    table = Table(title="Countdown, held-out problems: mean, and 95 % interval over problems", padding=(0, 0))
     table.add_column("arm")
     for k in ks:
         table.add_column(f"pass@{k}", justify="right")
@@ -31,7 +31,7 @@ def print_table(arms: dict[str, Any], ks: Sequence[int]) -> None:
         cells = []
         for k in ks:
             low, high = arm[f"pass@{k}_interval"]
-            cells.append(f"{arm[f'pass@{k}']:.3f}\n[{low:.2f}, {high:.2f}]")
+            cells.append(f"{arm[f'pass@{k}']:.3f}\n{low:.2f}-{high:.2f}")
         table.add_row(LABELS[name], *cells, f"{arm['usable_groups']:.3f}", f"{arm['unique_equations']:.2f}")
     Console().print(table)
 

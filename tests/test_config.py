@@ -1,0 +1,70 @@
+"""MixingConfig: the paper's defaults, and every bad field names itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from ngrpo_ops import MixingConfig
+
+
+def test_defaults_are_the_papers():
+    config = MixingConfig()
+    assert (config.k, config.mixing_rate, config.metric, config.strategy) == (3, 0.1, "cosine", "neighbor")
+    assert (config.variant, config.temperature, config.loss_on_mixed_steps) == ("paper", None, True)
+    assert (config.stop_token_ids, config.allowed_token_ids) == ((), None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"k": 1, "mixing_rate": 0.0, "temperature": 1e-3},
+        {"mixing_rate": 1.0, "metric": "l1", "strategy": "topk", "variant": "released"},
+        {"stop_token_ids": [3, 4], "allowed_token_ids": range(3)},
+        {"seed": -(2**63)},
+        {"seed": 2**63 - 1},
+    ],
+)
+def test_good_fields_are_kept(fields):
+    config = MixingConfig(**fields)
+    for name, value in fields.items():
+        assert getattr(config, name) == (tuple(value) if name.endswith("ids") else value)
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MixingConfig().k = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k", 0),
+        ("k", -1),
+        ("k", 2.0),
+        ("k", True),
+        ("k", "3"),
+        ("mixing_rate", -0.1),
+        ("mixing_rate", 1.1),
+        ("mixing_rate", math.nan),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("metric", "euclid"),
+        ("strategy", "gumbel"),
+        ("variant", "official"),
+        ("stop_token_ids", [-1]),
+        ("allowed_token_ids", [5, -1, 2]),
+        ("allowed_token_ids", [1, 2]),
+        ("allowed_token_ids", []),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+    ],
+)
+def test_bad_fields_name_themselves(name, value):
+    with pytest.raises(ValueError, match=name):
+        MixingConfig(**{name: value})

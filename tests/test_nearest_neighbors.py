@@ -1,0 +1,339 @@
+"""nearest_neighbors against a float64 brute force, and against its own definition where float32 decides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import METRICS, assert_within, exact_tables, generators, metrics, tables, unit_roundoff
+from torch import Tensor
+
+import ngrpo_ops
+from ngrpo_ops import nearest_neighbors, search
+
+U = unit_roundoff(torch.float32)
+
+
+def brute_force(table: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Scores of all pairs [V, V] in float64, and a bound on the error of their float32 evaluation."""
+    x, y = table.double()[:, None], table.double()[None]
+    if metric in ("l1", "l2"):
+        x, y = table.float().double()[:, None], table.float().double()[None]
+        terms = -(x - y).abs() if metric == "l1" else -((x - y) ** 2)
+    else:
+        terms = x * y
+        if metric == "cosine":
+            lengths = (x**2).sum(-1).sqrt() * (y**2).sum(-1).sqrt()
+            terms = torch.where(lengths[..., None] > 0, terms / lengths[..., None], 0.0)
+    return terms.sum(-1), (table.shape[1] + 8) * U * terms.abs().sum(-1) + 1e-44
+
+
+def ranked(scores: Tensor, k: int, queries: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k best columns of each query's row, equal scores by the lower id."""
+    scores = scores.clone().fill_diagonal_(-torch.inf)
+    if allowed is not None:
+        scores[:, ~allowed] = -torch.inf
+    best, ids = scores[queries].sort(dim=1, descending=True, stable=True)
+    return ids[:, :k], best[:, :k]
+
+
+def defined_scores(table: Tensor, metric: str) -> Tensor:
+    """What the documentation calls scoring every pair in float32: the package's own pair scores, all of them."""
+    v = table.shape[0]
+    rows = torch.arange(v)[:, None].expand(v, v).contiguous()
+    return search.ScoredRows(table, metric).pair_scores(rows, rows.T.contiguous())  # type: ignore[arg-type]
+
+
+@st.composite
+def requests(draw: st.DrawFn, v: int) -> tuple[int, Tensor | None, Tensor | None]:
+    """k, queries (unsorted, repeated) and allowed for a table of v rows."""
+    generator = draw(generators)
+    allowed = None
+    if draw(st.booleans()):
+        allowed = torch.rand(v, generator=generator) < draw(st.sampled_from([0.1, 0.5, 0.9]))
+        allowed[torch.randperm(v, generator=generator)[:2]] = True
+    k = draw(st.integers(1, (v if allowed is None else int(allowed.sum())) - 1))
+    if draw(st.booleans()):
+        k = min(k, 3)
+    queries = torch.randint(v, (draw(st.integers(1, 9)),), generator=generator) if draw(st.booleans()) else None
+    return k, queries, allowed
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Re-scored blocks are padded to one size, two million numbers: too slow for hundreds of tiny searches."""
+    monkeypatch.setattr(search, "_PAIR_ELEMENTS", 2**13)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("metric", METRICS)
+@given(data=st.data())
+def test_is_the_brute_force_where_scores_are_exact(metric, data):
+    table = data.draw(exact_tables(metric, st.integers(2, 70)))
+    k, queries, allowed = data.draw(requests(table.shape[0]))
+    got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    every = torch.arange(table.shape[0]) if queries is None else queries
+    ids, scores = ranked(brute_force(table, metric)[0], k, every, allowed)
+    assert torch.equal(got.ids, ids)
+    assert torch.equal(got.scores, scores.float()) and got.scores.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("small_blocks")
+@given(data=st.data(), metric=metrics)
+def test_nothing_outside_beats_the_kth(data, metric):
+    table = data.draw(tables(st.integers(2, 60), st.integers(1, 40)))
+    k, queries, allowed = data.draw(requests(table.shape[0]))
+    ids, scores = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    every = torch.arange(table.shape[0]) if queries is None else queries
+    exact, error = (x[every] for x in brute_force(table, metric))
+    assert_within(scores, exact.gather(1, ids), error.gather(1, ids))
+    assert bool((scores[:, 1:] <= scores[:, :-1]).all())
+    tied = scores[:, 1:] == scores[:, :-1]
+    assert bool((ids[:, 1:] > ids[:, :-1])[tied].all())
+    others = torch.ones_like(exact, dtype=torch.bool) if allowed is None else allowed.expand_as(exact).clone()
+    others[torch.arange(len(every)), every] = False
+    assert bool(others.gather(1, ids).all())
+    assert all(len(set(row)) == k for row in ids.tolist())
+    others.scatter_(1, ids, False)
+    assert bool(((exact - error)[others] <= scores[:, -1:].double().expand_as(exact)[others]).all())
+
+
+@pytest.mark.usefixtures("small_blocks")
+@given(data=st.data(), metric=metrics, limit=st.sampled_from([1, 7, 40]))
+def test_tiles_do_not_show(data, metric, limit):
+    table = data.draw(tables(st.integers(2, 60), st.integers(1, 9)))
+    k, queries, allowed = data.draw(requests(table.shape[0]))
+    whole = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
+        patch.setattr(search, "_COLUMN_TILE", limit)
+        patch.setattr(search, "_TILE_ELEMENTS", limit * table.shape[1])
+        tiled = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    assert torch.equal(whole.ids, tiled.ids) and torch.equal(whole.scores, tiled.scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_small_tiles_are_exact_too(metric, data):
+    table = data.draw(exact_tables(metric, st.integers(20, 30)))
+    k, queries, allowed = data.draw(requests(table.shape[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_QUERY_TILE", 8), ("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
+            patch.setattr(search, name, value)
+        got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    every = torch.arange(table.shape[0]) if queries is None else queries
+    ids, scores = ranked(brute_force(table, metric)[0], k, every, allowed)
+    assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores.float())
+
+
+def near_ties(v: int, d: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Copies of a few rows, most of them with one coordinate moved by one unit in the last place."""
+    table = torch.randn(4, d, generator=generator)[torch.randint(4, (v,), generator=generator)] * scale
+    row = torch.arange(0, v, 2)
+    column = torch.randint(d, row.shape, generator=generator)
+    table[row, column] = table[row, column].nextafter(torch.tensor(torch.inf))
+    return table
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e-12])
+@pytest.mark.parametrize("metric", METRICS)
+def test_near_ties_are_told_apart(metric, scale):
+    table = near_ties(400, 33, scale, torch.Generator().manual_seed(1))
+    got = nearest_neighbors(table, 5, metric=metric)
+    ids, scores = ranked(defined_scores(table, metric), 5, torch.arange(400), None)
+    assert torch.equal(got.scores, scores)
+    assert torch.equal(got.ids, ids)
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2", "l1"])
+@pytest.mark.parametrize("scale", [1e-19, 1e-21, 1e-22])
+def test_scores_that_underflow(metric, scale):
+    """Products below float32's normal range: rounding errors are absolute there, and ties the rule."""
+    table = torch.randn(300, 24, generator=torch.Generator().manual_seed(2)) * scale
+    got = nearest_neighbors(table, 3, metric=metric)
+    ids, scores = ranked(defined_scores(table, metric), 3, torch.arange(300), None)
+    assert torch.equal(got.scores, scores)
+    assert torch.equal(got.ids, ids)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_thousands_of_equal_rows(metric, monkeypatch):
+    """More equal rows than candidates: only the exhaustive pass can find the lowest ids, and it must have run."""
+    calls = []
+    original = search._exhaustive
+    monkeypatch.setattr(search, "_exhaustive", lambda *a: calls.append(a[1].numel()) or original(*a))
+    table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3))
+    copies = torch.arange(500, 2900)
+    table[copies] = table[2950].clone()
+    queries = torch.tensor([2950, 500, 501, 2899, 3, 0])
+    got = nearest_neighbors(table, 4, metric=metric, queries=queries)
+    assert sum(calls) >= 4
+    assert got.ids[0].tolist() == [500, 501, 502, 503]
+    assert got.ids[1].tolist() == [501, 502, 503, 504]
+    assert got.ids[2].tolist() == [500, 502, 503, 504]
+    assert got.ids[3].tolist() == [500, 501, 502, 503]
+    allowed = torch.ones(3000, dtype=torch.bool)
+    allowed[500:1000] = False
+    got = nearest_neighbors(table, 4, metric=metric, queries=queries, allowed=allowed)
+    assert got.ids[0].tolist() == [1000, 1001, 1002, 1003]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_rows_everywhere(metric):
+    """Hundreds of groups of equal rows (resized vocabularies), the zero row among them, against the definition."""
+    generator = torch.Generator().manual_seed(4)
+    table = torch.randn(12, 8, generator=generator, dtype=torch.float64).bfloat16()
+    table[5] = 0
+    table = table[torch.randint(12, (600,), generator=generator)]
+    got = nearest_neighbors(table, 20, metric=metric)
+    ids, scores = ranked(defined_scores(table, metric), 20, torch.arange(600), None)
+    assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_matmul_precision_changes_nothing(metric):
+    table = near_ties(300, 65, 1.0, torch.Generator().manual_seed(5))
+    table[:100] = torch.randn(100, 65, generator=torch.Generator().manual_seed(6))
+    before = torch.get_float32_matmul_precision()
+    highest = nearest_neighbors(table, 4, metric=metric)
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            got = nearest_neighbors(table, 4, metric=metric)
+            assert torch.equal(got.ids, highest.ids) and torch.equal(got.scores, highest.scores)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
+@settings(max_examples=8)
+@given(generator=generators)
+def test_slack_covers_matmuls_of_rounded_inputs(metric, generator):
+    """Optimistic scores stay optimistic when a device's matmul rounds its inputs to bfloat16 (set to "medium")."""
+    table = torch.randn(40, 31, generator=generator) * torch.rand(40, 1, generator=generator) * 3
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        rows = search.ScoredRows(table, metric)
+        slack = rows.slack()
+        every = torch.arange(40)
+        q = search._augmented(rows, every, slack, queries=True)
+        c = search._augmented(rows, every, slack, queries=False)
+        if metric != "l2":  # its extra columns are of the size of |x|^2: only these forms stay inside a small slack
+            optimistic = q.bfloat16().double() @ c.bfloat16().double().T
+            assert bool((optimistic >= brute_force(table, metric)[0] - 1e-12).all())
+        optimistic = search._optimistic(rows, search._prepared(rows, every, slack), every, slack)
+        assert bool((optimistic >= defined_scores(table, metric)).all())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_progress_reaches_the_total():
+    table, seen = torch.randn(50, 4), []
+    got = nearest_neighbors(table, 2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (50, 50)
+    assert torch.equal(got.ids, nearest_neighbors(table, 2).ids)
+
+
+def test_detached_and_pure():
+    table = torch.randn(20, 4, requires_grad=True)
+    copy = table.detach().clone()
+    assert not nearest_neighbors(table, 2).scores.requires_grad
+    assert torch.equal(table, copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "k", "queries"),
+    [
+        ("torch.randn(60_000, 512)", 3, 1024),
+        ("torch.randn(300, 8).repeat(100, 1)", 3, 100),
+        ("torch.ones(4096, 8)", 64, 256),
+    ],
+    ids=["random", "hundreds of copies", "all equal"],
+)
+def test_peak_memory(table, k, queries):
+    """A search stays below 256 MiB beyond its inputs and outputs, ties or not."""
+    script = f"""
+        import resource, torch
+        from ngrpo_ops import nearest_neighbors
+        torch.set_num_threads(2)
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        nearest_neighbors(torch.randn(300, 512), 3)
+        nearest_neighbors(torch.ones(100, 8), 3)
+        table = {table}
+        before = peak()
+        out = nearest_neighbors(table, {k}, queries=torch.arange(500, 500 + {queries}))
+        print(peak() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 256
+
+
+BAD = [
+    ({"embedding": [1.0]}, TypeError, "embedding"),
+    ({"embedding": torch.ones(4, 2).long()}, ValueError, "embedding"),
+    ({"embedding": torch.ones(4)}, ValueError, "embedding"),
+    ({"embedding": torch.ones(0, 2)}, ValueError, "embedding"),
+    ({"embedding": torch.full((4, 2), torch.nan)}, ValueError, "embedding"),
+    ({"embedding": torch.full((4, 2), -torch.inf)}, ValueError, "embedding"),
+    ({"embedding": torch.full((4, 2), 1e30), "metric": "dot"}, ValueError, "embedding"),
+    ({"k": 0}, ValueError, "k must"),
+    ({"k": 4}, ValueError, "k must"),
+    ({"k": True}, ValueError, "k must"),
+    ({"k": 1.0}, ValueError, "k must"),
+    ({"metric": "angle"}, ValueError, "metric"),
+    ({"backend": "cuda"}, ValueError, "backend"),
+    ({"queries": [0]}, TypeError, "queries"),
+    ({"queries": torch.zeros(1, dtype=torch.int32)}, TypeError, "queries"),
+    ({"queries": torch.zeros(0, dtype=torch.int64)}, ValueError, "queries"),
+    ({"queries": torch.zeros(1, 1, dtype=torch.int64)}, ValueError, "queries"),
+    ({"queries": torch.tensor([4])}, ValueError, "queries"),
+    ({"queries": torch.tensor([-1])}, ValueError, "queries"),
+    ({"queries": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "queries"),
+    ({"allowed": [True] * 4}, TypeError, "allowed"),
+    ({"allowed": torch.ones(4)}, TypeError, "allowed"),
+    ({"allowed": torch.ones(5, dtype=torch.bool)}, ValueError, "allowed"),
+    ({"allowed": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "allowed"),
+    ({"allowed": torch.tensor([True, True, False, False])}, ValueError, "allowed"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "name"), BAD)
+def test_bad_input_is_named(change, error, name):
+    with pytest.raises(error, match=name):
+        nearest_neighbors(**{"embedding": torch.arange(8.0).view(4, 2), "k": 2, **change})
+
+
+def test_shapes_on_meta():
+    ids, scores = nearest_neighbors(torch.empty(50, 8, device="meta"), 3, queries=torch.empty(7, device="meta").long())
+    assert ids.shape == scores.shape == (7, 3)
+    assert ids.dtype == torch.int64 and scores.dtype == torch.float32
+    assert nearest_neighbors(torch.empty(50, 8, device="meta", dtype=torch.bfloat16), 3).scores.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    table = torch.randn(20, 6).to(dtype)
+    op = torch.ops.ngrpo.nearest_neighbors.default
+    torch.library.opcheck(op, (table, 3, "cosine", None, None))
+    torch.library.opcheck(op, (table.T.contiguous().T, 3, "l2", torch.tensor([3, 1]), torch.arange(20) % 2 == 0))
+
+
+@pytest.mark.slow
+def test_compiles():
+    torch._dynamo.reset()
+    call = lambda x, q: nearest_neighbors(x, 2, queries=q)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for v, q in ((20, 5), (31, 9)):
+        table, queries = torch.randn(v, 6), torch.randint(v, (q,))
+        got, want = compiled(table, queries), ngrpo_ops.nearest_neighbors(table, 2, queries=queries)
+        assert torch.equal(got.ids, want.ids) and torch.equal(got.scores, want.scores)

@@ -1,0 +1,123 @@
+"""MixRecord: rows are permuted, cut, padded and joined without losing or inventing a mixed step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import generators
+
+from ngrpo_ops import MixRecord
+
+
+@st.composite
+def records(draw: st.DrawFn, k: int | None = None, logprobs: bool | None = None) -> MixRecord:
+    generator = draw(generators)
+    b, t, k = draw(st.integers(1, 6)), draw(st.integers(0, 7)), k or draw(st.integers(1, 4))
+    with_logprobs = draw(st.booleans()) if logprobs is None else logprobs
+    return MixRecord(
+        gate=torch.rand(b, t, generator=generator) < 0.3,
+        ids=torch.randint(50, (b, t, k), generator=generator),
+        weights=torch.rand(b, t, k, generator=generator),
+        prompt_length=3,
+        logprobs=-torch.rand(b, t, generator=generator) if with_logprobs else None,
+    )
+
+
+@given(record=records())
+def test_tensors(record):
+    named = record.tensors()
+    assert set(named) == {"gate", "ids", "weights"} | ({"logprobs"} if record.logprobs is not None else set())
+    assert all(value is getattr(record, name) and value.shape[0] == len(record) for name, value in named.items())
+    assert record.length == record.gate.shape[1]
+    rebuilt = MixRecord(**named, prompt_length=record.prompt_length)
+    assert all(torch.equal(a, b) for a, b in zip(rebuilt.tensors().values(), named.values(), strict=True))
+
+
+@given(record=records(), generator=generators)
+def test_rows(record, generator):
+    order = torch.randperm(len(record), generator=generator)
+    mask = torch.rand(len(record), generator=generator) < 0.5
+    for rows in (order, mask, slice(1, None), slice(None, None, 2)):
+        picked = record[rows]
+        assert picked.prompt_length == record.prompt_length and picked.tensors().keys() == record.tensors().keys()
+        for name, value in record.tensors().items():
+            assert torch.equal(getattr(picked, name), value[rows])
+    back = record[order][order.argsort()]
+    assert all(torch.equal(getattr(back, name), value) for name, value in record.tensors().items())
+
+
+@given(record=records(), length=st.integers(0, 10), prompt_length=st.sampled_from([None, 0, 9]))
+def test_fit(record, length, prompt_length):
+    if bool(record.gate[:, length:].any()):
+        with pytest.raises(ValueError, match="length"):
+            record.fit(length)
+        return
+    fitted = record.fit(length, prompt_length)
+    assert fitted.length == length and len(fitted) == len(record)
+    assert fitted.prompt_length == (3 if prompt_length is None else prompt_length)
+    common = min(length, record.length)
+    for name, value in record.tensors().items():
+        grown = getattr(fitted, name)
+        assert grown.dtype == value.dtype and torch.equal(grown[:, :common], value[:, :common])
+        assert not grown[:, common:].any()
+
+
+@given(k=st.integers(1, 3), logprobs=st.booleans(), data=st.data())
+def test_cat(k, logprobs, data):
+    parts = data.draw(st.lists(records(k=k, logprobs=logprobs), min_size=1, max_size=4))
+    joined = MixRecord.cat(parts)
+    assert len(joined) == sum(map(len, parts)) and joined.length == max(p.length for p in parts)
+    start = 0
+    for part in parts:
+        rows = joined[start : start + len(part)]
+        for name, value in part.tensors().items():
+            assert torch.equal(getattr(rows, name)[:, : part.length], value)
+            assert not getattr(rows, name)[:, part.length :].any()
+        start += len(part)
+
+
+def good(**change: object) -> dict:
+    tensors = {"gate": torch.zeros(2, 3).bool(), "ids": torch.zeros(2, 3, 2).long(), "weights": torch.ones(2, 3, 2)}
+    return {**tensors, "prompt_length": 1, **change}
+
+
+def test_to():
+    assert MixRecord(**good()).to("meta").ids.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"gate": [True]}, TypeError, "gate"),
+        ({"gate": torch.ones(2, 3)}, TypeError, "gate"),
+        ({"gate": torch.ones(3).bool()}, ValueError, "gate"),
+        ({"ids": [0]}, TypeError, "ids"),
+        ({"ids": torch.zeros(2, 3, 2)}, TypeError, "ids"),
+        ({"ids": torch.zeros(2, 3).long()}, ValueError, "ids"),
+        ({"ids": torch.zeros(2, 4, 2).long()}, ValueError, "ids"),
+        ({"weights": [0]}, TypeError, "weights"),
+        ({"weights": torch.ones(2, 3, 3)}, ValueError, "weights"),
+        ({"weights": torch.ones(2, 3, 2).long()}, TypeError, "weights"),
+        ({"prompt_length": -1}, ValueError, "prompt_length"),
+        ({"logprobs": torch.zeros(2, 4)}, ValueError, "logprobs"),
+        ({"logprobs": [0.0]}, TypeError, "logprobs"),
+        ({"logprobs": torch.zeros(2, 3).long()}, TypeError, "logprobs"),
+    ],
+)
+def test_bad_fields_are_named(change, error, name):
+    with pytest.raises(error, match=name):
+        MixRecord(**good(**change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt_length": 2}, {"ids": torch.zeros(2, 3, 1).long(), "weights": torch.ones(2, 3, 1)},
+     {"logprobs": torch.zeros(2, 3)}],
+)  # fmt: skip
+def test_records_that_do_not_fit_together(change):
+    with pytest.raises(ValueError, match="agree"):
+        MixRecord.cat([MixRecord(**good()), MixRecord(**good(**change))])
+    with pytest.raises(ValueError, match="records"):
+        MixRecord.cat([])
