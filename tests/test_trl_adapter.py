@@ -391,3 +391,21 @@ def test_a_changed_trl_stops_the_import(monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setattr(GRPOTrainer, name, None)
     with pytest.raises(ImportError, match=name):
         adapter._check_trl()
+
+
+def test_the_readmes_script_trains(checkpoint: str, tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (script,) = (block.split("```")[0] for block in readme.split("```python\n")[1:] if "NGRPOTrainer" in block)
+    assert len(script.strip().splitlines()) <= 25
+    for old, new in (
+        ('model="Qwen/Qwen2.5-0.5B-Instruct",', f"model={checkpoint!r}, processing_class=tokenizer(),"),
+        (
+            'output_dir="out",',
+            f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False, report_to='none', max_steps=1,",
+        ),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(script, names)
+    assert max(logged(names["trainer"], "mix/replay_error")) <= PARITY

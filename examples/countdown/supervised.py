@@ -30,16 +30,11 @@ def supervised_checkpoint(
     progress = tqdm(range(steps), desc="supervised", unit="step")
     for _ in progress:
         examples = list(itertools.islice(stream, BATCH))
-        prompts = [tokenizer(problem.prompt)["input_ids"] for problem, _ in examples]
-        answers = [tokenizer(equation)["input_ids"] + [tokenizer.eos_token_id] for _, equation in examples]
-        width = max(map(len, answers))
-        # Prompts are of one length; only the answer is learned.
-        pads = [width - len(answer) for answer in answers]
-        rows = zip(prompts, answers, pads, strict=True)
-        input_ids = torch.tensor([p + a + [tokenizer.pad_token_id] * n for p, a, n in rows])
-        rows = zip(prompts, answers, pads, strict=True)
-        labels = torch.tensor([[-100] * len(p) + a + [-100] * n for p, a, n in rows])
-        loss = model(input_ids=input_ids, labels=labels).loss
+        texts = [f"{problem.prompt} {equation} {tokenizer.eos_token}" for problem, equation in examples]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        labels[:, : len(examples[0][0].prompt.split())] = -100  # prompts are of one length; only the answer is learned
+        loss = model(input_ids=batch["input_ids"], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
