@@ -58,15 +58,18 @@ class MixingConfig:
         for name, allowed in (("metric", Metric), ("strategy", Strategy), ("variant", Variant)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-            if len(self.allowed_token_ids) < self.k:
-                raise ValueError(
-                    f"allowed_token_ids must name at least k = {self.k} tokens, got {len(self.allowed_token_ids)}"
-                )
         for name in ("stop_token_ids", "allowed_token_ids"):
-            if any(token < 0 for token in getattr(self, name) or ()):
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit in 64 bits, got {self.seed!r}")
+            tokens = getattr(self, name)
+            if tokens is None:
+                continue
+            if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
+                raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")
+            object.__setattr__(self, name, tuple(tokens))
+        if self.allowed_token_ids is not None and len(set(self.allowed_token_ids)) < self.k:
+            raise ValueError(
+                f"allowed_token_ids must name at least k = {self.k} tokens, got {self.allowed_token_ids!r}"
+            )
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer of 64 bits, got {self.seed!r}")
+        if not isinstance(self.loss_on_mixed_steps, bool):
+            raise ValueError(f"loss_on_mixed_steps must be True or False, got {self.loss_on_mixed_steps!r}")

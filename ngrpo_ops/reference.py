@@ -156,6 +156,7 @@ def decode_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     word, high, low, _ = philox(seed, row_ids, step)
     gate = bernoulli(word, mixing_rate)
+    _require_ids_in_range(neighbor_ids, logits.shape[1], "neighbor_ids")
     ids = neighbor_candidates(logits, neighbor_ids)
     weights = candidate_weights(logits, ids, temperature, variant).float()
     scaled = logits.to(compute_dtype(logits)) / temperature
@@ -245,11 +246,11 @@ def group_advantages_backward(
     def total(x: Tensor) -> Tensor:
         return x.new_zeros(int(group.max()) + 1).index_add_(0, group, x)[group]
 
-    grad = grad.to(centered.dtype)
+    grad = torch.where(valid, grad, 0).to(centered.dtype)
     direct = grad * factor / divisor
     out = torch.where(valid, direct - total(direct) / count.clamp(min=1), 0)
     # What reaches the divisor; a spread of zero passes none (the one-sided derivative is not a gradient).
-    to_divisor = -grad * factor * centered / divisor.square()
+    to_divisor = -direct * centered / divisor
     if scale == "std":
         slope = torch.where(spread > 0, centered / ((count - ddof).clamp(min=1) * spread), 0)
         out = out + total(to_divisor) * slope

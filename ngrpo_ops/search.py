@@ -25,6 +25,7 @@ _QUERY_TILE = 2048
 _COLUMN_TILE = 8192
 _TILE_ELEMENTS = 2**23  # of one tile of rows, float32; half of it for the queries
 _PAIR_ELEMENTS = 2**21  # of one block of re-scored pairs
+_PAIRS_AT_ONCE = 2**18  # sorted together where many rows are as near as the k-th
 _UNIT_ROUNDOFF = 2.0**-24  # float32
 
 Progress = Callable[[int, int], None]
@@ -154,6 +155,13 @@ def _prepared(rows: ScoredRows, queries: Tensor, slack: float) -> Tensor:
     return rows[queries] if rows.metric == "l1" else _augmented(rows, queries, slack, queries=True)
 
 
+def _fill_at(matrix: Tensor, tile_ids: Tensor, ids: Tensor, value: float | bool) -> None:
+    """In place, `value` where row i of a matrix over the ascending `tile_ids` has one of `ids[i]` [Q, n]."""
+    position = torch.searchsorted(tile_ids, ids).clamp(max=tile_ids.numel() - 1)
+    row, which = (tile_ids[position] == ids).nonzero(as_tuple=True)
+    matrix[row, position[row, which]] = value
+
+
 def _best_pairs(rows: Tensor, columns: Tensor, scores: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
     """The k best pairs of each of `count` rows, equal scores by the lower column; every row must have k pairs."""
     order = torch.argsort(columns, stable=True)
@@ -168,23 +176,28 @@ def _exhaustive(
     rows: ScoredRows, queries: Tensor, allowed: Tensor | None, ids: Tensor, scores: Tensor, slack: float
 ) -> tuple[Tensor, Tensor]:
     """The exact top k of `queries`, given k re-scored neighbours of each as the threshold to beat."""
-    count, k = ids.shape
+    k = ids.shape[1]
     prepared = _prepared(rows, queries, slack)
-    local = torch.arange(count, device=ids.device)
+    ids, scores = ids.clone(), scores.clone()
     for index, tile_ids in rows.column_tiles(allowed):
         reaches = _optimistic(rows, prepared, index, slack) >= scores[:, -1:]
-        reaches &= tile_ids != queries[:, None]
-        row, column = reaches.nonzero(as_tuple=True)
-        column = tile_ids[column]
-        fresh = (column[:, None] != ids[row]).all(1)  # what is already among the k must not enter twice
-        row, column = row[fresh], column[fresh]
-        ids, scores = _best_pairs(
-            torch.cat([local.repeat_interleave(k), row]),
-            torch.cat([ids.reshape(-1), column]),
-            torch.cat([scores.reshape(-1), rows.pair_scores(queries[row], column)]),
-            count,
-            k,
-        )
+        # Not the query itself, nor what is already among the k.
+        _fill_at(reaches, tile_ids, torch.cat([queries[:, None], ids], dim=1), False)
+        many = reaches.sum(1).cumsum(0) // _PAIRS_AT_ONCE
+        for part in torch.arange(len(queries), device=ids.device).split(
+            many.unique_consecutive(return_counts=True)[1].tolist()
+        ):
+            row, column = reaches[part].nonzero(as_tuple=True)
+            if not row.numel():
+                continue
+            column = tile_ids[column]
+            ids[part], scores[part] = _best_pairs(
+                torch.cat([torch.arange(len(part), device=ids.device).repeat_interleave(k), row]),
+                torch.cat([ids[part].reshape(-1), column]),
+                torch.cat([scores[part].reshape(-1), rows.pair_scores(queries[part[row]], column)]),
+                len(part),
+                k,
+            )
     return ids, scores
 
 
@@ -229,9 +242,7 @@ def search(
         kept_ids = ids.new_empty(ids.numel(), 0)
         for index, tile_ids in rows.column_tiles(allowed):
             optimistic = _optimistic(rows, prepared, index, slack)
-            itself = torch.searchsorted(tile_ids, ids).clamp(max=tile_ids.numel() - 1)
-            inside = (tile_ids[itself] == ids).nonzero().squeeze(1)
-            optimistic[inside, itself[inside]] = -torch.inf
+            _fill_at(optimistic, tile_ids, ids[:, None], -torch.inf)
             scores, position = optimistic.topk(min(candidates, tile_ids.numel()), dim=1)
             kept_scores = torch.cat([kept_scores, scores], dim=1)
             kept_ids = torch.cat([kept_ids, tile_ids[position]], dim=1)

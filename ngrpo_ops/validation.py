@@ -66,7 +66,7 @@ def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 
 
 def require_positive(value: float, name: str) -> None:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 

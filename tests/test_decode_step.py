@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import assert_within, compute_roundoff, dtypes, generators, lay_out, layouts, rounding, unit_roundoff
 from torch import Tensor
 
-from ngrpo_ops import candidate_weights, decode_step
+from ngrpo_ops import candidate_weights, decode_step, reference
 from ngrpo_ops.random import bernoulli, philox, uniform
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -60,6 +60,14 @@ def test_uniform_and_bernoulli_at_their_ends():
     assert bernoulli(ends, 0.0).tolist() == [False, False]
     assert bernoulli(ends, 1.0).tolist() == [True, True]
     assert bernoulli(torch.tensor([2**31 - 1, 2**31]), 0.5).tolist() == [True, False]
+
+
+def test_a_draw_at_the_edge_of_a_token():
+    """Each token owns [mass before it, mass up to it): one without mass is never drawn, not even by u = 0."""
+    scaled = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    draws = {0.0: 1, 0.5 - 2.0**-53: 1, 0.5: 3, 1 - 2.0**-53: 3, 1.0: 3}
+    for u, token in draws.items():
+        assert reference.sample(scaled, torch.tensor([u], dtype=torch.float64)).tolist() == [token]
 
 
 def assert_binomial(count: int, n: int, p: float) -> None:

@@ -101,7 +101,7 @@ def test_trainers(trainer, options, formula):
 
 
 @given(
-    reward=st.floats(-1e30, 1e30) | st.sampled_from([0.1, 1e8 + 1, 0.7, -1 / 3]),
+    reward=st.floats(1e-6, 1e30) | st.floats(-1e30, -1e-6) | st.sampled_from([0.0, 0.1, 1e8 + 1, 0.7, -1 / 3]),
     n=st.integers(1, 9),
     eps=st.sampled_from([0.0, 1e-9, 1e-4]),
     dtype=dtypes,

@@ -142,10 +142,25 @@ def test_another_shape_or_dtype_rebuilds():
         assert_fresh(neighbors, changed)
 
 
-def test_in_place_updates_are_seen():
+def test_movement_is_measured_in_the_metrics_own_norm(monkeypatch):
+    """A small step in every coordinate is short in l2 and long in l1: 4 and 32 for the row that jumps here."""
+    monkeypatch.setattr(table, "_REBUILD_SHARE", 1.0)
+    embedding = torch.zeros(11, 64)
+    embedding[:8, 0] = torch.arange(8.0)
+    embedding[8:] = 0.5
+    neighbors = NeighborTable(2, metric="l1", candidates=7)
+    neighbors.refresh(embedding)
+    embedding[10] = 0.0
+    neighbors.refresh(embedding)
+    assert neighbors.ids[0].tolist() == [10, 1]
+    assert_fresh(neighbors, embedding)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_in_place_updates_are_seen(metric):
     """The trainer's optimizer writes into the very tensor the table was built from."""
     embedding = torch.randn(60, 8, requires_grad=True)
-    neighbors = NeighborTable(3)
+    neighbors = NeighborTable(3, metric=metric)
     neighbors.refresh(embedding)
     with torch.no_grad():
         embedding.copy_(torch.randn(60, 8))
