@@ -284,6 +284,8 @@ class NeighborMixing:
         self._mixers: dict[nn.Module, EmbeddingMixer] = {}
         self.mixer = self.attach(model)
         self.vocabulary = _vocabulary_size(model)
+        if self.config.k > self.vocabulary:
+            raise ValueError(f"k must be at most the vocabulary size {self.vocabulary}, got {self.config.k}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             beyond = [token for token in getattr(self.config, name) or () if token >= self.vocabulary]
             if beyond:
@@ -349,8 +351,9 @@ class NeighborMixing:
                 "differ cannot be mixed (resize_token_embeddings makes them equal)"
             )
         if self.config.strategy == "topk":
-            # A stable sort: among equal logits the lower id, so that column 0 is the argmax of the other strategies.
-            return scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.k]
+            # Raised, the anchor of the other strategies, the lowest id among equal maxima, comes first here too.
+            anchor = scores.argmax(-1, keepdim=True)
+            return scores.scatter(1, anchor, torch.inf).topk(self.config.k, dim=-1).indices
         if self.table is None:
             return neighbor_candidates(scores, scores.new_empty(self.vocabulary, 0, dtype=torch.int64))
         return neighbor_candidates(scores, self.table.ids)
@@ -365,7 +368,7 @@ class NeighborMixing:
             row_ids: int64 [B], what the gates of each row are drawn by; None: the next unused ones.
         """
         records: list[MixRecord] = []
-        original = self.model.generate
+        original, patched = self.model.generate, vars(self.model).get("generate")
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             output, record = self._generate(original, row_ids, *args, **kwargs)
@@ -376,7 +379,9 @@ class NeighborMixing:
         try:
             yield records
         finally:
-            del self.model.generate  # the instance attribute: the class's method is back
+            del self.model.generate  # the class's method is back, or what the user had put in its place
+            if patched is not None:
+                self.model.generate = patched
 
     def generate(self, input_ids: Tensor, *, row_ids: Tensor | None = None, **kwargs: Any) -> tuple[Any, MixRecord]:
         """`model.generate` with mixing.

@@ -214,6 +214,10 @@ def test_rollouts_mixes_generate_and_restores_it_after_an_error() -> None:
     with pytest.raises(ValueError, match="use_cache"), mixing.rollouts():
         model.generate(**batch, use_cache=False)
     assert "generate" not in vars(model)
+    model.generate = model.generate  # a user's own patch is put back
+    with mixing.rollouts():
+        pass
+    assert "generate" in vars(model)
 
 
 # Ends of rows -----------------------------------------------------------------------------------------------------
@@ -441,6 +445,8 @@ def test_models_that_cannot_be_mixed_are_refused() -> None:
         NeighborMixing(get_peft_model(tiny_model(), prompt), MixingConfig())
     with pytest.raises(ValueError, match="stop_token_ids must be below"):
         NeighborMixing(tiny_model(), MixingConfig(stop_token_ids=[VOCABULARY]))
+    with pytest.raises(ValueError, match="k must be at most the vocabulary"):
+        NeighborMixing(tiny_model(), MixingConfig(k=VOCABULARY + 1, strategy="topk"))
     larger = tiny_model()
     larger.resize_token_embeddings(VOCABULARY + 1)
     with pytest.raises(ValueError, match="same vocabulary"):
