@@ -206,16 +206,18 @@ class _Rollout(LogitsProcessor):
         forced = torch.full_like(scores, -torch.inf).scatter(1, anchor, scores.gather(1, anchor))
         return torch.where(gate[:, None], forced, scores)
 
-    def record(self, sequences: Tensor) -> MixRecord:
-        """The record of what was returned."""
+    def record(self, sequences: Tensor, pad: int | None) -> MixRecord:
+        """The record of what was returned; `pad` is given where a criterion of the user's may have ended rows."""
         completion = sequences[:, self.prompt_length :]
         length = completion.shape[1]
         self._finish_step(completion[:, len(self.steps) - 1])
         gate, ids, weights = (torch.stack(part, dim=1)[:, :length] for part in zip(*self.steps, strict=True))
-        # A row that a stop string or a criterion of the user's ended emits padding where its anchor was due.
-        emitted = (completion == ids[:, :, 0]) | ~gate
-        gate = gate & (emitted.cumprod(1) == 1)
         logprobs = torch.stack(self.logprobs, dim=1)[:, :length]
+        if pad is not None:  # such a row ends in padding, as one with an end token does
+            ended = (completion == pad).flip(1).cumprod(1).flip(1).bool()
+            gate, logprobs = gate & ~ended, logprobs.masked_fill(ended, 0.0)
+        if bool(((completion != ids[:, :, 0]) & gate).any()):
+            raise RuntimeError("a mixed step did not emit its anchor: another logits processor overruled it")
         return MixRecord(gate, ids, weights, self.prompt_length, logprobs)
 
 
@@ -431,7 +433,8 @@ class NeighborMixing:
             watching.remove()
             self.mixer.disarm()  # the last armed step is never embedded
         sequences = output if isinstance(output, Tensor) else output.sequences
-        return output, rollout.record(sequences)
+        ended_by_user = kwargs.get("stopping_criteria") or generation.stop_strings
+        return output, rollout.record(sequences, generation.pad_token_id if ended_by_user else None)
 
     @contextmanager
     def replay(self, record: MixRecord, model: nn.Module | None = None) -> Iterator[None]:

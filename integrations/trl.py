@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ try:
     import trl
     from transformers import ProcessorMixin
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     raise ImportError("this adapter needs TRL: pip install 'ngrpo-ops[trl]'") from error
@@ -31,9 +33,14 @@ from ngrpo_ops import MixingConfig, MixRecord
 
 from .transformers import NeighborMixing, refuse_generation
 
+logger = logging.get_logger(__name__)
+
 TESTED_TRL = "1.16"
 _STATE_FILE = "mixing_state.json"
 _PREFIX = "mix_"
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
+_REPLAY_TOLERANCE = 1e-3  # float32; cached and full forwards of a trained model differ by some 1e-5
 
 # The methods overridden are private to TRL: a change of theirs must stop the import, not the mixing.
 _EXPECTED_PARAMETERS = {
@@ -184,12 +191,7 @@ class NGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "FSDP and DeepSpeed ZeRO-3 shard the embedding table, which every rank needs whole: use DDP"
             )
-        for name, module in self.model.named_modules():
-            if name.split(".")[-1] == "wpe" and isinstance(module, nn.Embedding):
-                raise ValueError(
-                    f"model {type(self.model).__name__} has learned absolute positions ({name}): TRL's training "
-                    "forward numbers left-padded prompts differently from its rollout, so no rollout could be replayed"
-                )
+        _refuse_absolute_positions(self.model)
         refuse_generation(self.generation_config, dict(self.generation_kwargs))
         self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), args.mixing())
         if self.ref_model is not None:
@@ -307,7 +309,15 @@ class NGRPOTrainer(GRPOTrainer):
     def _log_replay_error(self, logps: Tensor, record: MixRecord, completion_mask: Tensor) -> None:
         assert record.logprobs is not None
         error = ((logps.detach() - record.logprobs).abs() * completion_mask).max()
-        self._metrics["train"]["mix/replay_error"].append(self.accelerator.gather(error).max().item())
+        largest = self.accelerator.gather(error).max().item()
+        self._metrics["train"]["mix/replay_error"].append(largest)
+        exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+        if exact and not largest <= _REPLAY_TOLERANCE:
+            logger.warning_once(
+                f"mix/replay_error is {largest:.2g}, far above rounding in float32: this model does not see in "
+                "training what it saw in the rollout (positions that count the padding, dropout, or a patched "
+                "forward?), and its importance ratios are wrong, with or without mixing"
+            )
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -326,6 +336,32 @@ class NGRPOTrainer(GRPOTrainer):
         if path is not None and os.path.exists(path):  # a checkpoint of GRPOTrainer has none
             with open(path) as file:
                 self.mixing.load_state_dict(json.load(file))
+
+
+@torch.no_grad()
+def _refuse_absolute_positions(model: Any) -> None:
+    """TRL's training forward passes no positions: a model that numbers left padding too sees other inputs there.
+
+    Only models with a module named like position embeddings are tried, padded against unpadded.
+    """
+    suspects = [name for name, _ in model.named_modules() if _POSITIONS.search(name)]
+    if not suspects:
+        return
+    training, device = model.training, model.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=device)[None] % vocabulary
+    mask = torch.ones_like(ids)
+    padded = {"input_ids": torch.cat([ids, ids], 1), "attention_mask": torch.cat([1 - mask, mask], 1)}
+    model.eval()
+    try:
+        seen = [model(**inputs).logits[:, -1].float().log_softmax(-1) for inputs in ({"input_ids": ids}, padded)]
+    finally:
+        model.train(training)
+    if (seen[0] - seen[1]).abs().max() > (1e-3 if model.dtype == torch.float32 else 1e-1):
+        raise ValueError(
+            f"model {type(model).__name__} has absolute positions ({suspects[0]}) that count left padding: TRL's "
+            "training forward numbers a padded prompt differently from its rollout, so no rollout could be replayed"
+        )
 
 
 def _refuse_settings(args: NGRPOConfig, given: dict[str, Any]) -> None:

@@ -12,10 +12,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 
 VOCABULARY = 67
@@ -43,6 +47,21 @@ def tiny_model(family: str = "qwen2", tied: bool = False, scale: float = 3.0) ->
         "gemma": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SHAPE, tie_word_embeddings=tied)),
         "gpt2": lambda: GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, pad_token_id=PAD, eos_token_id=EOS)
+        ),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(**_SHAPE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
+        ),
+        "xglm": lambda: XGLMForCausalLM(
+            XGLMConfig(
+                vocab_size=VOCABULARY,
+                d_model=32,
+                ffn_dim=64,
+                num_layers=1,
+                attention_heads=2,
+                pad_token_id=PAD,
+                eos_token_id=EOS,
+                max_position_embeddings=64,
+            )
         ),
     }
     torch.manual_seed(0)

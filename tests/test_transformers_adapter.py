@@ -272,6 +272,7 @@ def test_a_row_ended_by_a_criterion_of_the_user_is_no_longer_gated() -> None:
     assert (completion[0] == PAD).any()
     assert not record.gate[completion == PAD].any()
     assert record.gate[completion != PAD].all()
+    assert torch.equal(record.logprobs == 0, completion == PAD)
 
 
 # Replay -----------------------------------------------------------------------------------------------------------

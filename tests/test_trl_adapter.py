@@ -148,6 +148,16 @@ def test_without_the_replay_the_error_is_large(train: Any, settings: dict, monke
     assert max(logged(trainer, "mix/replay_error")) > 1e-2
 
 
+def test_an_error_beyond_rounding_is_warned_of(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(adapter.logger, "warning_once", said.append)
+    train(steps=1, mixing_rate=0.5)
+    assert not said
+    monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
+    train(steps=1, mixing_rate=0.5)
+    assert "mix/replay_error" in said[0]
+
+
 def test_old_current_and_reference_see_the_same_history(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first update the three models are one: each must give the rollout's own log-probabilities."""
     scored: list[tuple[Any, torch.Tensor]] = []
@@ -329,8 +339,10 @@ def test_settings_under_which_nothing_would_mix_are_refused(train: Any, settings
 
 
 def test_models_that_cannot_be_replayed_are_refused(train: Any) -> None:
-    with pytest.raises(ValueError, match="absolute positions"):
-        train.make(model=tiny_model("gpt2"))
+    for family in ("gpt2", "xglm"):
+        with pytest.raises(ValueError, match="absolute positions"):
+            train.make(model=tiny_model(family))
+    train.make(model=tiny_model("opt"))  # numbers its positions by the mask
     prompt = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="peft_config"):
         train.make(model=prompt)
