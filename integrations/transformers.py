@@ -194,6 +194,10 @@ class _Rollout(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self.steps)
         if step:
+            if self.mixing.mixer._next is not None:
+                raise RuntimeError(
+                    "the last mix was not embedded: the model's input embeddings were replaced, or remove() was called"
+                )
             self._finish_step(input_ids[:, -1])
         self.logits = self.fresh_logits
         ids = self.mixing._candidates(scores)
@@ -434,7 +438,10 @@ class NeighborMixing:
             self.mixer.disarm()  # the last armed step is never embedded
         sequences = output if isinstance(output, Tensor) else output.sequences
         ended_by_user = kwargs.get("stopping_criteria") or generation.stop_strings
-        return output, rollout.record(sequences, generation.pad_token_id if ended_by_user else None)
+        pad = generation.pad_token_id
+        if pad is None and rollout.eos.numel():  # generate pads with the end token then
+            pad = int(rollout.eos[0])
+        return output, rollout.record(sequences, pad if ended_by_user else None)
 
     @contextmanager
     def replay(self, record: MixRecord, model: nn.Module | None = None) -> Iterator[None]:

@@ -60,7 +60,7 @@ class MixingConfig:
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             tokens = getattr(self, name)
-            if tokens is None:
+            if tokens is None and name == "allowed_token_ids":
                 continue
             if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
                 raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")

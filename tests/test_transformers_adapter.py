@@ -464,6 +464,14 @@ def test_allowed_token_ids_are_the_only_neighbours() -> None:
     assert torch.isin(record.ids[..., 1:], torch.tensor(allowed)).all()
 
 
+def test_a_mix_that_is_not_embedded_stops_the_rollout() -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    mixing.remove()
+    with pytest.raises(RuntimeError, match="not embedded"):
+        mixing.generate(**left_padded(), max_new_tokens=4)
+
+
 def test_disabled_progress_bars() -> None:
     logging.disable_progress_bar()
     try:
