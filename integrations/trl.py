@@ -376,6 +376,15 @@ def _refuse_settings(args: NGRPOConfig, given: dict[str, Any]) -> None:
             args.use_transformers_continuous_batching,
             "continuous batching does not go through generate",
         ),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha,
+            "its noise on the embeddings is drawn anew in every training forward, so no rollout could be replayed",
+        ),
+        "generation_kwargs": (
+            {"temperature", "do_sample", "eos_token_id", "num_return_sequences"} & set(args.generation_kwargs or {}),
+            "temperature, do_sample, eos_token_id and num_return_sequences there change the rollout but not what the "
+            "trainer scores; set the temperature in NGRPOConfig, and end tokens in the model's generation_config",
+        ),
         "rollout_func": (given.get("rollout_func"), "a rollout of your own is not mixed"),
         "tools": (given.get("tools"), "a tool's turn encodes the earlier turns again, without their mixes"),
         "environment_factory": (
