@@ -1,5 +1,6 @@
 """N-GRPO (arXiv 2606.10768) as components: neighbour mixing for GRPO rollouts, for the trainers people already use."""
 
+from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
 from .functional import (
     DecodeStep,
@@ -17,12 +18,14 @@ from .table import NeighborTable, RefreshReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADVANTAGE_PRESETS",
     "DecodeStep",
     "MixRecord",
     "MixingConfig",
     "NearestNeighbors",
     "NeighborTable",
     "RefreshReport",
+    "Whitening",
     "candidate_weights",
     "decode_step",
     "group_advantages",

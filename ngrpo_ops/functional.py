@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple, get_args, overload
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import advantages, backends, ops, reference
+from .advantages import Whitening
 from .config import Metric, Variant
 from .search import Progress
 from .validation import (
@@ -16,6 +17,7 @@ from .validation import (
     require_embedding,
     require_floating,
     require_ids,
+    require_integer,
     require_mask,
     require_positive,
     require_same_device,
@@ -125,13 +127,31 @@ def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, 
     return reference.candidate_weights(logits, ids, temperature, variant)
 
 
-def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def mix_embeddings(
+    embedding: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    padding_id: int | None = None,
+    out_rows: Tensor | None = None,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor:
     """Weighted sum of embedding rows, sum_c weights_c E[ids_c] (equation 10): the input of a mixed step.
 
     Args:
         embedding: E [V, d], floating point.
         ids: int64 [..., k], values in [0, V); repeated ids add up.
-        weights: floating point, the shape of `ids`. They need not sum to 1.
+        weights: floating point, the shape of `ids`. They need not sum to 1. A weight of 0 adds nothing, whatever its
+            row holds; a position with a single weight, 1, is a copy of its row.
+        padding_id: candidates of this id are not there: they add nothing and get no gradient. It may lie outside
+            [0, V), -1 say. None: no such id.
+        out_rows: int64 [M], the positions, counted over the leading shape, that are wanted; the result is [M, d] and
+            only they are computed. None: all.
+        deterministic: the gradient of E is summed in a fixed order, in float32, and written once in E's dtype. False
+            lets the GPU kernel add atomically instead; torch.use_deterministic_algorithms(True) overrules it.
+        backend: None, "eager" or "triton"; None is "triton" on a GPU for k <= 32 and up to float32, or under
+            TRITON_INTERPRET=1.
 
     Returns:
         [..., d] in E's dtype, accumulated in float32 (float64 for float64). Differentiable once in `embedding` (a
@@ -139,7 +159,8 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
     Raises:
         TypeError: ids that are not int64, a DTensor. ValueError: shapes that do not fit, an empty table or no
-            candidates, ids out of range (checked on the CPU; an accelerator asserts in its own indexing).
+            candidates, ids out of range (checked on the CPU; on a GPU such a position is NaN), a backend that cannot
+            be used.
     """
     require_embedding(embedding)
     require_ids(ids, "ids")
@@ -149,7 +170,20 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     require_shape(weights, tuple(ids.shape), "weights", "that of ids")
     require_same_device("ids", ids, "embedding", embedding)
     require_same_device("weights", weights, "embedding", embedding)
-    return ops.mix_embeddings(embedding, ids, weights)
+    require_integer(padding_id, "padding_id", optional=True)
+    k, d = ids.shape[-1], embedding.shape[1]
+    shape = ids.shape[:-1]
+    ids, weights = ids.reshape(-1, k), weights.reshape(-1, k)
+    if out_rows is not None:
+        require_ids(out_rows, "out_rows")
+        if out_rows.dim() != 1:
+            raise ValueError(f"out_rows must be [M], got shape {tuple(out_rows.shape)}")
+        require_same_device("out_rows", out_rows, "embedding", embedding)
+        reference.require_ids_in_range(out_rows, ids.shape[0], "out_rows")
+        shape, ids, weights = out_rows.shape, ids[out_rows], weights[out_rows]
+    unsupported = f"the kernel takes k <= {_MAX_K}, got {k}" if k > _MAX_K else None
+    backend = backends.choose(backend, embedding, unsupported)
+    return ops.mix_embeddings(embedding, ids, weights, padding_id, deterministic, backend).view(*shape, d)
 
 
 def decode_step(
@@ -250,102 +284,179 @@ def group_advantages(
     *,
     group_size: int | None = None,
     group_ids: Tensor | None = None,
+    offsets: Tensor | None = None,
     baseline: str = "mean",
     scale: str = "std",
     ddof: int = 1,
     eps: float = 1e-4,
     mask: Tensor | None = None,
+    reward_weights: Tensor | None = None,
+    aggregation: str = "sum_then_normalize",
+    nan_policy: str = "propagate",
+    singles: str = "zero",
+    whitening: Whitening | None = None,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Group-relative advantages (r - baseline) / (scale + eps), one a completion (equation 12).
 
-    The defaults are those of TRL's GRPOTrainer; verl takes eps=1e-6, OpenRLHF 1e-9; Dr. GRPO is scale="none"; RLOO is
-    baseline="leave_one_out", scale="none"; MaxRL is scale="mean".
+    The defaults are those of TRL's GRPOTrainer; `ADVANTAGE_PRESETS` has the settings of each trainer's modes:
+    `group_advantages(rewards, group_size=8, **ADVANTAGE_PRESETS["verl/rloo"])`.
 
     Args:
-        rewards: [N], floating point; computed in float32 (float64 for float64).
-        group_size: rows of a group, one after the other; divides N. Exactly one of it and `group_ids` is given.
+        rewards: [N], or [N, R] from R reward functions; floating point; computed in float32 (float64 for float64).
+        group_size: rows of a group, one after the other; divides N. Exactly one of it, `group_ids` and `offsets` is
+            given.
         group_ids: int64 [N], a label a row; groups need not be contiguous nor equal in size.
-        baseline: "mean" of the group, or "leave_one_out", the mean of the group's others.
+        offsets: int64 [G + 1], from 0 to N and never falling: group g is rows offsets[g] to offsets[g + 1].
+        baseline: "mean" of the group, "leave_one_out", the mean of the group's others, or "none".
         scale: "std" of the group, "batch_std" over all rows, "mean" of the group, or "none" (then eps is not used).
         ddof: the standard deviations divide by (n - ddof).
         eps: added to the scale, >= 0. Equal rewards give exactly 0 whatever it is.
-        mask: bool [N]; False rows have no part in any statistic and get 0. A NaN reward that is not masked makes its
-            group NaN.
+        mask: bool [N]; False rows have no part in any statistic and get 0.
+        reward_weights: [R], floating point; of the reward functions. None: 1 each.
+        aggregation: for R functions, "sum_then_normalize", or "normalize_then_sum" (GDPO): each normalised by itself.
+        nan_policy: "propagate": a NaN reward makes its group NaN; "omit": it has no part in any statistic, a row whose
+            rewards are all NaN gets 0, and a sum over functions goes over those that are not NaN.
+        singles: a group of one row gives 0 ("zero") or its reward over 1 + eps ("keep", as verl does). It is not asked
+            where neither baseline nor scale is the group's: baseline="none" with scale "none", "mean" or "batch_std".
+        whitening: a `Whitening` of the advantages over the whole batch; rows without an advantage are left out.
+        lengths: int64 [N], tokens of each completion: the whitening's statistics go over tokens. None: over rows.
+        backend: None, "eager" or "triton"; None is "triton" on a GPU up to float32, or under TRITON_INTERPRET=1.
 
     Returns:
-        advantages [N] in the dtype of `rewards`; a group with fewer than two rows in the mask gives 0. Differentiable
-        once in `rewards`.
+        advantages [N] in the dtype of `rewards`. Differentiable once in `rewards`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; a group_size that
-            does not divide N; both or neither of group_size and group_ids.
+            does not divide N; not exactly one of group_size, group_ids and offsets; a backend that cannot be used.
     """
     require_tensor(rewards, "rewards")
-    if rewards.dim() != 1 or not rewards.is_floating_point() or rewards.numel() == 0:
+    if rewards.dim() not in (1, 2) or not rewards.is_floating_point() or rewards.numel() == 0:
         raise ValueError(
-            f"rewards must be a non-empty floating-point [N], got {rewards.dtype} of shape {tuple(rewards.shape)}"
+            f"rewards must be a non-empty floating-point [N] or [N, R], got {rewards.dtype} of shape "
+            f"{tuple(rewards.shape)}"
         )
-    count = rewards.shape[0]
-    if (group_size is None) == (group_ids is None):
-        raise ValueError("exactly one of group_size and group_ids must be given")
-    if group_size is not None:
-        if group_size < 1 or count % group_size:
-            raise ValueError(f"group_size must divide the {count} rewards, got {group_size}")
-        group_ids = torch.arange(count, device=rewards.device) // group_size
-    assert group_ids is not None
-    require_ids(group_ids, "group_ids")
-    require_shape(group_ids, (count,), "group_ids", "[N]")
-    require_same_device("group_ids", group_ids, "rewards", rewards)
-    require_choice(baseline, ("mean", "leave_one_out"), "baseline")
+    count, functions = rewards.shape[0], rewards.shape[1] if rewards.dim() == 2 else 1
+    require_choice(baseline, ("mean", "leave_one_out", "none"), "baseline")
     require_choice(scale, ("std", "batch_std", "mean", "none"), "scale")
+    require_choice(aggregation, ("sum_then_normalize", "normalize_then_sum"), "aggregation")
+    require_choice(nan_policy, ("propagate", "omit"), "nan_policy")
+    require_choice(singles, ("zero", "keep"), "singles")
+    require_integer(ddof, "ddof")
     if ddof < 0:
         raise ValueError(f"ddof must be at least 0, got {ddof}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
+    if whitening is not None and not isinstance(whitening, Whitening):
+        raise TypeError(f"whitening must be a Whitening or None, got {whitening!r}")
+    if lengths is not None and whitening is None:
+        raise ValueError("lengths are read only with a whitening")
     if mask is not None:
         require_mask(mask, (count,), "mask", "[N]")
         require_same_device("mask", mask, "rewards", rewards)
-    return ops.group_advantages(rewards, group_ids, baseline, scale, ddof, eps, mask)
+    if reward_weights is not None:
+        require_floating(reward_weights, "reward_weights")
+        require_shape(reward_weights, (functions,), "reward_weights", "[R]")
+        require_same_device("reward_weights", reward_weights, "rewards", rewards)
+    if lengths is not None:
+        require_ids(lengths, "lengths")
+        require_shape(lengths, (count,), "lengths", "[N]")
+        require_same_device("lengths", lengths, "rewards", rewards)
+    groups = _group_layout(rewards, group_size, group_ids, offsets)
+    options = advantages.Options(
+        baseline, scale, ddof, float(eps), singles, nan_policy == "omit", aggregation == "normalize_then_sum",
+        whitening, backends.choose(backend, rewards),
+    )  # fmt: skip
+    columns = rewards if rewards.dim() == 2 else rewards[:, None]
+    return advantages.compute(columns, groups, options, mask, reward_weights, lengths)
+
+
+def _group_layout(
+    rewards: Tensor, group_size: int | None, group_ids: Tensor | None, offsets: Tensor | None
+) -> advantages.Groups:
+    count = rewards.shape[0]
+    if sum(x is not None for x in (group_size, group_ids, offsets)) != 1:
+        raise ValueError("exactly one of group_size, group_ids and offsets must be given")
+    if group_size is not None:
+        require_integer(group_size, "group_size")
+        if group_size < 1 or count % group_size:
+            raise ValueError(f"group_size must divide the {count} rewards, got {group_size}")
+        return advantages.Groups(None, None, group_size)
+    if group_ids is not None:
+        require_ids(group_ids, "group_ids")
+        require_shape(group_ids, (count,), "group_ids", "[N]")
+        require_same_device("group_ids", group_ids, "rewards", rewards)
+        return advantages.Groups.of_labels(group_ids)
+    assert offsets is not None
+    require_ids(offsets, "offsets")
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must be [G + 1] with G >= 1, got shape {tuple(offsets.shape)}")
+    require_same_device("offsets", offsets, "rewards", rewards)
+    readable = offsets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any())):
+        raise ValueError(f"offsets must go from 0 to N = {count} and never fall, got {offsets.tolist()}")
+    return advantages.Groups(None, offsets, 1)
 
 
 @overload
 def selective_log_softmax(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, return_entropy: Literal[False] = False
-) -> Tensor: ...
+    logits: Tensor, ids: Tensor, *, temperature: float = ..., return_entropy: Literal[False] = ...,
+    in_place_backward: bool = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def selective_log_softmax(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, return_entropy: Literal[True]
-) -> tuple[Tensor, Tensor]: ...
+    logits: Tensor, ids: Tensor, *, temperature: float = ..., return_entropy: Literal[True],
+    in_place_backward: bool = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_log_softmax(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, return_entropy: bool = False
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    in_place_backward: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-softmax of logits / temperature at the given ids, without a [N, V] result.
+    """Log-softmax of logits / temperature at the given ids, and the entropy, in one pass and without a second [N, V].
 
     Args:
-        logits: [N, V], floating point.
-        ids: int64 [N] or [N, k], values in [0, V).
+        logits: [..., V], floating point, of any strides: logits[:, :-1] of [B, T, V] is not copied.
+        ids: int64 [...] or [..., k] over the rows of logits, values in [0, V).
         temperature: tau > 0.
         return_entropy: also return the entropy of each row, in nats.
+        in_place_backward: the gradient is written over the logits, which nothing may read after the backward pass
+            (torch raises where its autograd would). Not taken under torch.compile, which plans memory itself.
+        backend: None, "eager" or "triton"; None is "triton" on a GPU up to float32, or under TRITON_INTERPRET=1.
 
     Returns:
         log-probabilities of the shape of `ids`, float32 (float64 for float64 logits), and with `return_entropy` a pair
-        with the entropy [N]. Differentiable once in `logits`; the gradient is in the dtype of `logits`.
+        with the entropy [...]. Differentiable once in `logits`; the gradient is in the dtype of `logits`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; ids out of range
-            (checked on the CPU; an accelerator asserts in its own indexing).
+            (checked on the CPU; on a GPU they give NaN); a backend that cannot be used.
     """
     require_tensor(logits, "logits")
     require_ids(ids, "ids")
-    if logits.dim() != 2 or not logits.is_floating_point() or logits.numel() == 0:
+    if logits.dim() < 1 or not logits.is_floating_point() or logits.numel() == 0:
         raise ValueError(
-            f"logits must be a non-empty floating-point [N, V], got {logits.dtype} of shape {tuple(logits.shape)}"
+            f"logits must be a non-empty floating-point [..., V], got {logits.dtype} of shape {tuple(logits.shape)}"
         )
-    if ids.dim() not in (1, 2) or ids.shape[0] != logits.shape[0] or ids.numel() == 0:
-        raise ValueError(f"ids must be [N] or [N, k] with N = {logits.shape[0]}, got shape {tuple(ids.shape)}")
+    lead = logits.shape[:-1]
+    many = ids.dim() == logits.dim()
+    if ids.numel() == 0 or (ids.shape[:-1] if many else ids.shape) != lead:
+        raise ValueError(f"ids must be {(*lead,)} or {(*lead, 'k')} for these logits, got shape {tuple(ids.shape)}")
     require_same_device("ids", ids, "logits", logits)
     require_positive(temperature, "temperature")
-    columns = ids if ids.dim() == 2 else ids[:, None]
-    logprobs, entropy = ops.selective_log_softmax(logits, columns, temperature, return_entropy)
-    logprobs = logprobs if ids.dim() == 2 else logprobs.squeeze(1)
-    return (logprobs, entropy) if return_entropy else logprobs
+    rows = logits[(None,) * (3 - logits.dim())] if logits.dim() < 3 else logits.flatten(0, -3)  # [b, t, V]
+    columns = ids.reshape(-1, ids.shape[-1] if many else 1)
+    in_place = in_place_backward and not torch.compiler.is_compiling()
+    logprobs, entropy, _ = ops.selective_log_softmax(
+        rows, columns, temperature, return_entropy, in_place, backends.choose(backend, logits)
+    )
+    logprobs = logprobs.view(ids.shape)
+    return (logprobs, entropy.view(lead)) if return_entropy else logprobs
+
+
+_MAX_K = 32  # of the kernel of mix_embeddings

@@ -1,16 +1,24 @@
 """Registration of the operations with torch: schema, implementation, shape function, autograd.
 
-Every device runs the eager implementation of `reference` unless a kernel is registered for it. Each backward is an
-operation of its own without an autograd formula: a second derivative raises instead of being silently wrong.
+`backend` is an argument of the operations that have kernels, so that a compiled graph shows what runs. Each backward is
+an operation of its own whose derivative is refused: a second one raises instead of being silently wrong.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
-from . import reference
+from . import cpu, reference
+from .backends import kernels
+
+
+def _refuse_second_derivative(backward: CustomOpDef, name: str) -> None:
+    def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise NotImplementedError(f"{name} can be differentiated once: its gradient has no derivative")
+
+    backward.register_autograd(refuse)
 
 
 @custom_op("ngrpo::nearest_neighbors", mutates_args=())
@@ -27,47 +35,82 @@ def _(embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: T
 
 
 @custom_op("ngrpo::mix_embeddings", mutates_args=())
-def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return reference.mix_embeddings(embedding, ids, weights)
+def mix_embeddings(
+    embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, deterministic: bool, backend: str
+) -> Tensor:
+    if backend == "triton":
+        return kernels("mix_embeddings").forward(embedding, ids, weights, padding_id)
+    return (cpu if embedding.device.type == "cpu" else reference).mix_embeddings(embedding, ids, weights, padding_id)
 
 
 @mix_embeddings.register_fake
-def _(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return embedding.new_empty(*ids.shape[:-1], embedding.shape[1])
+def _(
+    embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, deterministic: bool, backend: str
+) -> Tensor:
+    return embedding.new_empty(ids.shape[0], embedding.shape[1])
 
 
 @custom_op("ngrpo::mix_embeddings_grad_embedding", mutates_args=())
-def mix_embeddings_grad_embedding(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return reference.mix_embeddings_grad_embedding(grad, embedding, ids, weights)
+def mix_embeddings_grad_embedding(
+    grad: Tensor,
+    embedding: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    padding_id: int | None,
+    deterministic: bool,
+    backend: str,
+) -> Tensor:
+    if backend == "triton":
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return kernels("mix_embeddings").grad_embedding(grad, embedding, ids, weights, padding_id, deterministic)
+    return reference.mix_embeddings_grad_embedding(grad, embedding, ids, weights, padding_id)
 
 
 @mix_embeddings_grad_embedding.register_fake
-def _(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _(
+    grad: Tensor,
+    embedding: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    padding_id: int | None,
+    deterministic: bool,
+    backend: str,
+) -> Tensor:
     return embedding.new_empty(embedding.shape)
 
 
 @custom_op("ngrpo::mix_embeddings_grad_weights", mutates_args=())
-def mix_embeddings_grad_weights(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return reference.mix_embeddings_grad_weights(grad, embedding, ids, weights)
+def mix_embeddings_grad_weights(
+    grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, backend: str
+) -> Tensor:
+    if backend == "triton":
+        return kernels("mix_embeddings").grad_weights(grad, embedding, ids, weights, padding_id)
+    return reference.mix_embeddings_grad_weights(grad, embedding, ids, weights, padding_id)
 
 
 @mix_embeddings_grad_weights.register_fake
-def _(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, backend: str) -> Tensor:
     return weights.new_empty(weights.shape)
 
 
 def _mix_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+    *saved, ctx.padding_id, ctx.deterministic, ctx.backend = inputs
+    ctx.save_for_backward(*saved)
 
 
 def _mix_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    embedding = mix_embeddings_grad_embedding(grad, *saved) if ctx.needs_input_grad[0] else None
-    weights = mix_embeddings_grad_weights(grad, *saved) if ctx.needs_input_grad[2] else None
-    return embedding, None, weights
+    saved, backend = ctx.saved_tensors, ctx.backend
+    embedding = weights = None
+    if ctx.needs_input_grad[0]:
+        embedding = mix_embeddings_grad_embedding(grad, *saved, ctx.padding_id, ctx.deterministic, backend)
+    if ctx.needs_input_grad[2]:
+        weights = mix_embeddings_grad_weights(grad, *saved, ctx.padding_id, backend)
+    return embedding, None, weights, None, None, None
 
 
 mix_embeddings.register_autograd(_mix_backward, setup_context=_mix_setup_context)
+_refuse_second_derivative(mix_embeddings_grad_embedding, "mix_embeddings")
+_refuse_second_derivative(mix_embeddings_grad_weights, "mix_embeddings")
 
 
 @custom_op("ngrpo::decode_step", mutates_args=())
@@ -114,94 +157,208 @@ def _(
     )
 
 
+# Group advantages -------------------------------------------------------------------------------------------------
+
+
 @custom_op("ngrpo::group_advantages", mutates_args=())
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, ddof: int, eps: float, mask: Tensor | None
-) -> Tensor:
-    return reference.group_advantages(rewards, group_ids, baseline, scale, ddof, eps, mask)
+    rewards: Tensor,
+    weights: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    group_size: int,
+    baseline: str,
+    scale: str,
+    ddof: int,
+    eps: float,
+    singles: str,
+    omit_nan: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    implementation = kernels("group_advantages").forward if backend == "triton" else reference.group_advantages
+    return implementation(rewards, weights, order, offsets, group_size, baseline, scale, ddof, eps, singles, omit_nan)
 
 
 @group_advantages.register_fake
 def _(
-    rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, ddof: int, eps: float, mask: Tensor | None
-) -> Tensor:
-    return rewards.new_empty(rewards.shape)
+    rewards: Tensor,
+    weights: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    group_size: int,
+    baseline: str,
+    scale: str,
+    ddof: int,
+    eps: float,
+    singles: str,
+    omit_nan: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    groups = rewards.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
+    spread = rewards.new_empty(groups, rewards.shape[1], dtype=reference.compute_dtype(rewards))
+    return rewards.new_empty(rewards.shape), spread
 
 
 @custom_op("ngrpo::group_advantages_backward", mutates_args=())
 def group_advantages_backward(
     grad: Tensor,
+    grad_spread: Tensor,
     rewards: Tensor,
-    group_ids: Tensor,
+    weights: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    group_size: int,
     baseline: str,
     scale: str,
     ddof: int,
     eps: float,
-    mask: Tensor | None,
+    singles: str,
+    omit_nan: bool,
+    backend: str,
 ) -> Tensor:
-    return reference.group_advantages_backward(grad, rewards, group_ids, baseline, scale, ddof, eps, mask)
+    module = kernels("group_advantages") if backend == "triton" else None
+    implementation = module.backward if module else reference.group_advantages_backward
+    return implementation(
+        grad, grad_spread, rewards, weights, order, offsets, group_size, baseline, scale, ddof, eps, singles, omit_nan
+    )
 
 
 @group_advantages_backward.register_fake
 def _(
     grad: Tensor,
+    grad_spread: Tensor,
     rewards: Tensor,
-    group_ids: Tensor,
+    weights: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    group_size: int,
     baseline: str,
     scale: str,
     ddof: int,
     eps: float,
-    mask: Tensor | None,
+    singles: str,
+    omit_nan: bool,
+    backend: str,
 ) -> Tensor:
     return rewards.new_empty(rewards.shape)
 
 
 def _advantages_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    rewards, group_ids, ctx.baseline, ctx.scale, ctx.ddof, ctx.eps, mask = inputs
-    ctx.save_for_backward(rewards, group_ids, mask)
+    *saved, ctx.group_size, ctx.baseline, ctx.scale, ctx.ddof, ctx.eps, ctx.singles, ctx.omit_nan, ctx.backend = inputs
+    ctx.save_for_backward(*saved)
 
 
-def _advantages_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    rewards, group_ids, mask = ctx.saved_tensors
-    out = group_advantages_backward(grad, rewards, group_ids, ctx.baseline, ctx.scale, ctx.ddof, ctx.eps, mask)
-    return out, None, None, None, None, None, None
+def _advantages_backward(ctx, grad, grad_spread):  # type: ignore[no-untyped-def]
+    options = ctx.group_size, ctx.baseline, ctx.scale, ctx.ddof, ctx.eps, ctx.singles, ctx.omit_nan, ctx.backend
+    return group_advantages_backward(grad, grad_spread, *ctx.saved_tensors, *options), *[None] * 11
 
 
 group_advantages.register_autograd(_advantages_backward, setup_context=_advantages_setup_context)
+_refuse_second_derivative(group_advantages_backward, "group_advantages")
+
+
+# Selective log-softmax --------------------------------------------------------------------------------------------
 
 
 @custom_op("ngrpo::selective_log_softmax", mutates_args=())
-def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-    return reference.selective_log_softmax(logits, ids, temperature, entropy)
+def selective_log_softmax(
+    logits: Tensor, ids: Tensor, temperature: float, entropy: bool, in_place_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Also what the kernels' backward needs of each row, [2, n]; the eager one computes it again."""
+    if backend == "triton":
+        return kernels("log_softmax").forward(logits, ids, temperature, entropy)
+    return *reference.selective_log_softmax(logits, ids, temperature, entropy), logits.new_empty(2, 0)
 
 
 @selective_log_softmax.register_fake
-def _(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-    dtype = reference.compute_dtype(logits)
-    return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(logits.shape[0] if entropy else 0, dtype=dtype)
+def _(
+    logits: Tensor, ids: Tensor, temperature: float, entropy: bool, in_place_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = ids.shape[0], reference.compute_dtype(logits)
+    return (
+        logits.new_empty(ids.shape, dtype=dtype),
+        logits.new_empty(n if entropy else 0, dtype=dtype),
+        logits.new_empty(2, n, dtype=dtype) if backend == "triton" else logits.new_empty(2, 0),
+    )
+
+
+def _log_softmax_gradient(
+    grad: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    entropy: Tensor,
+    normalizer: Tensor,
+    temperature: float,
+    backend: str,
+    in_place: bool,
+) -> Tensor:
+    if backend == "triton":
+        return kernels("log_softmax").backward(
+            grad, grad_entropy, logits, ids, entropy, normalizer, temperature, in_place
+        )
+    return reference.selective_log_softmax_backward(
+        grad, grad_entropy, logits, ids, temperature, entropy.numel() > 0, in_place
+    )
 
 
 @custom_op("ngrpo::selective_log_softmax_backward", mutates_args=())
 def selective_log_softmax_backward(
-    grad: Tensor, grad_entropy: Tensor, logits: Tensor, ids: Tensor, temperature: float, entropy: bool
+    grad: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    entropy: Tensor,
+    normalizer: Tensor,
+    temperature: float,
+    backend: str,
 ) -> Tensor:
-    return reference.selective_log_softmax_backward(grad, grad_entropy, logits, ids, temperature, entropy)
+    return _log_softmax_gradient(
+        grad, grad_entropy, logits, ids, entropy, normalizer, temperature, backend, in_place=False
+    )
 
 
 @selective_log_softmax_backward.register_fake
-def _(grad: Tensor, grad_entropy: Tensor, logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> Tensor:
+def _(
+    grad: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    entropy: Tensor,
+    normalizer: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+@custom_op("ngrpo::selective_log_softmax_backward_", mutates_args=("logits",))
+def selective_log_softmax_backward_(
+    grad: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    entropy: Tensor,
+    normalizer: Tensor,
+    temperature: float,
+    backend: str,
+) -> None:
+    """The same, written over the logits."""
+    _log_softmax_gradient(grad, grad_entropy, logits, ids, entropy, normalizer, temperature, backend, in_place=True)
+
+
 def _log_softmax_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, ids, ctx.temperature, ctx.entropy = inputs
-    ctx.save_for_backward(logits, ids)
+    logits, ids, ctx.temperature, _, ctx.in_place, ctx.backend = inputs
+    ctx.save_for_backward(logits, ids, output[1], output[2])
 
 
-def _log_softmax_backward(ctx, grad, grad_entropy):  # type: ignore[no-untyped-def]
-    logits, ids = ctx.saved_tensors
-    out = selective_log_softmax_backward(grad, grad_entropy, logits, ids, ctx.temperature, ctx.entropy)
-    return out, None, None, None
+def _log_softmax_backward(ctx, grad, grad_entropy, _):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    if ctx.in_place:
+        selective_log_softmax_backward_(grad, grad_entropy, *saved, ctx.temperature, ctx.backend)
+        return saved[0].detach(), *[None] * 5
+    return selective_log_softmax_backward(grad, grad_entropy, *saved, ctx.temperature, ctx.backend), *[None] * 5
 
 
 selective_log_softmax.register_autograd(_log_softmax_backward, setup_context=_log_softmax_setup_context)
+_refuse_second_derivative(selective_log_softmax_backward, "selective_log_softmax")

@@ -6,6 +6,9 @@ float32, float64 inputs in float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,19 +16,14 @@ from .config import Metric
 from .random import bernoulli, philox, uniform
 from .search import Progress, ScoredRows, search
 
-_ROW_BLOCK_ELEMENTS = 2**24  # logits handled at a time where a float32 copy is needed
+_ROW_BLOCK_ELEMENTS = 2**19  # logits handled at a time: their float32 copy stays in a core's cache
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _row_blocks(logits: Tensor) -> list[slice]:
-    size = max(1, _ROW_BLOCK_ELEMENTS // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, logits.shape[0], size)]
-
-
-def _require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
+def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
     # On an accelerator the indexing itself asserts; a check here would make the host wait.
     if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
         raise ValueError(f"{name} must be within [0, {size}), got values from {int(ids.min())} to {int(ids.max())}")
@@ -44,7 +42,7 @@ def nearest_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """The tiled search of `search`, which the brute force of `every_score` holds to account in the tests."""
     if queries is not None:
-        _require_ids_in_range(queries, embedding.shape[0], "queries")
+        require_ids_in_range(queries, embedding.shape[0], "queries")
     if allowed is not None:
         require_enough_allowed(allowed, k)
     found = search(
@@ -75,28 +73,54 @@ def every_score(embedding: Tensor, metric: Metric) -> Tensor:
 # Weighted mix -----------------------------------------------------------------------------------------------------
 
 
-def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    _require_ids_in_range(ids, embedding.shape[0], "ids")
-    dtype = compute_dtype(embedding)
-    out = torch.zeros(*ids.shape[:-1], embedding.shape[1], dtype=dtype, device=embedding.device)
-    for c in range(ids.shape[-1]):
-        out += weights[..., c, None].to(dtype) * embedding[ids[..., c]].to(dtype)
+def counted(ids: Tensor, weights: Tensor, padding_id: int | None) -> Tensor:
+    """Which candidates are part of the mix: a weight of 0 adds nothing, whatever is in its row."""
+    return weights != 0 if padding_id is None else (weights != 0) & (ids != padding_id)
+
+
+def require_candidates_in_range(ids: Tensor, size: int, padding_id: int | None) -> None:
+    if ids.device.type == "cpu":
+        require_ids_in_range(ids if padding_id is None else ids[ids != padding_id], size, "ids")
+
+
+def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None) -> Tensor:
+    """ids and weights [n, k]."""
+    require_candidates_in_range(ids, embedding.shape[0], padding_id)
+    dtype, used = compute_dtype(embedding), counted(ids, weights, padding_id)
+    out = torch.zeros(ids.shape[0], embedding.shape[1], dtype=dtype, device=embedding.device)
+    for token, weight, use in zip(ids.where(used, 0).T, weights.T, used.T, strict=True):
+        out += torch.where(use[:, None], weight[:, None].to(dtype) * embedding[token].to(dtype), 0)
     return out.to(embedding.dtype)
 
 
-def mix_embeddings_grad_embedding(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    dtype = compute_dtype(embedding)
-    out = torch.zeros(embedding.shape, dtype=dtype, device=embedding.device)
-    grad = grad.reshape(-1, embedding.shape[1]).to(dtype)
-    for c in range(ids.shape[-1]):
-        out.index_add_(0, ids[..., c].reshape(-1), weights[..., c].reshape(-1, 1).to(dtype) * grad)
-    return out.to(embedding.dtype)
+def mix_embeddings_grad_embedding(
+    grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None
+) -> Tensor:
+    dtype, used = compute_dtype(embedding), counted(ids, weights, padding_id)
+    rows, inverse = (ids[used], None) if dtype == embedding.dtype else ids[used].unique(return_inverse=True)
+    # A low-precision table is summed in float32, for the rows that occur alone.
+    size = embedding.shape[0] if inverse is None else rows.shape[0]
+    out = torch.zeros(size, embedding.shape[1], dtype=dtype, device=embedding.device)
+    position, candidate = used.nonzero(as_tuple=True)
+    where = rows if inverse is None else inverse
+    for c in range(ids.shape[1]):
+        mine = candidate == c
+        here = position[mine]
+        out.index_add_(0, where[mine], weights[here, c, None].to(dtype) * grad[here].to(dtype))
+    if inverse is None:
+        return out
+    dense = torch.zeros(embedding.shape, dtype=embedding.dtype, device=embedding.device)
+    dense[rows] = out.to(embedding.dtype)
+    return dense
 
 
-def mix_embeddings_grad_weights(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def mix_embeddings_grad_weights(
+    grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None
+) -> Tensor:
     dtype = compute_dtype(embedding)
-    columns = [(grad.to(dtype) * embedding[ids[..., c]].to(dtype)).sum(-1) for c in range(ids.shape[-1])]
-    return torch.stack(columns, dim=-1).to(weights.dtype)
+    known = torch.ones_like(ids, dtype=torch.bool) if padding_id is None else ids != padding_id
+    columns = [(grad.to(dtype) * embedding[token].to(dtype)).sum(-1) for token in ids.where(known, 0).T]
+    return torch.stack(columns, dim=1).where(known, 0).to(weights.dtype)
 
 
 # Decode step ------------------------------------------------------------------------------------------------------
@@ -156,7 +180,7 @@ def decode_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     word, high, low, _ = philox(seed, row_ids, step)
     gate = bernoulli(word, mixing_rate)
-    _require_ids_in_range(neighbor_ids, logits.shape[1], "neighbor_ids")
+    require_ids_in_range(neighbor_ids, logits.shape[1], "neighbor_ids")
     ids = neighbor_candidates(logits, neighbor_ids)
     weights = candidate_weights(logits, ids, temperature, variant).float()
     scaled = logits.to(compute_dtype(logits)) / temperature
@@ -171,108 +195,157 @@ def decode_step(
 # Group advantages -------------------------------------------------------------------------------------------------
 
 
+class _Groups:
+    """Sums within groups of consecutive rows: equal ones as [groups, size, columns], others by each row's group."""
+
+    def __init__(self, rewards: Tensor, order: Tensor | None, offsets: Tensor | None, group_size: int) -> None:
+        self.order, self.shape = order, rewards.shape
+        self.equal = offsets is None
+        if offsets is None:
+            self.count, self.size = rewards.shape[0] // group_size, group_size
+        else:
+            self.count = offsets.shape[0] - 1
+            self.index = torch.searchsorted(offsets, torch.arange(rewards.shape[0], device=offsets.device), right=True)
+            self.index -= 1
+
+    def arrange(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x[self.order]
+        return x.reshape(self.count, self.size, -1) if self.equal else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        x = x.reshape(self.shape)
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """A row a group."""
+        if self.equal:
+            return x.sum(1, keepdim=True)
+        return x.new_zeros(self.count, x.shape[1]).index_add_(0, self.index, x)
+
+    def max(self, x: Tensor) -> Tensor:
+        if self.equal:
+            return x.amax(1, keepdim=True)
+        index = self.index[:, None].expand(x.shape)
+        return x.new_full((self.count, x.shape[1]), -torch.inf).scatter_reduce_(0, index, x, "amax")
+
+    def rows(self, of_groups: Tensor) -> Tensor:
+        """Each row its group's value."""
+        return of_groups if self.equal else of_groups[self.index]
+
+
+class _GroupStatistics(NamedTuple):
+    """What forward and backward share: of the rows weight, x - mean, numerator; of the groups the rest."""
+
+    weight: Tensor
+    centered: Tensor
+    numerator: Tensor
+    factor: Tensor
+    total_weight: Tensor
+    single: Tensor
+    spread: Tensor
+    divisor: Tensor
+
+
 def _group_statistics(
-    rewards: Tensor, group_ids: Tensor, baseline: str, scale: str, ddof: int, eps: float, mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Everything forward and backward share, spread over the rows: valid, factor, centered, spread, divisor, count.
-
-    advantage = factor * centered / divisor, where factor is 1, or n / (n - 1) for the leave-one-out baseline:
-    r - (sum - r) / (n - 1) = n / (n - 1) (r - mean). A group without spread, or of one, has factor 0.
-    """
+    groups: _Groups, rewards: Tensor, weights: Tensor | None, baseline: str, scale: str, ddof: int, eps: float,
+    singles: str, omit_nan: bool,
+) -> _GroupStatistics:  # fmt: skip
     dtype = compute_dtype(rewards)
-    valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    values = torch.where(valid, rewards, 0).to(dtype)
-    _, group = group_ids.unique(return_inverse=True)
-    groups = int(group.max()) + 1
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(groups).index_add_(0, group, torch.where(valid, x, 0))[group]
-
-    count = total(torch.ones_like(values))
+    x = groups.arrange(rewards).to(dtype)
+    w = torch.ones_like(x) if weights is None else groups.arrange(weights[:, None]).to(dtype).expand(x.shape)
+    if omit_nan:
+        w = torch.where(x.isnan(), 0, w)
+    counted = w != 0
+    x = torch.where(counted, x, 0)
+    total, members = groups.sum(w), groups.sum(counted.to(dtype))
+    single = members == 1
     # Measured from the group's largest reward, so that equal rewards are centred to exactly 0.
-    top = values.new_full((groups,), -torch.inf)
-    top = top.scatter_reduce_(0, group, torch.where(valid, values, -torch.inf), "amax")[group]
-    shifted = torch.where(valid, values - top, 0)
-    mean = total(shifted) / count.clamp(min=1)
-    centered = torch.where(valid, shifted - mean, 0)
+    top = groups.max(torch.where(counted, x, -torch.inf))
+    top = torch.where(top == -torch.inf, 0, top)
+    shifted = torch.where(counted, x - groups.rows(top), 0)
+    mean = groups.sum(w * shifted) / total.clamp(min=1)
+    centered = torch.where(counted, shifted - groups.rows(mean), 0)
     if scale == "std":
-        spread = (total(centered.square()) / (count - ddof).clamp(min=1)).sqrt()
-    elif scale == "batch_std":
-        overall = _batch_centered(values, valid)
-        spread = (overall.square().sum() / (valid.sum() - ddof).clamp(min=1)).sqrt().expand_as(values)
-    elif scale == "mean":
-        spread = torch.where(valid, top + mean, 0)
+        spread = (groups.sum(w * centered.square()) / (total - ddof).clamp(min=1)).sqrt()
     else:
-        spread = torch.ones_like(values)
+        spread = top + mean if scale == "mean" else torch.ones_like(mean)
     divisor = spread if scale == "none" else spread + eps
-    usable = valid & (count > 1) & (divisor != 0)
-    factor = count / (count - 1).clamp(min=1) if baseline == "leave_one_out" else torch.ones_like(count)
-    return valid, torch.where(usable, factor, 0), centered, spread, torch.where(usable, divisor, 1), count
-
-
-def _batch_centered(values: Tensor, valid: Tensor) -> Tensor:
-    shifted = values - torch.where(valid, values, -torch.inf).max()  # as within the groups: no cancellation
-    return torch.where(valid, shifted - shifted[valid].mean(), 0)
+    if baseline != "none" or scale == "std":
+        divisor = torch.where(members > 1, divisor, 0)
+    if singles == "keep":
+        divisor = torch.where(single, 1 + (0 if scale == "none" else eps), divisor)
+    factor = torch.ones_like(w)
+    if baseline == "leave_one_out":
+        whole = groups.rows(total)
+        rest = whole - w
+        factor = torch.where(groups.rows(members > 1) & (rest != 0), whole / torch.where(rest != 0, rest, 1), 1)
+    numerator = x if baseline == "none" else centered * factor
+    if singles == "keep":
+        numerator = torch.where(groups.rows(single), x, numerator)
+    return _GroupStatistics(w, centered, numerator, factor, total, single, spread, divisor)
 
 
 def group_advantages(
-    rewards: Tensor,
-    group_ids: Tensor,
-    baseline: str,
-    scale: str,
-    ddof: int,
-    eps: float,
-    mask: Tensor | None,
-) -> Tensor:
-    _, factor, centered, _, divisor, _ = _group_statistics(rewards, group_ids, baseline, scale, ddof, eps, mask)
-    return (factor * centered / divisor).to(rewards.dtype)
+    rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
+    baseline: str, scale: str, ddof: int, eps: float, singles: str, omit_nan: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rewards [n, columns], weights [n]; groups are runs of `group_size` rows, or of `offsets`, taken through `order`.
+    Advantages as `rewards`, and each group's spread [groups, columns].
+
+    With c = x - mean, W the sum of the weights and w a row's own: the numerator is c ("mean"), c W / (W - w), which is
+    x - (the others' mean) ("leave_one_out"), or x ("none"); the spread is sqrt(sum w c^2 / max(W - ddof, 1)) or the
+    mean; the advantage is numerator / (spread + eps). A group without spread gives 0, and one of a single row 0
+    ("zero"), its reward over 1 + eps ("keep") or NaN ("nan").
+    """
+    groups = _Groups(rewards, order, offsets, group_size)
+    s = _group_statistics(groups, rewards, weights, baseline, scale, ddof, eps, singles, omit_nan)
+    divisor = groups.rows(s.divisor)
+    out = torch.where((s.weight != 0) & (divisor != 0), s.numerator / torch.where(divisor != 0, divisor, 1), 0)
+    if singles == "nan":
+        out = torch.where((s.weight != 0) & groups.rows(s.single), torch.nan, out)
+    return groups.restore(out).to(rewards.dtype), s.spread.reshape(groups.count, -1)
 
 
 def group_advantages_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    baseline: str,
-    scale: str,
-    ddof: int,
-    eps: float,
-    mask: Tensor | None,
-) -> Tensor:
-    valid, factor, centered, spread, divisor, count = _group_statistics(
-        rewards, group_ids, baseline, scale, ddof, eps, mask
-    )
-    _, group = group_ids.unique(return_inverse=True)
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(int(group.max()) + 1).index_add_(0, group, x)[group]
-
-    grad = torch.where(valid, grad, 0).to(centered.dtype)
-    direct = grad * factor / divisor
-    out = torch.where(valid, direct - total(direct) / count.clamp(min=1), 0)
-    # What reaches the divisor; a spread of zero passes none (the one-sided derivative is not a gradient).
-    to_divisor = -direct * centered / divisor
+    grad: Tensor, grad_spread: Tensor, rewards: Tensor, weights: Tensor | None, order: Tensor | None,
+    offsets: Tensor | None, group_size: int, baseline: str, scale: str, ddof: int, eps: float, singles: str,
+    omit_nan: bool,
+) -> Tensor:  # fmt: skip
+    groups = _Groups(rewards, order, offsets, group_size)
+    s = _group_statistics(groups, rewards, weights, baseline, scale, ddof, eps, singles, omit_nan)
+    divisor = groups.rows(s.divisor)
+    usable, safe = (s.weight != 0) & (divisor != 0), torch.where(divisor != 0, divisor, 1)
+    direct = torch.where(usable, groups.arrange(grad).to(s.weight.dtype) * s.factor / safe, 0)
+    sum_direct = groups.sum(direct)
+    to_divisor = -groups.sum(torch.where(direct != 0, direct * (s.numerator / s.factor) / safe, 0))
+    if singles == "keep":  # neither a mean nor a spread of its own
+        sum_direct = torch.where(s.single, 0, sum_direct)
+        to_divisor = torch.where(s.single, 0, to_divisor)
+    to_spread = to_divisor + grad_spread.reshape(to_divisor.shape)
+    share = 1 / s.total_weight.clamp(min=1)
+    out = direct
+    if baseline != "none":
+        out = out - s.weight * groups.rows(sum_direct * share)
     if scale == "std":
-        slope = torch.where(spread > 0, centered / ((count - ddof).clamp(min=1) * spread), 0)
-        out = out + total(to_divisor) * slope
-    elif scale == "batch_std":
-        overall = _batch_centered(torch.where(valid, rewards, 0).to(centered.dtype), valid)
-        slope = torch.where(spread > 0, overall / ((valid.sum() - ddof).clamp(min=1) * spread), 0)
-        out = out + to_divisor.sum() * slope
+        # A spread of zero passes nothing on: its one-sided derivative is no gradient.
+        slope = to_spread / ((s.total_weight - ddof).clamp(min=1) * torch.where(s.spread > 0, s.spread, 1))
+        out = out + s.weight * s.centered * groups.rows(torch.where(s.spread > 0, slope, 0))
     elif scale == "mean":
-        out = out + torch.where(valid, total(to_divisor) / count.clamp(min=1), 0)
-    return out.to(rewards.dtype)
+        out = out + s.weight * groups.rows(to_spread * share)
+    return groups.restore(torch.where(s.weight != 0, out, 0)).to(rewards.dtype)
 
 
 # Selective log-softmax --------------------------------------------------------------------------------------------
 
 
 def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-    _require_ids_in_range(ids, logits.shape[1], "ids")
+    """logits [b, t, V], ids [b t, k]: log-probabilities [b t, k], entropy [b t] (or empty)."""
+    require_ids_in_range(ids, logits.shape[-1], "ids")
     dtype = compute_dtype(logits)
     logprobs = torch.empty(ids.shape, dtype=dtype, device=logits.device)
-    entropies = torch.empty(logits.shape[0] if entropy else 0, dtype=dtype, device=logits.device)
-    for rows in _row_blocks(logits):
-        log_p = (logits[rows].to(dtype) / temperature).log_softmax(-1)
+    entropies = torch.empty(ids.shape[0] if entropy else 0, dtype=dtype, device=logits.device)
+    for rows, block in _row_blocks(logits):
+        log_p = (block.to(dtype) / temperature).log_softmax(-1)
         logprobs[rows] = log_p.gather(1, ids[rows])
         if entropy:
             entropies[rows] = -_p_log_p(log_p).sum(-1)
@@ -280,22 +353,30 @@ def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float, entro
 
 
 def selective_log_softmax_backward(
-    grad: Tensor, grad_entropy: Tensor, logits: Tensor, ids: Tensor, temperature: float, entropy: bool
+    grad: Tensor, grad_entropy: Tensor, logits: Tensor, ids: Tensor, temperature: float, entropy: bool, in_place: bool
 ) -> Tensor:
     dtype = compute_dtype(logits)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows in _row_blocks(logits):
-        log_p = (logits[rows].to(dtype) / temperature).log_softmax(-1)
+    out = logits if in_place else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for (rows, block), (_, target) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
+        log_p = (block.to(dtype) / temperature).log_softmax(-1)
         p = log_p.exp()
-        block = p * -grad[rows].to(dtype).sum(-1, keepdim=True)
-        block.scatter_add_(1, ids[rows], grad[rows].to(dtype))
+        slope = p * -grad[rows].to(dtype).sum(-1, keepdim=True)
+        slope.scatter_add_(1, ids[rows], grad[rows].to(dtype))
         if entropy:
             p_log_p = _p_log_p(log_p)
-            slope = p_log_p - p * p_log_p.sum(-1, keepdim=True)
-            block -= grad_entropy[rows, None].to(dtype) * slope
-        out[rows] = (block / temperature).to(logits.dtype)
+            slope -= grad_entropy[rows, None].to(dtype) * (p_log_p - p * p_log_p.sum(-1, keepdim=True))
+        target.copy_(slope.div_(temperature))
     return out
 
 
+def _row_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Row numbers of [b, t, V] and views of the rows, a cache's worth at a time."""
+    b, t, v = logits.shape
+    size = max(1, _ROW_BLOCK_ELEMENTS // v)
+    for i in range(b):
+        for start in range(0, t, size):
+            yield slice(i * t + start, i * t + min(start + size, t)), logits[i, start : start + size]
+
+
 def _p_log_p(log_p: Tensor) -> Tensor:
-    return torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0)
+    return torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p)

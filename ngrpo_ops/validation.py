@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ def require_mask(mask: Any, shape: tuple[int, ...], name: str, meaning: str) -> 
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, got {mask.dtype}")
     require_shape(mask, shape, name, meaning)
+
+
+def require_integer(value: Any, name: str, optional: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, *((NoneType,) if optional else ()))):
+        raise TypeError(f"{name} must be an int{' or None' if optional else ''}, got {value!r}")
 
 
 def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:

@@ -7,9 +7,22 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Without a GPU the kernels are interpreted: tests ask for them with backend="triton". triton reads the variable when it
+# is imported; left in the environment it would make the kernels the default on the CPU.
+_interpret = os.environ.get("NGRPO_OPS_TEST_DEVICE", "cpu") == "cpu"
+if _interpret:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
+import triton
 from hypothesis import HealthCheck, settings
+
+from ngrpo_ops.testing import poisoned_empty
+
+if _interpret:
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 
 # The models are tiny and the tests run side by side (pytest -n): more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -25,6 +38,18 @@ settings.register_profile(
 settings.load_profile("ngrpo")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `backend` runs on plain torch and, in the full layer, on the kernel."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    with poisoned_empty():
+        yield

@@ -8,11 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_within, compute_roundoff, dtypes, generators, lay_out, layouts, rounding, unit_roundoff
 from torch import Tensor
 
 from ngrpo_ops import candidate_weights, decode_step, reference
 from ngrpo_ops.random import bernoulli, philox, uniform
+from ngrpo_ops.testing import (
+    assert_within,
+    compute_roundoff,
+    dtypes,
+    generators,
+    lay_out,
+    layouts,
+    rounding,
+    unit_roundoff,
+)
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

@@ -4,27 +4,59 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
-    FLOATS,
-    assert_within,
-    compute_roundoff,
-    dtypes,
-    generators,
-    lay_out,
-    layouts,
-    rounding,
-    tables,
-)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import ngrpo_ops
-from ngrpo_ops import mix_embeddings
+from ngrpo_ops import mix_embeddings, reference
+from ngrpo_ops.kernels import mix_embeddings as kernels
+from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.testing import (
+    DEVICE,
+    FLOATS,
+    assert_as_accurate,
+    assert_within,
+    compute_roundoff,
+    dtypes,
+    for_backend,
+    generators,
+    gradient_kinds,
+    gradients,
+    integers,
+    lay_out,
+    layouts,
+    normal,
+    rounding,
+    tables,
+)
 
 SHAPES = [(), (1,), (3,), (2, 3), (1, 1, 4), (2, 1, 2), (40,)]
+
+
+def by_hand(embedding: Tensor, ids: Tensor, weights: Tensor, grad: Tensor, padding_id: int | None) -> list[Tensor]:
+    """Mix, gradient of the table and of the weights, [n, ...] in float64, each followed by the sum of its terms' sizes;
+    candidate by candidate."""
+    x, w, g = (
+        embedding.double().cpu(),
+        weights.detach().double().cpu(),
+        grad.double().cpu().reshape(-1, embedding.shape[1]),
+    )
+    n, k = g.shape[0], ids.shape[-1]
+    out, table, of_weights = torch.zeros_like(g), torch.zeros_like(x), torch.zeros(n, k).double()
+    sizes = [torch.zeros_like(y) for y in (out, table, of_weights)]
+    for row, (row_ids, row_weights) in enumerate(zip(ids.reshape(-1, k).tolist(), w.reshape(-1, k), strict=True)):
+        for c, (token, weight) in enumerate(zip(row_ids, row_weights, strict=True)):
+            if token == padding_id:
+                continue
+            terms = (weight * x[token], weight * g[row]) if weight != 0 else (torch.zeros_like(g[row]),) * 2
+            for total, size, index, term in ((out, sizes[0], row, terms[0]), (table, sizes[1], token, terms[1])):
+                total[index] += term
+                size[index] += term.abs()
+            of_weights[row, c], sizes[2][row, c] = (g[row] * x[token]).sum(), (g[row] * x[token]).abs().sum()
+    return [out, sizes[0], table, sizes[1], of_weights, sizes[2]]
 
 
 @given(
@@ -34,40 +66,226 @@ SHAPES = [(), (1,), (3,), (2, 3), (1, 1, 4), (2, 1, 2), (40,)]
     weight_dtype=dtypes,
     layout=layouts,
     few=st.booleans(),
-    grad_kind=st.sampled_from(["dense", "expanded", "transposed"]),
+    grad_kind=gradient_kinds,
     generator=generators,
+    sparse=st.booleans(),
+    padding=st.sampled_from([None, 0, -1]),
+    deterministic=st.booleans(),
 )
-def test_value_and_gradients(embedding, shape, k, weight_dtype, layout, few, grad_kind, generator):
+def test_value_and_gradients(
+    backend, embedding, shape, k, weight_dtype, layout, few, grad_kind, generator, sparse, padding, deterministic
+):
+    embedding = for_backend(embedding, backend)
     v, d = embedding.shape
-    ids = lay_out(torch.randint(1 if few else v, (*shape, k), generator=generator), layout)
-    weights = lay_out((torch.randn(*shape, k, generator=generator)).to(weight_dtype), layout)
-    table, weights = embedding.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = mix_embeddings(table, ids, weights)
-    grad = torch.randn(d, generator=generator).to(out.dtype).expand(out.shape)
-    if grad_kind != "expanded":
-        layout = "contiguous" if grad_kind == "dense" else "transposed"
-        grad = lay_out(torch.randn(out.shape, generator=generator).to(out.dtype), layout)
+    ids = integers(generator, 1 if few else v, *shape, k)
+    weights = normal(generator, *shape, k, dtype=weight_dtype)
+    if sparse:
+        weights = torch.where(normal(generator, *shape, k) > 0, weights, 0)
+    if padding == -1:
+        ids = torch.where(normal(generator, *shape, k) > 0, ids, -1)
+    table, weights = embedding.detach().requires_grad_(), lay_out(weights, layout).detach().requires_grad_()
+    options = {"padding_id": padding, "deterministic": deterministic, "backend": backend}
+    out = mix_embeddings(table, lay_out(ids, layout), weights, **options)
+    grad = gradients(generator, out, grad_kind)
     grad_table, grad_weights = torch.autograd.grad(out, (table, weights), grad)
     assert (out.dtype, grad_table.dtype, grad_weights.dtype) == (table.dtype, table.dtype, weights.dtype)
 
-    x, w, g = embedding.double(), weights.detach().double(), grad.double().reshape(-1, d)
-    want, size = torch.zeros(*shape, d).double().view(-1, d), torch.zeros(*shape, d).double().view(-1, d)
-    want_table, size_table = torch.zeros_like(x), torch.zeros_like(x)
-    want_weights, size_weights = torch.zeros(len(g), k).double(), torch.zeros(len(g), k).double()
-    for row, (row_ids, row_weights) in enumerate(zip(ids.reshape(-1, k), w.reshape(-1, k), strict=True)):
-        for c, (token, weight) in enumerate(zip(row_ids, row_weights, strict=True)):
-            want[row] += weight * x[token]
-            size[row] += (weight * x[token]).abs()
-            want_table[token] += weight * g[row]
-            size_table[token] += (weight * g[row]).abs()
-            want_weights[row, c] = (g[row] * x[token]).sum()
-            size_weights[row, c] = (g[row] * x[token]).abs().sum()
+    want, size, want_table, size_table, want_weights, size_weights = by_hand(embedding, ids, weights, grad, padding)
     u = compute_roundoff(table.dtype)
-    assert_within(out.detach().view(-1, d), want, (k + 3) * u * size + rounding(want, out.dtype))
+    assert_within(out.detach().view(-1, d), want, (k + 3) * u * size + rounding(want, out.dtype, backend))
     terms = ids.numel() + 3
-    assert_within(grad_table, want_table, terms * u * size_table + rounding(want_table, table.dtype))
-    budget = (d + 3) * u * size_weights + rounding(want_weights, weights.dtype)
+    assert_within(grad_table, want_table, terms * u * size_table + rounding(want_table, table.dtype, backend))
+    budget = (d + 3) * u * size_weights + rounding(want_weights, weights.dtype, backend)
     assert_within(grad_weights.reshape(-1, k), want_weights, budget)
+
+
+@settings(max_examples=6)
+@given(
+    embedding=tables(st.sampled_from([5, 40]), st.sampled_from([3, 130])),
+    n=st.sampled_from([1, 7, 90]),
+    k=st.sampled_from([1, 3, 32]),
+    hot=st.booleans(),
+    generator=generators,
+)
+def test_kernel_against_oracle(embedding, n, k, hot, generator):
+    """The kernel's layer of the fast tests: as accurate as plain torch. `hot` makes segments longer than a tile."""
+    embedding = for_backend(embedding, "triton")
+    ids, weights = integers(generator, embedding.shape[0], n, k), normal(generator, n, k, dtype=torch.float32)
+    if hot:
+        ids[normal(generator, n, k) > -1] = 2
+    grad = normal(generator, n, embedding.shape[1], dtype=embedding.dtype)
+    exact = by_hand(embedding, ids, weights, grad, None)[::2]
+    eager = (
+        reference.mix_embeddings(embedding, ids, weights),
+        reference.mix_embeddings_grad_embedding(grad, embedding, ids, weights),
+        reference.mix_embeddings_grad_weights(grad, embedding, ids, weights),
+    )
+    kernel = (
+        kernels.forward(embedding, ids, weights, None),
+        kernels.grad_embedding(grad, embedding, ids, weights, None, True),
+        kernels.grad_weights(grad, embedding, ids, weights, None),
+    )
+    for ours, theirs, truth in zip(kernel, eager, exact, strict=True):
+        assert_as_accurate(ours, theirs, truth)
+    assert_as_accurate(kernels.grad_embedding(grad, embedding, ids, weights, None, False), eager[1], exact[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["one token", "two tokens", "a long run between short ones", "each twice"])
+def test_long_segments(pattern, dtype):
+    """Entries of one token over many tiles of the sorted list, beginning and ending inside and on the edge of one."""
+    generator, segment = torch.Generator().manual_seed(3), kernels.SEGMENT
+    for m in (segment, segment + 1, 2 * segment, 5 * segment + 7):
+        counts = {
+            "one token": [m],
+            "two tokens": [m // 2, m - m // 2],
+            "a long run between short ones": [3, 1, m, 2],
+            "each twice": [2] * (m // 2),
+        }[pattern]
+        tokens = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        ids = tokens[torch.randperm(len(tokens), generator=generator)][:, None].to(DEVICE)
+        table = torch.zeros(len(counts) + 2, 5, dtype=dtype, device=DEVICE)
+        weights = normal(generator, len(tokens), 1, dtype=torch.float32)
+        grad = normal(generator, len(tokens), 5, dtype=dtype)
+        got = kernels.grad_embedding(grad, table, ids, weights, None, True)
+        again = kernels.grad_embedding(grad, table, ids, weights, None, True)
+        _, _, want, size, _, _ = by_hand(table, ids, weights, grad, None)
+        assert_within(got, want, (m + 3) * 2**-24 * size + rounding(want, dtype, "triton"))
+        assert torch.equal(got, again)
+
+
+def test_a_zero_weight_adds_nothing(backend):
+    """Whatever is in its row; and an infinite or NaN row that does count is seen."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        table = torch.ones(4, 3, dtype=dtype, device=DEVICE)
+        table[1], table[2] = torch.inf, torch.nan
+        ids = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 1, 1]], device=DEVICE)
+        weights = torch.tensor([[0.3, 0, 0], [1.0, 0, 0], [0.5, 0.5, 0], [1.0, -0.0, -0.7]], device=DEVICE)
+        out = mix_embeddings(table, ids, weights, backend=backend)
+        assert_within(out[0], torch.full((3,), 0.3), rounding(out[0], dtype, backend))
+        assert out[1].tolist() == [torch.inf] * 3 and bool(out[2].isnan().all()) and out[3].tolist() == [-torch.inf] * 3
+
+
+def test_weights_that_are_not_finite(backend):
+    table = torch.tensor([[1.0, -2.0, 4.0]], device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = torch.tensor([[torch.inf, 1.0], [torch.nan, 0.0], [3e38, 0.0]], device=DEVICE)
+        out = mix_embeddings(table.to(dtype), torch.zeros(3, 2, device=DEVICE).long(), weights, backend=backend)
+        assert out[0].tolist() == [torch.inf, -torch.inf, torch.inf] and bool(out[1].isnan().all())
+        assert out[2, 0].isfinite() and out[2, 2] == torch.inf
+
+
+def test_padded_candidates_are_not_there(backend):
+    table = normal(torch.Generator().manual_seed(0), 5, 4, dtype=torch.float32).requires_grad_()
+    weights = torch.ones(2, 3, device=DEVICE, requires_grad=True)
+    ids = torch.tensor([[1, 2, -1], [-1, -1, -1]], device=DEVICE)
+    out = mix_embeddings(table, ids, weights, padding_id=-1, backend=backend)
+    assert_within(out[0].detach(), (table[1] + table[2]).detach(), 1e-6)
+    assert not out[1].any()
+    out.sum().backward()
+    assert table.grad is not None and table.grad.sum(1).tolist() == [0, 4, 4, 0, 0]
+    assert weights.grad is not None and not weights.grad[ids < 0].any() and bool((weights.grad[ids >= 0] != 0).all())
+
+
+def test_only_the_rows_asked_for(backend):
+    generator = torch.Generator().manual_seed(0)
+    table = normal(generator, 9, 4, dtype=torch.float32).requires_grad_()
+    ids, weights = integers(generator, 9, 2, 3, 2), normal(generator, 2, 3, 2, dtype=torch.float32).requires_grad_()
+    rows = torch.tensor([5, 0, 0], device=DEVICE)
+    out = mix_embeddings(table, ids, weights, out_rows=rows, backend=backend)
+    assert_within(out.detach(), mix_embeddings(table, ids, weights).view(6, 4)[rows].detach(), 1e-6)
+    out.sum().backward()
+    assert weights.grad is not None and weights.grad.view(6, 2).any(1).tolist() == [True, *[False] * 4, True]
+
+
+@pytest.mark.slow
+def test_ids_out_of_range_are_nan_in_the_kernel():
+    table, weights = torch.ones(3, 4, device=DEVICE), torch.ones(3, 2, device=DEVICE)
+    ids = torch.tensor([[0, 3], [-1, 1], [2, 2]], device=DEVICE)
+    out = kernels.forward(table, ids, weights, None)
+    assert out.isnan().all(1).tolist() == [True, True, False]
+    grad = torch.ones(3, 4, device=DEVICE)
+    for deterministic in (True, False):
+        got = kernels.grad_embedding(grad, table, ids, weights, None, deterministic)
+        assert got[:, 0].tolist() == [1, 1, 2]
+    assert kernels.grad_weights(grad, table, ids, weights, None).tolist() == [[4, 0], [0, 4], [4, 4]]
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched from here on."""
+    names: list[str] = []
+    launch = kernels.launch
+    monkeypatch.setattr(
+        kernels, "launch", lambda kernel, *a, **k: (names.append(kernel.__name__), launch(kernel, *a, **k))
+    )
+    return names
+
+
+def test_the_gradient_is_deterministic_where_torch_says_so(monkeypatch):
+    names = launched(monkeypatch)
+
+    def backward() -> None:
+        names.clear()
+        table = torch.ones(5, 4, device=DEVICE, requires_grad=True)
+        ids, weights = torch.zeros(3, 2, device=DEVICE).long(), torch.ones(3, 2, device=DEVICE)
+        mix_embeddings(table, ids, weights, deterministic=False, backend="triton").sum().backward()
+
+    backward()
+    assert "mix_grad_atomic_kernel" in names
+    torch.use_deterministic_algorithms(True)
+    try:
+        backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "mix_grad_atomic_kernel" not in names and "mix_grad_embedding_kernel" in names
+
+
+def test_offsets_are_64_bits_wide_where_they_must_be():
+    """A [300,000, 8,192] table: 2.4e9 elements. And the 64-bit kernels compute what the others do."""
+    ids, weights = torch.empty(7, 3, device="meta").long(), torch.empty(7, 3, device="meta")
+    for v, wide in ((300_000, True), (200_000, False)):
+        table = torch.empty(v, 8192, device="meta", dtype=torch.bfloat16)
+        grad = torch.empty(7, 8192, device="meta", dtype=torch.bfloat16)
+        with recording() as launches:
+            kernels.forward(table, ids, weights, None)
+            kernels.grad_weights(grad, table, ids, weights, None)
+            kernels.grad_embedding(grad, table, ids, weights, None, True)
+            kernels.grad_embedding(grad, table, ids, weights, None, False)
+        assert [launch.arguments["INT64"] for launch in launches] == [wide] * 4
+        with recording() as launches:  # a row of the table is far from the first although few are read
+            kernels.forward(table[:2], ids, weights, None)
+            kernels.forward(torch.empty(2, 4, device="meta").as_strided((2, 4), (2**31, 1)), ids, weights, None)
+        assert [launch.arguments["INT64"] for launch in launches] == [False, True]
+
+
+@pytest.mark.slow
+def test_64_bit_kernels_agree():
+    generator = torch.Generator().manual_seed(1)
+    table, grad = normal(generator, 11, 6, dtype=torch.float32), normal(generator, 300, 6, dtype=torch.float32)
+    ids, weights = integers(generator, 11, 300, 2) // 4, normal(generator, 300, 2, dtype=torch.float32)
+
+    def run() -> list[Tensor]:
+        return [
+            kernels.forward(table, ids, weights, None),
+            kernels.grad_weights(grad, table, ids, weights, None),
+            kernels.grad_embedding(grad, table, ids, weights, None, True),
+        ]
+
+    narrow = run()
+    with forced_int64():
+        assert all(torch.equal(a, b) for a, b in zip(run(), narrow, strict=True))
+
+
+def test_a_backend_that_cannot_be_used_is_refused():
+    table, ids, weights = torch.ones(4, 2), torch.zeros(1, 33).long(), torch.ones(1, 33)
+    with pytest.raises(ValueError, match=r"backend='triton'.*k <= 32"):
+        mix_embeddings(table.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), backend="triton")
+    with pytest.raises(ValueError, match=r"backend='triton'.*float64"):
+        mix_embeddings(table.double(), ids[:, :2], weights[:, :2], backend="triton")
+    with pytest.raises(ValueError, match=r"backend must be one of"):
+        mix_embeddings(table, ids, weights, backend="cuda")
+    assert mix_embeddings(table, ids, weights).tolist() == [[33.0, 33.0]]
 
 
 def test_only_the_gradient_asked_for():
@@ -104,14 +322,20 @@ def test_accumulates_above_half_precision():
     assert table.grad is not None and table.grad[1].item() == 512
 
 
-def test_gradcheck_once_only():
+def test_gradcheck():
     table = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 3, 2, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(6, (2, 3, 2))
     assert torch.autograd.gradcheck(lambda x, w: mix_embeddings(x, ids, w), (table, weights))
-    (first,) = torch.autograd.grad(mix_embeddings(table, ids, weights).square().sum(), table, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.autograd.grad(first.sum(), weights)
+
+
+def test_a_second_derivative_is_refused(backend):
+    table = torch.ones(6, 4, device=DEVICE, requires_grad=True)
+    weights = torch.ones(3, 2, device=DEVICE, requires_grad=True)
+    out = mix_embeddings(table, torch.zeros(3, 2, device=DEVICE).long(), weights, backend=backend).square().sum()
+    for first in torch.autograd.grad(out, (table, weights), create_graph=True):
+        with pytest.raises(NotImplementedError, match="mix_embeddings can be differentiated once"):
+            torch.autograd.grad(first.sum(), weights, retain_graph=True)
 
 
 def test_no_rows():
@@ -187,23 +411,33 @@ def test_shapes_on_meta():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    ops, table = torch.ops.ngrpo, torch.randn(7, 4).to(dtype)
-    ids, weights = torch.randint(7, (2, 3)), torch.rand(3, 2).T
-    torch.library.opcheck(ops.mix_embeddings.default, (table.requires_grad_(), ids, weights.requires_grad_()))
-    arguments: tuple[Tensor, ...] = (torch.randn(4).to(dtype).expand(2, 4), table.detach(), ids, weights.detach())
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_opcheck(dtype, implementation):
+    ops, table = torch.ops.ngrpo, torch.randn(7, 4).to(dtype).to(DEVICE)
+    ids, weights = torch.randint(7, (6, 3)).to(DEVICE), torch.rand(3, 6).to(DEVICE).T
+    options = (None, True, implementation)
+    arguments: tuple[object, ...] = (table.requires_grad_(), ids, weights.requires_grad_(), *options)
+    torch.library.opcheck(ops.mix_embeddings.default, arguments)
+    grad = torch.randn(4).to(dtype).to(DEVICE).expand(6, 4)
+    arguments = (grad, table.detach(), ids, weights.detach(), *options)
     torch.library.opcheck(ops.mix_embeddings_grad_embedding.default, arguments)
-    torch.library.opcheck(ops.mix_embeddings_grad_weights.default, arguments)
+    torch.library.opcheck(ops.mix_embeddings_grad_weights.default, (*arguments[:5], implementation))
 
 
 @pytest.mark.slow
-def test_compiles():
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_compiles(implementation):
     torch._dynamo.reset()
-    compiled = torch.compile(mix_embeddings, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def call(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return mix_embeddings(table, ids, weights, backend=implementation)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, k in ((3, 2), (5, 4)):
-        table, weights = torch.randn(9, 4, requires_grad=True), torch.rand(n, k, requires_grad=True)
-        ids, grad = torch.randint(9, (n, k)), torch.randn(n, 4)
-        got, want = compiled(table, ids, weights), mix_embeddings(table, ids, weights)
+        table = torch.randn(9, 4, device=DEVICE, requires_grad=True)
+        weights = torch.rand(n, k, device=DEVICE, requires_grad=True)
+        ids, grad = torch.randint(9, (n, k)).to(DEVICE), torch.randn(n, 4, device=DEVICE)
+        got, want = compiled(table, ids, weights), call(table, ids, weights)
         assert torch.equal(got, want)
         pairs = (torch.autograd.grad(y, (table, weights), grad) for y in (got, want))
         assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import METRICS, assert_within, exact_tables, generators, metrics, tables, unit_roundoff
 from torch import Tensor
 
 import ngrpo_ops
 from ngrpo_ops import nearest_neighbors, search
+from ngrpo_ops.testing import METRICS, assert_within, exact_tables, generators, metrics, tables, unit_roundoff
 
 U = unit_roundoff(torch.float32)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import METRICS, generators, metrics, tables
 from torch import Tensor
 
 from ngrpo_ops import NeighborTable, nearest_neighbors, search, table
+from ngrpo_ops.testing import METRICS, generators, metrics, tables
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import generators
 
 from ngrpo_ops import MixRecord
+from ngrpo_ops.testing import generators
 
 
 @st.composite

@@ -1,0 +1,296 @@
+"""Compiles every kernel, configuration and dtype for GPUs that need not be here, and tables what each takes.
+
+    python benchmarks/resources.py            # the table, kept as benchmarks/results/resources.csv
+
+The launchers are run on meta tensors at the shapes of real models with their launches recorded, so that what is
+compiled is what a GPU would compile. A compiler assertion kills its process: one process a kernel and target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ngrpo_ops.kernels import configs, group_advantages, log_softmax, mix_embeddings
+from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
+
+RESULTS = Path(__file__).parent / "results" / "resources.csv"
+COLUMNS = ("kernel", "target", "config", "dtype", "registers", "stack", "spills", "shared", "wgmma")
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
+MULTIPLIES: set[str] = set()  # kernels with a matrix product, which must use the tensor cores' own instruction
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_NAMES |= {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}
+
+
+# The launches -----------------------------------------------------------------------------------------------------
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _mix(dtype: torch.dtype, d: int, k: int) -> None:
+    n, v = 16_384, 151_936
+    table, ids, weights = _meta(v, d, dtype=dtype), _meta(n, k), _meta(n, k, dtype=torch.float32)
+    grad = _meta(n, d, dtype=dtype)
+    mix_embeddings.forward(table, ids, weights, None)
+    mix_embeddings.grad_weights(grad, table, ids, weights, None)
+    for deterministic in (True, False):
+        mix_embeddings.grad_embedding(grad, table, ids, weights, None, deterministic)
+
+
+def _log_softmax(dtype: torch.dtype, v: int, k: int, entropy: bool) -> None:
+    b, t = 8, 1024
+    logits, ids = _meta(b, t, v, dtype=dtype), _meta(b * t, k)
+    grad, *rest = log_softmax.forward(logits, ids, 0.7, entropy)
+    log_softmax.backward(grad, rest[0], logits, ids, *rest, 0.7, False)
+
+
+def _group_advantages(dtype: torch.dtype, group_size: int, ragged: bool, baseline: str, scale: str) -> None:
+    n = 64 * group_size
+    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=torch.bool) if ragged else None
+    order, offsets = (_meta(n), _meta(65)) if ragged else (None, None)
+    options = (weights, order, offsets, group_size, baseline, scale, 1, 1e-4, "zero", ragged)
+    out, spread = group_advantages.forward(rewards, *options)
+    group_advantages.backward(out, spread, rewards, *options)
+
+
+def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
+    for dtype in DTYPES:
+        for d, k in ((128, 3), (896, 3), (1536, 3), (1536, 32)):
+            yield dtype, lambda dtype=dtype, d=d, k=k: _mix(dtype, d, k)
+        for v in (4096, 151_936):
+            for k, entropy in ((1, False), (3, True)):
+                yield dtype, lambda dtype=dtype, v=v, k=k, e=entropy: _log_softmax(dtype, v, k, e)
+        for size, ragged, baseline, scale in (
+            (8, False, "mean", "std"),
+            (8, True, "leave_one_out", "none"),
+            (64, False, "none", "mean"),
+            (4096, False, "mean", "std"),
+        ):
+            yield (
+                dtype,
+                lambda dtype=dtype, s=size, r=ragged, b=baseline, c=scale: _group_advantages(dtype, s, r, b, c),
+            )
+
+
+class Case(NamedTuple):
+    """A launch, and what its row of the table says of it."""
+
+    launch: Launch
+    config: str
+    dtype: str
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel.__name__
+
+
+def _describe(launch: Launch) -> str:
+    parts = [f"{name}={value}" for name, value in launch.config.kwargs.items()]
+    parts += [f"warps={launch.config.num_warps}", f"stages={launch.config.num_stages}"]
+    parts += [f"{name}={value}" for name, value in _constants(launch).items() if name not in launch.config.kwargs]
+    return " ".join(parts)
+
+
+@functools.cache  # and so never run in two threads: recording is global
+def every_case() -> tuple[Case, ...]:
+    """Each kernel once for each configuration, set of constants and dtype, in a fixed order."""
+    cases: dict[tuple[str, str, str], Case] = {}
+    for dtype, run in _every_case():
+        for wide in (False, True):
+            with recording() as launches:
+                if wide:
+                    with forced_int64():
+                        run()
+                else:
+                    run()
+            for launch in launches:
+                case = Case(launch, _describe(launch), _NAMES[dtype])
+                cases.setdefault((case.kernel, case.config, case.dtype), case)
+    return tuple(cases.values())
+
+
+def uncompiled_configs(cases: tuple[Case, ...]) -> set[str]:
+    """Pinned configurations that no case launches: empty, or a kernel goes untested."""
+    seen = {(case.kernel, str(case.launch.config)) for case in cases}
+    return {
+        f"{kernel}: {config}"
+        for kernel, pinned in configs.PINNED.items()
+        for _, config in pinned
+        if (kernel, str(config)) not in seen
+    }
+
+
+# Compiling --------------------------------------------------------------------------------------------------------
+
+
+def _constants(launch: Launch) -> dict[str, Any]:
+    every = {**launch.arguments, **launch.config.kwargs}
+    annotations = launch.kernel.fn.__annotations__
+    return {name: every[name] for name in launch.kernel.arg_names if "constexpr" in str(annotations.get(name))}
+
+
+def _source(launch: Launch) -> ASTSource:
+    """What triton's own launch would specialise on: element types, 16-byte alignment, integers that are 1."""
+    every = {**launch.arguments, **launch.config.kwargs}
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = every[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialise):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _NAMES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and specialise:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _compile(case: Case, target: str) -> dict[str, Any]:
+    config = case.launch.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(_source(case.launch), target=TARGETS[target], options=options)
+    row: dict[str, Any] = {"kernel": case.kernel, "target": target, "config": case.config, "dtype": case.dtype}
+    if target.startswith("cuda"):
+        used = _ptxas(compiled.asm["ptx"], target)
+        row |= {**used, "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"]}
+    else:
+        text = compiled.asm["amdgcn"]
+
+        def count(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+        row |= {
+            "registers": count("vgpr_count"),
+            "stack": count("private_segment_fixed_size"),
+            "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
+            "shared": compiled.metadata.shared,
+            "wgmma": "mfma" in text,
+        }
+    return row
+
+
+def _ptxas(ptx: str, target: str) -> dict[str, int]:
+    knobs = triton.knobs.nvidia
+    assembler = knobs.ptxas_blackwell if target == "cuda:100" else knobs.ptxas
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [assembler.path, "-v", f"--gpu-name={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    def count(pattern: str) -> int:
+        return sum(int(x) for x in re.findall(pattern, report))
+
+    return {
+        "registers": count(r"Used (\d+) registers"),
+        "stack": count(r"(\d+) bytes stack frame"),
+        "spills": count(r"(\d+) bytes spill (?:stores|loads)"),
+    }
+
+
+def _in_process(kernel: str, target: str, only: str | None = None) -> list[dict[str, Any]]:
+    """Compiles a kernel's cases for a target in a process of its own; a crash is pinned on one case by trying each."""
+    command = [sys.executable, __file__, "--kernel", kernel, "--target", target]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cases = [i for i, case in enumerate(every_case()) if case.kernel == kernel]
+    if only is not None:
+        command += ["--case", only]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return [json.loads(line) for line in done.stdout.splitlines()]
+    if only is None and len(cases) > 1:
+        return [row for i in cases for row in _in_process(kernel, target, str(i))]
+    case = every_case()[int(only) if only is not None else cases[0]]
+    lines = [line for line in done.stderr.splitlines() if re.search(r"\w", line)]
+    error = next((line for line in reversed(lines) if "rror" in line), f"exit {done.returncode}")
+    return [{"kernel": kernel, "target": target, "config": case.config, "dtype": case.dtype, "error": error}]
+
+
+def compile_all(targets: tuple[str, ...] = tuple(TARGETS), jobs: int | None = None) -> list[dict[str, Any]]:
+    """A row a case and target, in a fixed order; a row that did not compile has `error` in the place of figures."""
+    kernels = list(dict.fromkeys(case.kernel for case in every_case()))
+    pairs = [(kernel, target) for kernel in kernels for target in targets]
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        for (kernel, target), found in zip(pairs, pool.map(lambda pair: _in_process(*pair), pairs), strict=True):
+            print(f"{kernel} for {target}: {len(found)} compiled", file=sys.stderr, flush=True)
+            rows += found
+    return rows
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """Why a row would not pass: it did not compile, spills, overflows shared memory, multiplies without wgmma."""
+    if "error" in row:
+        return [row["error"]]
+    found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name]]
+    if row["shared"] > SHARED_LIMIT[row["target"]]:
+        found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
+    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"]:
+        found.append("no wgmma")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", help=argparse.SUPPRESS)
+    parser.add_argument("--target", choices=TARGETS, help="compile for one target only, and keep no table")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.kernel:
+        for index, case in enumerate(every_case()):
+            if case.kernel == arguments.kernel and arguments.case in (None, index):
+                print(json.dumps(_compile(case, arguments.target)), flush=True)
+        return 0
+    rows = compile_all((arguments.target,) if arguments.target else tuple(TARGETS))
+    widths = {name: max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in COLUMNS}
+    for row in [{name: name for name in COLUMNS}, *rows]:
+        line = "  ".join(str(row.get(name, "-")).ljust(widths[name]) for name in COLUMNS)
+        wrong = faults(row) if row["kernel"] != "kernel" else []
+        print(line.rstrip() + (f"  <- {', '.join(wrong)}" if wrong else ""))
+    if not arguments.target:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows)
+    wrong = [row for row in rows if faults(row)] or uncompiled_configs(every_case())
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

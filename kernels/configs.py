@@ -1,0 +1,105 @@
+"""Launch configurations: one pinned for each kernel and row width, and what the opt-in autotuner may try.
+
+A pinned configuration is chosen by the width of a row alone, so that results do not depend on timings. Under the
+interpreter, whose time goes by tile operations, tiles are as large as the input.
+"""
+
+from __future__ import annotations
+
+from triton import Config, next_power_of_2
+
+
+def _config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+# kernel: ((largest width, configuration), ...), the last for every wider row.
+PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
+    "mix_forward_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (1024, _config(4, BLOCK_N=2, BLOCK_D=1024)),
+        (2**31, _config(4, BLOCK_N=1, BLOCK_D=1024)),
+    ),
+    "mix_grad_weights_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=2, BLOCK_D=1024)),
+    ),
+    "mix_grad_embedding_kernel": (
+        (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_V=8, BLOCK_D=512)),
+    ),
+    "mix_grad_long_segments_kernel": ((2**31, _config(4, BLOCK_M=16, BLOCK_D=256)),),
+    "mix_grad_merge_kernel": ((2**31, _config(4, BLOCK_M=16, BLOCK_D=256)),),
+    "mix_grad_atomic_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=1, BLOCK_D=1024)),
+    ),
+    "log_softmax_forward_kernel": (
+        (4096, _config(4, BLOCK_V=1024)),
+        (2**31, _config(8, BLOCK_V=8192)),
+    ),
+    "log_softmax_backward_kernel": (
+        (4096, _config(4, BLOCK_V=1024)),
+        (2**31, _config(4, BLOCK_V=4096)),
+    ),
+    # The width is the size of a group.
+    "group_advantages_kernel": (
+        (16, _config(4, BLOCK_G=32, BLOCK_R=16)),
+        (128, _config(4, BLOCK_G=4, BLOCK_R=128)),
+        (2**31, _config(8, BLOCK_G=1, BLOCK_R=2048)),
+    ),
+    "group_advantages_backward_kernel": (
+        (16, _config(4, BLOCK_G=16, BLOCK_R=16)),
+        (128, _config(4, BLOCK_G=4, BLOCK_R=128)),
+        (2**31, _config(8, BLOCK_G=1, BLOCK_R=2048)),
+    ),
+}
+
+# Under the interpreter: rows a program, columns a program (at most; a row narrower than that is one tile).
+_INTERPRETED: dict[str, dict[str, int]] = {
+    "mix_forward_kernel": {"BLOCK_N": 64, "BLOCK_D": 1024},
+    "mix_grad_weights_kernel": {"BLOCK_N": 64, "BLOCK_D": 1024},
+    "mix_grad_embedding_kernel": {"BLOCK_V": 64, "BLOCK_D": 1024},
+    "mix_grad_long_segments_kernel": {"BLOCK_M": 32, "BLOCK_D": 1024},
+    "mix_grad_merge_kernel": {"BLOCK_M": 32, "BLOCK_D": 1024},
+    "mix_grad_atomic_kernel": {"BLOCK_N": 64, "BLOCK_D": 1024},
+    "log_softmax_forward_kernel": {"BLOCK_V": 1024},
+    "log_softmax_backward_kernel": {"BLOCK_V": 1024},
+    "group_advantages_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
+    "group_advantages_backward_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
+}
+
+# What changes the best configuration of a kernel, by the names of its arguments (element types always do).
+TUNING_KEYS: dict[str, tuple[str, ...]] = {
+    "mix_forward_kernel": ("d", "K"),
+    "mix_grad_weights_kernel": ("d", "K"),
+    "mix_grad_embedding_kernel": ("d", "v"),
+    "mix_grad_long_segments_kernel": ("d",),
+    "mix_grad_merge_kernel": ("d",),
+    "mix_grad_atomic_kernel": ("d", "K"),
+    "log_softmax_forward_kernel": ("v", "ENTROPY"),
+    "log_softmax_backward_kernel": ("v", "ENTROPY"),
+    "group_advantages_kernel": ("group_size", "columns"),
+    "group_advantages_backward_kernel": ("group_size", "columns"),
+}
+
+# Outputs that a kernel adds to, which the tuner must clear between trials.
+ACCUMULATED: dict[str, list[str]] = {"mix_grad_atomic_kernel": ["out"]}
+
+
+def pinned(kernel: str, width: int, *, interpreted: bool = False) -> Config:
+    if interpreted:
+        blocks = dict(_INTERPRETED[kernel])
+        columns = list(blocks)[-1]
+        blocks[columns] = min(blocks[columns], max(16, next_power_of_2(width)))
+        return Config(blocks)
+    return next(config for limit, config in PINNED[kernel] if width <= limit)
+
+
+def candidates(kernel: str) -> tuple[Config, ...]:
+    """The pinned configurations and, of each, the same tile with half and twice the warps."""
+    found = []
+    for _, config in PINNED[kernel]:
+        for warps in (config.num_warps // 2, config.num_warps, config.num_warps * 2):
+            found.append(Config(config.kwargs, num_warps=max(1, warps), num_stages=config.num_stages))
+    return tuple(found)

@@ -1,0 +1,139 @@
+"""What every kernel shares: offsets that do not overflow, and the launch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from . import configs
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@triton.jit
+def widen(index, INT64: tl.constexpr):
+    """An index wide enough to be multiplied by a stride; 32 bits where every offset is known to fit."""
+    return index.to(tl.int64) if INT64 else index.to(tl.int32)
+
+
+def needs_int64(*tensors: Tensor | None) -> bool:
+    """Whether an element of one of the tensors lies 2^31 elements or more from its first. Reads shapes and strides
+    only, so it works on meta tensors too."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
+        for x in tensors
+        if x is not None and x.numel()
+    )
+
+
+class Launch(NamedTuple):
+    """One launch as it would have been made: the kernel, its arguments by name and its configuration."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    config: triton.Config
+
+
+_recorded: list[Launch] | None = None
+_force_int64 = False
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches are noted instead of made, so launchers can be run on meta tensors: what `make resources` compiles for
+    GPUs that are not here, and what the tests of the 64-bit offsets read."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+@contextmanager
+def forced_int64() -> Iterator[None]:
+    """Every launch takes its 64-bit form, which small inputs would not need."""
+    global _force_int64
+    before, _force_int64 = _force_int64, True
+    try:
+        yield
+    finally:
+        _force_int64 = before
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether the kernel was defined under TRITON_INTERPRET=1, and so runs on CPU tensors."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def launcher(*contiguous: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorates a function that launches kernels: runs it on the device of its first tensor, whatever the current
+    device is, and makes the arguments named contiguous. The others are passed with their strides."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            bound = signature.bind(*args, **kwargs)
+            for name in contiguous:
+                if isinstance(bound.arguments.get(name), Tensor):
+                    bound.arguments[name] = bound.arguments[name].contiguous()
+            first = next(x for x in bound.arguments.values() if isinstance(x, Tensor))
+            with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+                return function(*bound.args, **bound.kwargs)
+
+        return guarded
+
+    return decorate
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[dict[str, Any]], tuple[int, ...]],
+    *,
+    width: int,
+    int64_for: tuple[Tensor | None, ...],
+    tunable: bool = True,
+    **arguments: Any,
+) -> None:
+    """Launches a kernel in its pinned configuration for rows of `width` elements, or, under NGRPO_OPS_AUTOTUNE=1, in
+    the fastest one found here; INT64 is decided by `int64_for`. A deterministic program is never tuned: another
+    configuration may sum in another order."""
+    name = kernel.__name__
+    arguments["INT64"] = _force_int64 or needs_int64(*int64_for)
+    config = configs.pinned(name, width, interpreted=interpreted(kernel))
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, config))
+    elif tunable and _autotune() and not interpreted(kernel):
+        _tuned(kernel)[grid](**arguments)
+    else:
+        kernel[grid](**arguments, **config.all_kwargs())
+
+
+def _autotune() -> bool:
+    return os.environ.get("NGRPO_OPS_AUTOTUNE") == "1" and not torch.are_deterministic_algorithms_enabled()
+
+
+@functools.cache
+def _tuned(kernel: Any) -> Any:
+    """The kernel under triton's autotuner with its cache on disk. Number of rows and batch are not part of the key."""
+    name = kernel.__name__
+    tune = triton.autotune(
+        configs=list(configs.candidates(name)),
+        key=list(configs.TUNING_KEYS[name]),
+        reset_to_zero=configs.ACCUMULATED.get(name),
+        cache_results=True,
+    )
+    return tune(kernel)
