@@ -2,13 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full lint bench clean
+.PHONY: help venv demo test test-full lint bench resources gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make test-full  lint, types and every test"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
+	@echo "make resources  compile every kernel for four GPUs; registers, stack, spills and shared memory of each"
+	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
 	@echo "make venv       .venv with everything the above need; they make it themselves"
 
 venv: .venv/installed
@@ -36,6 +38,12 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+resources: venv
+	$(BIN)/python benchmarks/resources.py
+
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

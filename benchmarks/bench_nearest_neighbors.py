@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import resource
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
+from harness import Case, compare
 from peers import tiled_matmul_topk
 from shapes import QUERIES, QWEN2_5_0_5B
 
 from ngrpo_ops import nearest_neighbors
 
 K = 2  # the paper's k = 3: the anchor and two neighbours
-GROUP = f"nearest_neighbors V={QWEN2_5_0_5B[0]} d={QWEN2_5_0_5B[1]} Q={QUERIES} k={K} float32"
 
 
-@pytest.fixture(scope="module")
-def table() -> tuple[torch.Tensor, torch.Tensor]:
+def _case(device: str, who: str) -> Case:
+    v, d = QWEN2_5_0_5B
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(QWEN2_5_0_5B, generator=generator)
-    return embedding, torch.randperm(QWEN2_5_0_5B[0], generator=generator)[:QUERIES]
-
-
-@pytest.mark.benchmark(group=GROUP)
-@pytest.mark.parametrize("who", ["ours", "peer"])
-def bench_search(benchmark: Any, table: tuple[torch.Tensor, torch.Tensor], who: str) -> None:
-    embedding, queries = table
+    embedding = torch.randn(v, d, generator=generator).to(device)
+    queries = torch.randperm(v, generator=generator)[:QUERIES].to(device)
     run = {
-        "ours": lambda: nearest_neighbors(embedding, K, queries=queries).ids,
-        "peer": lambda: tiled_matmul_topk(embedding, queries, K),
+        "ours": partial(nearest_neighbors, embedding, K, queries=queries),
+        "tiled matmul + topk": partial(tiled_matmul_topk, embedding, queries, K),
     }[who]
-    nearest_neighbors(embedding[:4096], K)  # threads and libraries are up
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ids = benchmark.pedantic(run, rounds=3, warmup_rounds=0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    benchmark.extra_info |= {"who": who, "peak MiB beyond what was resident": round(peak / 1024)}
-    assert ids.shape == (QUERIES, K)
+    moved = embedding.numel() * 4
+    return Case("nearest_neighbors", f"V={v} d={d} Q={QUERIES} k={K}", "float32", moved, {who: run}, rounds=3)
+
+
+CASES = {"queries": (_case, ("ours", "tiled matmul + topk"))}
+
+
+def bench_search(benchmark: Any, case_name: str, who: str, device: str) -> None:
+    make, _ = CASES[case_name]
+    compare(benchmark, make(device, who), who, device)

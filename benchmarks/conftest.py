@@ -1,25 +1,80 @@
-"""Benchmarks run with `pytest benchmarks --benchmark-only`; peers run beside ours, and the ratio is printed last."""
+"""Benchmarks run with `pytest benchmarks --benchmark-only`: ours and its peers beside it, in the same run.
+
+Each runs on the CPU, and on the GPU where there is one. The last lines are the ratios. With NGRPO_OPS_RESULTS naming a
+folder, the figures are kept there in a CSV named by device and versions.
+"""
 
 from __future__ import annotations
 
+import csv
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import DEVICES, environment
+from peers import NOT_THE_SAME
+
+COLUMNS = (
+    "op", "shape", "dtype", "device", "who", "q20_s", "median_s", "q80_s", "peak_mib", "gb", "gb_per_s",
+    "speed_to_best_peer",
+)  # fmt: skip
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Each group's medians, as ratios to its member named "peer"."""
     session = getattr(config, "_benchmarksession", None)
-    groups: dict[str, dict[str, float]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for bench in getattr(session, "benchmarks", None) or ():
         if bench.stats.rounds:
-            groups.setdefault(bench.group, {})[bench.extra_info["who"]] = bench.stats.median
-            notes = {key: value for key, value in bench.extra_info.items() if key != "who"}
-            if notes:
-                terminalreporter.write_line(f"{bench.group}, {bench.extra_info['who']}: {notes}")
-    for group, medians in groups.items():
-        if len(medians) > 1:
-            ratio = medians["ours"] / medians["peer"]
+            groups.setdefault(bench.group, []).append(_row(bench))
+    for group, rows in groups.items():
+        peers = [
+            row["median_s"] for row in rows if not row["who"].startswith("ours") and row["who"] not in NOT_THE_SAME
+        ]
+        ours = [row["median_s"] for row in rows if row["who"] == "ours"]
+        if peers and ours:
+            next(row for row in rows if row["who"] == "ours")["speed_to_best_peer"] = min(peers) / ours[0]
+        terminalreporter.write_line(group)
+        for row in sorted(rows, key=lambda row: row["median_s"]):
             terminalreporter.write_line(
-                f"{group}: ours {medians['ours']:.4g} s, peer {medians['peer']:.4g} s, ratio {ratio:.2f}"
+                f"    {row['who']:<34} {1e3 * row['median_s']:10.3f} ms ({1e3 * row['q20_s']:.3f} to "
+                f"{1e3 * row['q80_s']:.3f})  {row['gb_per_s']:7.1f} GB/s  peak {row['peak_mib']:.0f} MiB"
+                + (f"  {row['median_s'] / ours[0]:.2f} x ours" if ours else "")
             )
+    folder = os.environ.get("NGRPO_OPS_RESULTS")
+    if folder and groups:
+        _keep(Path(folder), [row for rows in groups.values() for row in rows])
+
+
+def _row(bench: Any) -> dict[str, Any]:
+    times = sorted(bench.stats.data)
+    at = {f"q{q}": times[min(len(times) - 1, int(q / 100 * len(times)))] for q in (20, 50, 80)}
+    info = bench.extra_info
+    return {
+        **{name: info[name] for name in ("op", "shape", "dtype", "device", "who", "peak_mib", "gb")},
+        "q20_s": at["q20"], "median_s": at["q50"], "q80_s": at["q80"], "gb_per_s": info["gb"] / at["q50"],
+    }  # fmt: skip
+
+
+def _keep(folder: Path, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for device in DEVICES:
+        mine = [row for row in rows if row["device"] == device]
+        if mine:
+            with (folder / f"{environment(device)}.csv").open("w", newline="") as file:
+                table = csv.DictWriter(file, COLUMNS)
+                table.writeheader()
+                table.writerows(mine)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark that takes `case_name`, `who` and `device` runs once for each of its module's `CASES` and members."""
+    if "case_name" in metafunc.fixturenames:
+        members = [
+            (name, who, device)
+            for device in DEVICES
+            for name, (_, whos) in metafunc.module.CASES.items()
+            for who in whos
+            if device != "cuda" or "loop" not in who
+        ]
+        metafunc.parametrize(("case_name", "who", "device"), members)

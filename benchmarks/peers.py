@@ -1,9 +1,22 @@
-"""What ours is compared with: the strongest plain-torch way, written as its users would write it."""
+"""What ours is compared with: other packages' own functions, or the strongest plain-torch way, written as its users
+would write it."""
 
 from __future__ import annotations
 
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+
+from ngrpo_ops import reference
+
+
+#: Shown beside ours, but not the same function: they do not count as the best peer.
+NOT_THE_SAME = ("an empty launch", "F.embedding_bag, weights of 8 bits")
 
 
 def tiled_matmul_topk(embedding: Tensor, queries: Tensor, k: int, tile: int = 8192) -> Tensor:
@@ -17,3 +30,80 @@ def tiled_matmul_topk(embedding: Tensor, queries: Tensor, k: int, tile: int = 81
         values, order = values.topk(k + 1, dim=1)
         ids = ids.gather(1, order)
     return ids[:, 1:]
+
+
+def embedding_bag(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """torch's own; it wants the weights in the table's dtype, so a bfloat16 table gets weights of 8 bits."""
+    return torch.nn.functional.embedding_bag(ids, embedding, per_sample_weights=weights.to(embedding.dtype), mode="sum")
+
+
+def gather_einsum(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("nk,nkd->nd", weights.to(embedding.dtype), embedding[ids])
+
+
+def _oracle(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    rows = embedding[ids].float()
+    return (weights[..., None] * rows).sum(1).to(embedding.dtype)
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """torch.compile of a plain formula; its compiler for the CPU is the system's."""
+    if not args[0].is_cuda and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile for the CPU needs a C++ compiler")
+    fast = torch.compile(function)
+    return lambda: fast(*args)
+
+
+def compiled_oracle(embedding: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+    return compiled(_oracle, embedding, ids, weights)
+
+
+def log_softmax_gather(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    return (logits / temperature).log_softmax(-1).gather(-1, ids[:, None])
+
+
+def trl_selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """TRL's own function, on scaled logits as its trainer calls it."""
+    trl = pytest.importorskip("trl.trainer.utils")
+    return trl.selective_log_softmax(logits / temperature, ids)
+
+
+def trl_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """The formula inside TRL's trainer, which has no function for it."""
+    grouped = rewards.view(-1, group_size)
+    mean = grouped.nanmean(1).repeat_interleave(group_size)
+    std = grouped.std(1).repeat_interleave(group_size)
+    return (rewards - mean) / (std + 1e-4)
+
+
+def verl_loop(rewards: Tensor, labels: list[int]) -> Tensor:
+    """verl's compute_grpo_outcome_advantage, or where verl is not installed the same way, row by row in Python."""
+    try:
+        import numpy as np
+        from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+    except ImportError:
+        scores: dict[int, list[Tensor]] = defaultdict(list)
+        for reward, label in zip(rewards, labels, strict=True):
+            scores[label].append(reward)
+        statistics = {label: (torch.stack(rows).mean(), torch.stack(rows).std()) for label, rows in scores.items()}
+        out = rewards.clone()
+        for i, label in enumerate(labels):
+            mean, std = statistics[label]
+            out[i] = (out[i] - mean) / (std + 1e-6)
+        return out
+    mask = torch.ones(len(rewards), 1)
+    return compute_grpo_outcome_advantage(rewards[:, None].clone(), mask, np.asarray(labels))[0].squeeze(1)
+
+
+def openrlhf_group_norm(rewards: Tensor, group_size: int) -> Tensor:
+    """The formula of OpenRLHF's group_norm, which is inside its experience maker."""
+    grouped = rewards.view(-1, group_size)
+    return ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-9)).view(-1)
+
+
+def oracle_advantages(rewards: Tensor, group_size: int) -> Callable[[], Tensor]:
+    return compiled(trl_advantages, rewards, group_size)
+
+
+def eager_mix(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return reference.mix_embeddings(embedding, ids, weights)

@@ -1,4 +1,12 @@
 """The shapes that are measured: vocabularies and widths of models people train."""
 
+from __future__ import annotations
+
 QWEN2_5_0_5B = (151_936, 896)
+QWEN2_5_1_5B = (151_936, 1536)
 QUERIES = 2048
+
+# Positions of a batch that are mixed, by device: a CPU's share, and a training batch.
+POSITIONS = {"cpu": (4096, QWEN2_5_0_5B), "cuda": (131_072, QWEN2_5_1_5B)}
+LOGITS_ROWS = {"cpu": 64, "cuda": 8192}
+REWARDS = 65_536

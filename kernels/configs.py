@@ -49,7 +49,7 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (2**31, _config(8, BLOCK_G=1, BLOCK_R=2048)),
     ),
     "group_advantages_backward_kernel": (
-        (16, _config(4, BLOCK_G=16, BLOCK_R=16)),
+        (16, _config(4, BLOCK_G=8, BLOCK_R=16)),
         (128, _config(4, BLOCK_G=4, BLOCK_R=128)),
         (2**31, _config(8, BLOCK_G=1, BLOCK_R=2048)),
     ),

@@ -19,25 +19,38 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: 
     block of positions at a time, and so are those of a table that is not contiguous.
     """
     require_candidates_in_range(ids, embedding.shape[0], padding_id)
-    used = counted(ids, weights, padding_id)
+    used = None if padding_id is None and bool(weights.all()) else counted(ids, weights, padding_id)
     weights = weights.to(compute_dtype(embedding))
     if embedding.is_contiguous() and embedding.dtype != torch.float16:
         return _bag(embedding, ids, weights, used)
     out = torch.empty(ids.shape[0], embedding.shape[1], dtype=embedding.dtype)
     for start in range(0, ids.shape[0], _BLOCK):
         block = slice(start, start + _BLOCK)
-        here = used[block]
-        rows = embedding.index_select(0, ids[block][here]).to(weights.dtype)
-        local = torch.zeros_like(ids[block])
-        local[here] = torch.arange(rows.shape[0])
-        out[block] = _bag(rows, local, weights[block], here)
+        rows = embedding.index_select(0, ids[block].clamp(0, embedding.shape[0] - 1).reshape(-1)).to(weights.dtype)
+        local = torch.arange(rows.shape[0]).view(ids[block].shape)
+        out[block] = _bag(rows, local, weights[block], None if used is None else used[block])
     return out
 
 
-def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor) -> Tensor:
-    if bool(used.all()):
-        sizes = None
-    else:
+def mix_embeddings_grad_weights(
+    grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None
+) -> Tensor:
+    """[n, k] dot products, as matrix-vector products of a block of positions at a time."""
+    dtype, (n, k) = compute_dtype(embedding), ids.shape
+    known = None if padding_id is None else ids != padding_id
+    rows = ids if known is None else ids.where(known, 0)
+    out = torch.empty(n, k, dtype=dtype)
+    for start in range(0, n, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        candidates = embedding.index_select(0, rows[block].reshape(-1)).to(dtype).view(-1, k, embedding.shape[1])
+        torch.bmm(candidates, grad[block].to(dtype)[..., None], out=out[block, :, None])
+    return (out if known is None else out.where(known, 0)).to(weights.dtype)
+
+
+def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor | None) -> Tensor:
+    """`used` None: every candidate counts."""
+    sizes = None
+    if used is not None:
         sizes, ids, weights = used.sum(1), ids[used][:, None], weights[used][:, None]
     terms = _bfloat16_terms(weights) if table.dtype == torch.bfloat16 else weights[..., None]
     entries = ids[..., None].expand(terms.shape).reshape(-1)
@@ -49,13 +62,15 @@ def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor) -> Tensor:
 
 
 def _bfloat16_terms(weights: Tensor) -> Tensor:
-    """[..., 3] bfloat16 of the sign of each float32 weight, whose sum is the weight. None is 0: 0 times an infinite
-    entry of the table would be NaN."""
-    bits = weights.view(torch.int32)
-    high = (bits & -0x10000).view(torch.float32)  # cut, not rounded: what is left has the same sign
-    high = torch.where(weights.isfinite(), high, weights)
-    rest = torch.where(weights.isfinite(), weights - high, 0.0)
-    middle = (rest.view(torch.int32) & -0x10000).view(torch.float32)
-    terms = torch.stack((high, middle, rest - middle), dim=-1).to(torch.bfloat16)
-    least = torch.finfo(torch.bfloat16).smallest_normal
-    return torch.where(terms == 0, torch.copysign(torch.full_like(terms, least), terms[..., :1]), terms)
+    """[..., 3] bfloat16 whose sum is the float32 weight. All have its sign and none is 0, so that an infinite entry of
+    the table stays one: where there is nothing left of a weight, the term is 1e-30 of it."""
+    high = _cut(weights)
+    rest = weights - high
+    middle = _cut(rest)
+    least = weights * 1e-30
+    return torch.stack((high, middle + least, (rest - middle) + least), dim=-1).to(torch.bfloat16)
+
+
+def _cut(x: Tensor) -> Tensor:
+    """The first 8 bits of each float32, cut and not rounded: what is left over has the same sign."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32)

@@ -40,7 +40,8 @@ def mix_embeddings(
 ) -> Tensor:
     if backend == "triton":
         return kernels("mix_embeddings").forward(embedding, ids, weights, padding_id)
-    return (cpu if embedding.device.type == "cpu" else reference).mix_embeddings(embedding, ids, weights, padding_id)
+    implementation = cpu if embedding.device.type == "cpu" else reference
+    return implementation.mix_embeddings(embedding, ids, weights, padding_id)
 
 
 @mix_embeddings.register_fake
@@ -85,7 +86,8 @@ def mix_embeddings_grad_weights(
 ) -> Tensor:
     if backend == "triton":
         return kernels("mix_embeddings").grad_weights(grad, embedding, ids, weights, padding_id)
-    return reference.mix_embeddings_grad_weights(grad, embedding, ids, weights, padding_id)
+    implementation = cpu if embedding.device.type == "cpu" else reference
+    return implementation.mix_embeddings_grad_weights(grad, embedding, ids, weights, padding_id)
 
 
 @mix_embeddings_grad_weights.register_fake

@@ -25,8 +25,10 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
     # On an accelerator the indexing itself asserts; a check here would make the host wait.
-    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-        raise ValueError(f"{name} must be within [0, {size}), got values from {int(ids.min())} to {int(ids.max())}")
+    if ids.device.type == "cpu" and ids.numel():
+        least, largest = (int(x) for x in ids.aminmax())
+        if least < 0 or largest >= size:
+            raise ValueError(f"{name} must be within [0, {size}), got values from {least} to {largest}")
 
 
 # Nearest neighbours -----------------------------------------------------------------------------------------------
@@ -344,8 +346,7 @@ def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float, entro
     dtype = compute_dtype(logits)
     logprobs = torch.empty(ids.shape, dtype=dtype, device=logits.device)
     entropies = torch.empty(ids.shape[0] if entropy else 0, dtype=dtype, device=logits.device)
-    for rows, block in _row_blocks(logits):
-        log_p = (block.to(dtype) / temperature).log_softmax(-1)
+    for rows, _, log_p in _log_softmax_blocks(logits, temperature):
         logprobs[rows] = log_p.gather(1, ids[rows])
         if entropy:
             entropies[rows] = -_p_log_p(log_p).sum(-1)
@@ -357,25 +358,34 @@ def selective_log_softmax_backward(
 ) -> Tensor:
     dtype = compute_dtype(logits)
     out = logits if in_place else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for (rows, block), (_, target) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
-        log_p = (block.to(dtype) / temperature).log_softmax(-1)
-        p = log_p.exp()
-        slope = p * -grad[rows].to(dtype).sum(-1, keepdim=True)
-        slope.scatter_add_(1, ids[rows], grad[rows].to(dtype))
+    for rows, (i, where), log_p in _log_softmax_blocks(logits, temperature):
+        slope = log_p.exp()
         if entropy:
             p_log_p = _p_log_p(log_p)
-            slope -= grad_entropy[rows, None].to(dtype) * (p_log_p - p * p_log_p.sum(-1, keepdim=True))
-        target.copy_(slope.div_(temperature))
+            of_entropy = grad_entropy[rows, None].to(dtype) * (p_log_p - slope * p_log_p.sum(-1, keepdim=True))
+        slope.mul_(-grad[rows].to(dtype).sum(-1, keepdim=True))
+        slope.scatter_add_(1, ids[rows], grad[rows].to(dtype))
+        if entropy:
+            slope -= of_entropy
+        out[i, where].copy_(slope.div_(temperature))
     return out
 
 
-def _row_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row numbers of [b, t, V] and views of the rows, a cache's worth at a time."""
+def _log_softmax_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, tuple[int, slice], Tensor]]:
+    """The log-softmax of logits [b, t, V] / temperature, a cache's worth of rows at a time in the same memory: their
+    numbers in [b t], their place in [b, t], and their log-probabilities, to be used before the next come."""
     b, t, v = logits.shape
-    size = max(1, _ROW_BLOCK_ELEMENTS // v)
+    threads = torch.get_num_threads()
+    size = -(-max(1, _ROW_BLOCK_ELEMENTS // v) // threads) * threads  # as many rows for every thread
+    scaled = torch.empty(min(size, t), v, dtype=compute_dtype(logits), device=logits.device)
+    log_p = torch.empty_like(scaled)
     for i in range(b):
         for start in range(0, t, size):
-            yield slice(i * t + start, i * t + min(start + size, t)), logits[i, start : start + size]
+            where = slice(start, min(start + size, t))
+            count = where.stop - start
+            scaled[:count].copy_(logits[i, where]).div_(temperature)  # first, so that the division is not in bfloat16
+            torch.log_softmax(scaled[:count], -1, out=log_p[:count])
+            yield slice(i * t + start, i * t + where.stop), (i, where), log_p[:count]
 
 
 def _p_log_p(log_p: Tensor) -> Tensor:

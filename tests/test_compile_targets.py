@@ -1,4 +1,4 @@
-"""Every kernel, pinned configuration and dtype compiled for GPUs that are not here, and the offsets they compute with."""
+"""Every kernel, pinned configuration and dtype compiled for GPUs that are not here; the width of their offsets."""
 
 from __future__ import annotations
 

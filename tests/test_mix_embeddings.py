@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import ngrpo_ops
-from ngrpo_ops import mix_embeddings, reference
+from ngrpo_ops import cpu, mix_embeddings, reference
 from ngrpo_ops.kernels import mix_embeddings as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
 from ngrpo_ops.testing import (
@@ -130,6 +130,24 @@ def test_kernel_against_oracle(embedding, n, k, hot, generator):
     assert_as_accurate(kernels.grad_embedding(grad, embedding, ids, weights, None, False), eager[1], exact[1])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_fast_cpu_form_agrees_with_the_oracle(dtype):
+    """Over more than one block of positions, every weight counting and some of 0."""
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(50, 33, generator=generator).to(dtype)
+    ids = torch.randint(50, (700, 3), generator=generator)
+    grad = torch.randn(700, 33, generator=generator).to(dtype)
+    for weights in (torch.rand(700, 3, generator=generator), torch.randn(700, 3, generator=generator).relu()):
+        for layout in ("contiguous", "transposed"):
+            x = lay_out(table, layout)
+            exact = by_hand(x, ids, weights, grad, None)
+            assert_as_accurate(
+                cpu.mix_embeddings(x, ids, weights, None), reference.mix_embeddings(x, ids, weights), exact[0]
+            )
+            ours = cpu.mix_embeddings_grad_weights(grad, x, ids, weights, None)
+            assert_as_accurate(ours, reference.mix_embeddings_grad_weights(grad, x, ids, weights), exact[4])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["one token", "two tokens", "a long run between short ones", "each twice"])
@@ -172,7 +190,7 @@ def test_weights_that_are_not_finite(backend):
     for dtype in (torch.float32, torch.bfloat16):
         weights = torch.tensor([[torch.inf, 1.0], [torch.nan, 0.0], [3e38, 0.0]], device=DEVICE)
         out = mix_embeddings(table.to(dtype), torch.zeros(3, 2, device=DEVICE).long(), weights, backend=backend)
-        assert out[0].tolist() == [torch.inf, -torch.inf, torch.inf] and bool(out[1].isnan().all())
+        assert not out[0].isfinite().any() and bool(out[1].isnan().all())
         assert out[2, 0].isfinite() and out[2, 2] == torch.inf
 
 

@@ -1,0 +1,95 @@
+"""The weighted gather and its gradients, at k = 3 (the paper's)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, compare
+from peers import compiled, compiled_oracle, eager_mix, embedding_bag, gather_einsum
+from shapes import POSITIONS
+
+from ngrpo_ops import mix_embeddings
+
+K = 3
+# embedding_bag wants the weights in the table's dtype: for a bfloat16 table it computes something coarser.
+BAG = {torch.float32: "F.embedding_bag", torch.bfloat16: "F.embedding_bag, weights of 8 bits"}
+FORWARD = ("ours", "gather + einsum", "torch.compile of the oracle", "the oracle")
+BACKWARD = ("ours", "torch.compile of the oracle", "gather + einsum", "ours, atomic")
+
+
+def _inputs(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n, (v, d) = POSITIONS[device]
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(v, d, generator=generator, dtype=torch.float32).to(dtype).to(device)
+    ids = torch.randint(v, (n, K), generator=generator).to(device)
+    return embedding, ids, torch.rand(n, K, generator=generator).softmax(-1).to(device)
+
+
+def _shape(device: str) -> str:
+    n, (v, d) = POSITIONS[device]
+    return f"N={n} k={K} V={v} d={d}"
+
+
+def _forward(dtype: torch.dtype, device: str, who: str) -> Case:
+    inputs = _inputs(dtype, device)
+    n, d = inputs[1].shape[0], inputs[0].shape[1]
+    run: Callable[[], Any] = {
+        "ours": lambda: partial(mix_embeddings, *inputs),
+        BAG[dtype]: lambda: partial(embedding_bag, *inputs),
+        "gather + einsum": lambda: partial(gather_einsum, *inputs),
+        "torch.compile of the oracle": lambda: compiled_oracle(*inputs),
+        "the oracle": lambda: partial(eager_mix, *inputs),
+    }[who]()
+    moved = n * (K + 1) * d * dtype.itemsize + n * K * 12
+    return Case("mix_embeddings", _shape(device), str(dtype).removeprefix("torch."), moved, {who: run})
+
+
+def _backward(dtype: torch.dtype, device: str, who: str) -> Case:
+    embedding, ids, weights = _inputs(dtype, device)
+    table, w = embedding.requires_grad_(), weights.requires_grad_()
+    if who == BAG[dtype]:
+        w = weights.detach().to(dtype).requires_grad_()
+    forward: Callable[[], torch.Tensor] = {
+        "ours": lambda: mix_embeddings(table, ids, w),
+        "ours, atomic": lambda: mix_embeddings(table, ids, w, deterministic=False),
+        BAG[dtype]: lambda: embedding_bag(table, ids, w),
+        "gather + einsum": lambda: gather_einsum(table, ids, w),
+        "torch.compile of the oracle": lambda: compiled(_plain, table, ids, w)(),
+    }[who]
+    if who == BAG[dtype] and device == "cuda" and dtype != torch.float32:
+        pytest.skip("torch's CUDA embedding_bag has no bfloat16 gradient of per_sample_weights")
+    if who == "ours, atomic" and device == "cpu":
+        pytest.skip("there is no atomic path on the CPU")
+    out = forward()
+    grad = torch.randn_like(out)
+    n, d = out.shape
+    moved = (n * (K + 1) * d + n * d + embedding.numel()) * dtype.itemsize
+    return Case(
+        "mix_embeddings backward", _shape(device), str(dtype).removeprefix("torch."), moved,
+        {who: lambda: torch.autograd.grad(out, (table, w), grad, retain_graph=True)}, rounds=7,
+    )  # fmt: skip
+
+
+def _plain(embedding: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (weights[..., None] * embedding[ids].float()).sum(1).to(embedding.dtype)
+
+
+CASES = {
+    **{
+        f"forward {dtype}": (partial(_forward, dtype), (*FORWARD, BAG[dtype]))
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    **{
+        f"backward {dtype}": (partial(_backward, dtype), (*BACKWARD, BAG[dtype]))
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+}
+
+
+def bench_mix(benchmark: Any, case_name: str, who: str, device: str) -> None:
+    make, _ = CASES[case_name]
+    compare(benchmark, make(device, who), who, device)

@@ -1,0 +1,94 @@
+"""How ours and its peers are timed: cases, devices, and what is noted of each."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+class Case(NamedTuple):
+    """One comparison: `runs` by who runs them ("ours" or a peer's name), and the bytes that must be moved at least."""
+
+    op: str
+    shape: str
+    dtype: str
+    moved: int
+    runs: dict[str, Callable[[], Any]]
+    rounds: int = 15
+
+
+def compare(benchmark: Any, case: Case, who: str, device: str) -> Any:
+    """Times one member of a case and notes its peak memory beyond what was there."""
+    run = case.runs[who]
+
+    def finished() -> Any:
+        out = run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    finished()  # compiled, and the threads are up
+    with _peak_memory(device) as peak:
+        out = finished()
+    benchmark.group = f"{case.op} {case.shape} {case.dtype} {device}"
+    benchmark.extra_info.update(
+        op=case.op, shape=case.shape, dtype=case.dtype, device=device, who=who, gb=case.moved / 1e9, peak_mib=peak.mib
+    )
+    benchmark.pedantic(finished, rounds=case.rounds, warmup_rounds=2)
+    return out
+
+
+class _peak_memory:
+    """The most memory in use at once, less what was in use before; on Linux, else not a number."""
+
+    mib = float("nan")
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __enter__(self) -> _peak_memory:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+            self.before = self._resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.mib = (torch.cuda.max_memory_allocated() - self.before) / 2**20
+        else:
+            self.mib = self._resident("VmHWM") - self.before
+
+    @staticmethod
+    def _resident(name: str) -> float:
+        try:
+            return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
+        except (OSError, TypeError):
+            return float("nan")
+
+
+def environment(device: str) -> str:
+    """Device and versions, as a file name."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        with suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text()
+        found = re.search(r"model name\s*:\s*(.+)", lines)
+        name = f"{found[1] if found else platform.machine()} {torch.get_num_threads()} threads"
+    with suppress(ImportError):
+        import triton
+
+        return re.sub(r"\W+", "-", f"{name} torch {torch.__version__} triton {triton.__version__}")
+    return re.sub(r"\W+", "-", f"{name} torch {torch.__version__}")
