@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import DEVICES, environment
+from harness import DEVICES, environment, keep_freed_memory
 from peers import NOT_THE_SAME
+
+keep_freed_memory()
 
 COLUMNS = (
     "op", "shape", "dtype", "device", "who", "q20_s", "median_s", "q80_s", "peak_mib", "gb", "gb_per_s",

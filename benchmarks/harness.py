@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from collections.abc import Callable
@@ -12,6 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def keep_freed_memory() -> None:
+    """glibc gives large blocks back to the system and takes them anew, or not, by the history of the process: up to a
+    millisecond of page faults for one member of a comparison and not for the next. Here they are kept, for all."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class Case(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ngrpo_ops import reference
 
-
 #: Shown beside ours, but not the same function: they do not count as the best peer.
 NOT_THE_SAME = ("an empty launch", "F.embedding_bag, weights of 8 bits")
 

@@ -18,11 +18,15 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: 
     times, from the cache, and added up in float32. float16's range is too short for that: its rows are converted, a
     block of positions at a time, and so are those of a table that is not contiguous.
     """
-    require_candidates_in_range(ids, embedding.shape[0], padding_id)
     used = None if padding_id is None and bool(weights.all()) else counted(ids, weights, padding_id)
     weights = weights.to(compute_dtype(embedding))
     if embedding.is_contiguous() and embedding.dtype != torch.float16:
-        return _bag(embedding, ids, weights, used)
+        try:
+            return _bag(embedding, ids, weights, used)
+        except RuntimeError:  # it has looked at every id; ours names the argument
+            require_candidates_in_range(ids, embedding.shape[0], padding_id)
+            raise
+    require_candidates_in_range(ids, embedding.shape[0], padding_id)
     out = torch.empty(ids.shape[0], embedding.shape[1], dtype=embedding.dtype)
     for start in range(0, ids.shape[0], _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -35,7 +39,7 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: 
 def mix_embeddings_grad_weights(
     grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None
 ) -> Tensor:
-    """[n, k] dot products, as matrix-vector products of a block of positions at a time."""
+    """[n, k] dot products, a block of positions at a time."""
     dtype, (n, k) = compute_dtype(embedding), ids.shape
     known = None if padding_id is None else ids != padding_id
     rows = ids if known is None else ids.where(known, 0)
@@ -43,22 +47,23 @@ def mix_embeddings_grad_weights(
     for start in range(0, n, _BLOCK):
         block = slice(start, start + _BLOCK)
         candidates = embedding.index_select(0, rows[block].reshape(-1)).to(dtype).view(-1, k, embedding.shape[1])
-        torch.bmm(candidates, grad[block].to(dtype)[..., None], out=out[block, :, None])
+        torch.sum(candidates.mul_(grad[block, None].to(dtype)), dim=-1, out=out[block])
     return (out if known is None else out.where(known, 0)).to(weights.dtype)
 
 
 def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor | None) -> Tensor:
     """`used` None: every candidate counts."""
+    if used is None and table.dtype != torch.bfloat16:
+        return embedding_bag(ids, table, mode="sum", per_sample_weights=weights)
     sizes = None
     if used is not None:
         sizes, ids, weights = used.sum(1), ids[used][:, None], weights[used][:, None]
     terms = _bfloat16_terms(weights) if table.dtype == torch.bfloat16 else weights[..., None]
-    entries = ids[..., None].expand(terms.shape).reshape(-1)
+    entries = ids[..., None].expand(terms.shape).flatten(1)
     if sizes is None:
-        offsets = torch.arange(0, entries.shape[0], ids.shape[1] * terms.shape[-1])
-    else:
-        offsets = (sizes.cumsum(0) - sizes) * terms.shape[-1]
-    return embedding_bag(entries, table, offsets, mode="sum", per_sample_weights=terms.reshape(-1))
+        return embedding_bag(entries, table, mode="sum", per_sample_weights=terms.flatten(1))
+    offsets = (sizes.cumsum(0) - sizes) * terms.shape[-1]
+    return embedding_bag(entries.flatten(), table, offsets, mode="sum", per_sample_weights=terms.flatten())
 
 
 def _bfloat16_terms(weights: Tensor) -> Tensor:

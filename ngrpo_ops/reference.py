@@ -99,21 +99,21 @@ def mix_embeddings_grad_embedding(
     grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None
 ) -> Tensor:
     dtype, used = compute_dtype(embedding), counted(ids, weights, padding_id)
-    rows, inverse = (ids[used], None) if dtype == embedding.dtype else ids[used].unique(return_inverse=True)
-    # A low-precision table is summed in float32, for the rows that occur alone.
-    size = embedding.shape[0] if inverse is None else rows.shape[0]
-    out = torch.zeros(size, embedding.shape[1], dtype=dtype, device=embedding.device)
-    position, candidate = used.nonzero(as_tuple=True)
-    where = rows if inverse is None else inverse
-    for c in range(ids.shape[1]):
-        mine = candidate == c
-        here = position[mine]
-        out.index_add_(0, where[mine], weights[here, c, None].to(dtype) * grad[here].to(dtype))
-    if inverse is None:
-        return out
+    size, tokens, rows = embedding.shape[0], ids.where(used, 0), None
+    if dtype != embedding.dtype:  # summed in float32, for the rows that occur alone
+        rows, tokens = tokens.unique(return_inverse=True)
+        size = rows.shape[0]
+    total = torch.zeros(size, embedding.shape[1], dtype=dtype, device=embedding.device)
+    grad = grad.to(dtype)
+    for token, weight, use in zip(tokens.T, weights.T, used.T, strict=True):
+        if bool(use.all()):
+            total.index_add_(0, token, weight[:, None].to(dtype) * grad)
+        else:
+            total.index_add_(0, token[use], weight[use, None].to(dtype) * grad[use])
+    if rows is None:
+        return total
     dense = torch.zeros(embedding.shape, dtype=embedding.dtype, device=embedding.device)
-    dense[rows] = out.to(embedding.dtype)
-    return dense
+    return dense.index_copy_(0, rows, total.to(embedding.dtype))
 
 
 def mix_embeddings_grad_weights(
@@ -346,7 +346,7 @@ def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float, entro
     dtype = compute_dtype(logits)
     logprobs = torch.empty(ids.shape, dtype=dtype, device=logits.device)
     entropies = torch.empty(ids.shape[0] if entropy else 0, dtype=dtype, device=logits.device)
-    for rows, _, log_p in _log_softmax_blocks(logits, temperature):
+    for rows, _, log_p in _blocks(logits, temperature, log=True):
         logprobs[rows] = log_p.gather(1, ids[rows])
         if entropy:
             entropies[rows] = -_p_log_p(log_p).sum(-1)
@@ -358,34 +358,41 @@ def selective_log_softmax_backward(
 ) -> Tensor:
     dtype = compute_dtype(logits)
     out = logits if in_place else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows, (i, where), log_p in _log_softmax_blocks(logits, temperature):
-        slope = log_p.exp()
+    grad = grad.to(dtype) / temperature
+    for rows, (i, where), block in _blocks(logits, temperature, log=entropy):
         if entropy:
-            p_log_p = _p_log_p(log_p)
-            of_entropy = grad_entropy[rows, None].to(dtype) * (p_log_p - slope * p_log_p.sum(-1, keepdim=True))
-        slope.mul_(-grad[rows].to(dtype).sum(-1, keepdim=True))
-        slope.scatter_add_(1, ids[rows], grad[rows].to(dtype))
+            p, p_log_p = block.exp(), _p_log_p(block)
+            of_entropy = grad_entropy[rows, None].to(dtype) / temperature
+            of_entropy = of_entropy * (p_log_p - p * p_log_p.sum(-1, keepdim=True))
+        else:
+            p = block
+        slope = p.mul_(-grad[rows].sum(-1, keepdim=True))
+        slope.scatter_add_(1, ids[rows], grad[rows])
         if entropy:
             slope -= of_entropy
-        out[i, where].copy_(slope.div_(temperature))
+        out[i, where].copy_(slope)
     return out
 
 
-def _log_softmax_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, tuple[int, slice], Tensor]]:
-    """The log-softmax of logits [b, t, V] / temperature, a cache's worth of rows at a time in the same memory: their
-    numbers in [b t], their place in [b, t], and their log-probabilities, to be used before the next come."""
+def _blocks(logits: Tensor, temperature: float, log: bool) -> Iterator[tuple[slice, tuple[int, slice], Tensor]]:
+    """The (log-)softmax of logits [b, t, V] / temperature, a cache's worth of rows at a time in the same memory: their
+    numbers in [b t], their place in [b, t], and their (log-)probabilities, to be used before the next come."""
     b, t, v = logits.shape
     threads = torch.get_num_threads()
     size = -(-max(1, _ROW_BLOCK_ELEMENTS // v) // threads) * threads  # as many rows for every thread
     scaled = torch.empty(min(size, t), v, dtype=compute_dtype(logits), device=logits.device)
-    log_p = torch.empty_like(scaled)
+    result = torch.empty_like(scaled)
+    softmax = torch.log_softmax if log else torch.softmax
     for i in range(b):
         for start in range(0, t, size):
             where = slice(start, min(start + size, t))
             count = where.stop - start
-            scaled[:count].copy_(logits[i, where]).div_(temperature)  # first, so that the division is not in bfloat16
-            torch.log_softmax(scaled[:count], -1, out=log_p[:count])
-            yield slice(i * t + start, i * t + where.stop), (i, where), log_p[:count]
+            if logits.dtype == scaled.dtype:
+                torch.div(logits[i, where], temperature, out=scaled[:count])
+            else:  # converted first, so that the division is not in bfloat16
+                scaled[:count].copy_(logits[i, where]).div_(temperature)
+            softmax(scaled[:count], -1, out=result[:count])
+            yield slice(i * t + start, i * t + where.stop), (i, where), result[:count]
 
 
 def _p_log_p(log_p: Tensor) -> Tensor:
