@@ -34,7 +34,7 @@ def _case(labelled: bool, device: str, who: str) -> Case:
     }[who]()
     shape = f"N={REWARDS} groups of {G}" + (", by label" if labelled else "")
     rounds = 3 if who == "verl's loop" else 50
-    return Case("group_advantages", shape, "float32", 8 * REWARDS, {who: run}, rounds)
+    return Case("group_advantages", shape, "float32", 8 * REWARDS, run, rounds)
 
 
 CASES = {"equal": (partial(_case, False), EQUAL), "labels": (partial(_case, True), LABELS)}
@@ -42,4 +42,4 @@ CASES = {"equal": (partial(_case, False), EQUAL), "labels": (partial(_case, True
 
 def bench_advantages(benchmark: Any, case_name: str, who: str, device: str) -> None:
     make, _ = CASES[case_name]
-    compare(benchmark, make(device, who), who, device)
+    compare(benchmark, make, who, device)

@@ -25,7 +25,7 @@ def _case(device: str, who: str) -> Case:
         "tiled matmul + topk": partial(tiled_matmul_topk, embedding, queries, K),
     }[who]
     moved = embedding.numel() * 4
-    return Case("nearest_neighbors", f"V={v} d={d} Q={QUERIES} k={K}", "float32", moved, {who: run}, rounds=3)
+    return Case("nearest_neighbors", f"V={v} d={d} Q={QUERIES} k={K}", "float32", moved, run, rounds=3)
 
 
 CASES = {"queries": (_case, ("ours", "tiled matmul + topk"))}
@@ -33,4 +33,4 @@ CASES = {"queries": (_case, ("ours", "tiled matmul + topk"))}
 
 def bench_search(benchmark: Any, case_name: str, who: str, device: str) -> None:
     make, _ = CASES[case_name]
-    compare(benchmark, make(device, who), who, device)
+    compare(benchmark, make, who, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,35 +26,45 @@ def keep_freed_memory() -> None:
 
 
 class Case(NamedTuple):
-    """One comparison: `runs` by who runs them ("ours" or a peer's name), and the bytes that must be moved at least."""
+    """One member of a comparison: what it runs, and the bytes that any implementation must move."""
 
     op: str
     shape: str
     dtype: str
     moved: int
-    runs: dict[str, Callable[[], Any]]
+    run: Callable[[], Any]
     rounds: int = 15
 
 
-def compare(benchmark: Any, case: Case, who: str, device: str) -> Any:
-    """Times one member of a case and notes its peak memory beyond what was there."""
-    run = case.runs[who]
+def compare(benchmark: Any, make: Callable[[str, str], Case], who: str, device: str) -> None:
+    """Times one member of a comparison and notes its peak memory beyond what was there; for a peer also its time over
+    ours, the median of runs taken in turn: what else the machine does then meets both."""
+    case = make(device, who)
 
-    def finished() -> Any:
-        out = run()
+    def finished(run: Callable[[], Any] = case.run) -> None:
+        run()
         if device == "cuda":
             torch.cuda.synchronize()
-        return out
 
     finished()  # compiled, and the threads are up
     with _peak_memory(device) as peak:
-        out = finished()
+        finished()
     benchmark.group = f"{case.op} {case.shape} {case.dtype} {device}"
     benchmark.extra_info.update(
         op=case.op, shape=case.shape, dtype=case.dtype, device=device, who=who, gb=case.moved / 1e9, peak_mib=peak.mib
     )
     benchmark.pedantic(finished, rounds=case.rounds, warmup_rounds=2)
-    return out
+    if who != "ours" and not benchmark.disabled:
+        ours = make(device, "ours").run
+        finished(ours)
+        ratios = [_seconds(finished, case.run) / _seconds(finished, ours) for _ in range(case.rounds)]
+        benchmark.extra_info["times_ours"] = sorted(ratios)[len(ratios) // 2]
+
+
+def _seconds(finished: Callable[[Callable[[], Any]], None], run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    finished(run)
+    return time.perf_counter() - began
 
 
 class _peak_memory:

@@ -6,22 +6,46 @@ an operation of its own whose derivative is refused: a second one raises instead
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
 from . import cpu, reference
 from .backends import kernels
 
 
-def _refuse_second_derivative(backward: CustomOpDef, name: str) -> None:
+class _Operation:
+    """An operation `torch.ops.ngrpo.<name>` that mutates nothing. torch.library.custom_op does the same with a wrapper
+    around every call, which takes as long as the rest of the dispatch."""
+
+    def __init__(self, implementation: Callable[..., Any]) -> None:
+        self.name = f"ngrpo::{implementation.__name__}"
+        schema = torch.library.infer_schema(implementation, mutates_args=())
+        torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(self.name, "default", implementation)
+        self._call = getattr(torch.ops.ngrpo, implementation.__name__).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        torch.library.register_fake(self.name, function)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+
+def _refuse_second_derivative(backward: _Operation, name: str) -> None:
     def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
         raise NotImplementedError(f"{name} can be differentiated once: its gradient has no derivative")
 
     backward.register_autograd(refuse)
 
 
-@custom_op("ngrpo::nearest_neighbors", mutates_args=())
+@_Operation
 def nearest_neighbors(
     embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +58,7 @@ def _(embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: T
     return embedding.new_empty(rows, k, dtype=torch.int64), embedding.new_empty(rows, k, dtype=torch.float32)
 
 
-@custom_op("ngrpo::mix_embeddings", mutates_args=())
+@_Operation
 def mix_embeddings(
     embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, deterministic: bool, backend: str
 ) -> Tensor:
@@ -51,7 +75,7 @@ def _(
     return embedding.new_empty(ids.shape[0], embedding.shape[1])
 
 
-@custom_op("ngrpo::mix_embeddings_grad_embedding", mutates_args=())
+@_Operation
 def mix_embeddings_grad_embedding(
     grad: Tensor,
     embedding: Tensor,
@@ -80,7 +104,7 @@ def _(
     return embedding.new_empty(embedding.shape)
 
 
-@custom_op("ngrpo::mix_embeddings_grad_weights", mutates_args=())
+@_Operation
 def mix_embeddings_grad_weights(
     grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, backend: str
 ) -> Tensor:
@@ -115,7 +139,7 @@ _refuse_second_derivative(mix_embeddings_grad_embedding, "mix_embeddings")
 _refuse_second_derivative(mix_embeddings_grad_weights, "mix_embeddings")
 
 
-@custom_op("ngrpo::decode_step", mutates_args=())
+@_Operation
 def decode_step(
     logits: Tensor,
     embedding: Tensor,
@@ -162,7 +186,7 @@ def _(
 # Group advantages -------------------------------------------------------------------------------------------------
 
 
-@custom_op("ngrpo::group_advantages", mutates_args=())
+@_Operation
 def group_advantages(
     rewards: Tensor,
     weights: Tensor | None,
@@ -201,7 +225,7 @@ def _(
     return rewards.new_empty(rewards.shape), spread
 
 
-@custom_op("ngrpo::group_advantages_backward", mutates_args=())
+@_Operation
 def group_advantages_backward(
     grad: Tensor,
     grad_spread: Tensor,
@@ -262,7 +286,7 @@ _refuse_second_derivative(group_advantages_backward, "group_advantages")
 # Selective log-softmax --------------------------------------------------------------------------------------------
 
 
-@custom_op("ngrpo::selective_log_softmax", mutates_args=())
+@_Operation
 def selective_log_softmax(
     logits: Tensor, ids: Tensor, temperature: float, entropy: bool, in_place_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,7 +328,7 @@ def _log_softmax_gradient(
     )
 
 
-@custom_op("ngrpo::selective_log_softmax_backward", mutates_args=())
+@_Operation
 def selective_log_softmax_backward(
     grad: Tensor,
     grad_entropy: Tensor,

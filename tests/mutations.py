@@ -1,0 +1,90 @@
+"""Breaks the kernels on purpose and expects the tests to notice: `make mutations`, or `python tests/mutations.py NAME`.
+
+Each mutation is made in a copy of the checkout, and the tests of that operation are run there. A mutation that survives
+is a hole in the tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutation(NamedTuple):
+    name: str
+    module: str
+    before: str
+    after: str
+
+
+MUTATIONS = [
+    # mix_embeddings: forward
+    Mutation("forward: a zero weight is read", "mix_embeddings", "used = (weight != 0.0) & (token != padding_id)\n    known", "used = token != padding_id\n    known"),
+    Mutation("forward: padding counts", "mix_embeddings", "(weight != 0.0) & (token != padding_id)\n    known", "(weight != 0.0)\n    known"),
+    Mutation("forward: bad ids are not NaN", "mix_embeddings", 'tl.where(bad[:, None], float("nan"), total)', "total"),
+    # gradient of the weights
+    Mutation("grad weights: one block of columns", "mix_embeddings", "for start in range(0, d, BLOCK_D):", "for start in range(0, BLOCK_D, BLOCK_D):"),
+    Mutation("grad weights: column stride", "mix_embeddings", "grad + rows[:, None] * stride_n + columns[None, :] * stride_g, mask=mask, other=0.0)\n            x", "grad + rows[:, None] * stride_n + columns[None, :], mask=mask, other=0.0)\n            x"),
+    Mutation("grad weights: padding counts", "mix_embeddings", "used = live & (token >= 0) & (token < v) & (token != padding_id)", "used = live & (token >= 0) & (token < v)"),
+    # gradient of the embedding
+    Mutation("grad embedding: an entry late", "mix_embeddings", "more = i < length", "more = (i > 0) & (i < length)"),
+    Mutation("grad embedding: long segments twice", "mix_embeddings", "mine = live & (length <= SEGMENT)", "mine = live"),
+    Mutation("grad embedding: the position", "mix_embeddings", "where = grad + widen(entry // K, INT64)[:, None] * stride_n + columns[None, :] * stride_g\n        g", "where = grad + widen(entry // (K + 1), INT64)[:, None] * stride_n + columns[None, :] * stride_g\n        g"),
+    Mutation("long segments: the tail", "mix_embeddings", "tail += tl.sum(tl.where(of_tail[:, None], g, 0.0), axis=0)", "tail += tl.sum(g, axis=0)"),
+    Mutation("long segments: the last tile", "mix_embeddings", "range(tl.program_id(0) + 1, final + 1, BLOCK_M)", "range(tl.program_id(0) + 1, final, BLOCK_M)"),
+    Mutation("long segments: the slot", "mix_embeddings", "slot = tl.where(first == last, 0, 1)", "slot = 1"),
+    Mutation("atomic: overwrites", "mix_embeddings", 'tl.atomic_add(where, weight[:, None] * g, mask=mask & used[:, None], sem="relaxed")', "tl.store(where, weight[:, None] * g, mask=mask & used[:, None])"),
+    # selective_log_softmax
+    Mutation("log_softmax: no rescaling", "log_softmax", "mass = mass * shrink + tl.sum(e, axis=0)", "mass = mass + tl.sum(e, axis=0)"),
+    Mutation("log_softmax: entropy not shifted", "log_softmax", "shrink * (moment + shift * mass)", "shrink * moment"),
+    Mutation("log_softmax: slices", "log_softmax", "base = logits + (row // t) * stride_b + (row % t) * stride_t", "base = logits + row * stride_t"),
+    Mutation("log_softmax: -inf first", "log_softmax", 'reference = tl.where(new_top == float("-inf"), 0.0, new_top)', "reference = new_top"),
+    Mutation("log_softmax backward: repeated ids", "log_softmax", "value += tl.where(columns == chosen, tl.load(grad + row * K + i), 0.0)", "value = tl.where(columns == chosen, tl.load(grad + row * K + i), value)"),
+    Mutation("log_softmax backward: temperature", "log_softmax", "(value * inverse).to(out.dtype.element_ty)", "value.to(out.dtype.element_ty)"),
+    Mutation("log_softmax backward: ids of other tiles", "log_softmax", "if tl.max(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:", "if tl.min(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:"),
+    # group_advantages
+    Mutation("advantages: one-pass variance", "group_advantages", "squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)", "squares += tl.sum(w * x * x, axis=1) - weight * (top + mean) * (top + mean)"),
+    Mutation("advantages: ddof", "group_advantages", "spread = tl.sqrt(squares / tl.maximum(weight - ddof, 1.0))", "spread = tl.sqrt(squares / tl.maximum(weight, 1.0))"),
+    Mutation("advantages: singles", "group_advantages", "divisor = tl.where(members > 1, divisor, 0.0)", "divisor = divisor"),
+    Mutation("advantages: masked rows count", "group_advantages", "return rows, live, tl.where(w != 0.0, x, 0.0), w", "return rows, live, x, tl.where(live, 1.0, 0.0)"),
+    Mutation("advantages backward: no centring", "group_advantages", "value -= w * (sum_direct * share)[:, None]", "value -= 0.0 * w"),
+    Mutation("advantages backward: no spread", "group_advantages", "value += w * ((x - top[:, None]) - mean[:, None]) * slope[:, None]", "value += 0.0 * w * slope[:, None]"),
+    Mutation("advantages backward: spread's gradient", "group_advantages", "to_spread = to_divisor + tl.load(grad_spreads + group * columns + column, mask=group < groups, other=0.0)", "to_spread = to_divisor"),
+]  # fmt: skip
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests of the operation pass although it is broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "*.egg-info", "runs"))
+        source = copy / "kernels" / f"{mutation.module}.py"
+        text = source.read_text()
+        if text.count(mutation.before) != 1:
+            raise ValueError(f"{mutation.name}: found {text.count(mutation.before)} times in {source.name}, expected 1")
+        source.write_text(text.replace(mutation.before, mutation.after))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        tests = [f"tests/test_{mutation.module}.py", "-k", "triton or kernel or long_segments or deterministic"]
+        return subprocess.run([*command, *tests], cwd=copy, capture_output=True).returncode == 0
+
+
+def main() -> int:
+    chosen = [m for m in MUTATIONS if all(word in m.name or word in m.module for word in sys.argv[1:])]
+    survivors = []
+    with ThreadPoolExecutor(2) as pool:
+        for mutation, survived in zip(chosen, pool.map(survives, chosen), strict=True):
+            print(f"{'SURVIVED' if survived else 'noticed':<9} {mutation.module}: {mutation.name}", flush=True)
+            survivors += [mutation] if survived else []
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} noticed")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
