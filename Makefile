@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full lint bench resources gpu clean
+.PHONY: help venv demo test test-full lint bench resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-full  lint, types and every test"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
 	@echo "make resources  compile every kernel for four GPUs; registers, stack, spills and shared memory of each"
+	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
 	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
 	@echo "make venv       .venv with everything the above need; they make it themselves"
 
@@ -41,6 +42,9 @@ bench: venv
 
 resources: venv
 	$(BIN)/python benchmarks/resources.py
+
+mutations: venv
+	$(BIN)/python tests/mutations.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py

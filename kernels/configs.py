@@ -57,12 +57,12 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
 
 # Under the interpreter: rows a program, columns a program (at most; a row narrower than that is one tile).
 _INTERPRETED: dict[str, dict[str, int]] = {
-    "mix_forward_kernel": {"BLOCK_N": 64, "BLOCK_D": 1024},
-    "mix_grad_weights_kernel": {"BLOCK_N": 64, "BLOCK_D": 1024},
-    "mix_grad_embedding_kernel": {"BLOCK_V": 64, "BLOCK_D": 1024},
-    "mix_grad_long_segments_kernel": {"BLOCK_M": 32, "BLOCK_D": 1024},
-    "mix_grad_merge_kernel": {"BLOCK_M": 32, "BLOCK_D": 1024},
-    "mix_grad_atomic_kernel": {"BLOCK_N": 64, "BLOCK_D": 1024},
+    "mix_forward_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "mix_grad_weights_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "mix_grad_embedding_kernel": {"BLOCK_V": 64, "BLOCK_D": 128},
+    "mix_grad_long_segments_kernel": {"BLOCK_M": 32, "BLOCK_D": 128},
+    "mix_grad_merge_kernel": {"BLOCK_M": 32, "BLOCK_D": 128},
+    "mix_grad_atomic_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
     "log_softmax_forward_kernel": {"BLOCK_V": 1024},
     "log_softmax_backward_kernel": {"BLOCK_V": 1024},
     "group_advantages_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},

@@ -16,7 +16,7 @@ if _interpret:
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from ngrpo_ops.testing import poisoned_empty
 
@@ -35,6 +35,7 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+settings.register_profile("unshrunk", settings.get_profile("ngrpo"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("ngrpo")
 
 

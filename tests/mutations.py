@@ -35,7 +35,7 @@ MUTATIONS = [
     Mutation("grad weights: padding counts", "mix_embeddings", "used = live & (token >= 0) & (token < v) & (token != padding_id)", "used = live & (token >= 0) & (token < v)"),
     # gradient of the embedding
     Mutation("grad embedding: an entry late", "mix_embeddings", "more = i < length", "more = (i > 0) & (i < length)"),
-    Mutation("grad embedding: long segments twice", "mix_embeddings", "mine = live & (length <= SEGMENT)", "mine = live"),
+    Mutation("grad embedding: segments of a tile", "mix_embeddings", "mine = live & (length <= SEGMENT)", "mine = live & (length < SEGMENT)"),
     Mutation("grad embedding: the position", "mix_embeddings", "where = grad + widen(entry // K, INT64)[:, None] * stride_n + columns[None, :] * stride_g\n        g", "where = grad + widen(entry // (K + 1), INT64)[:, None] * stride_n + columns[None, :] * stride_g\n        g"),
     Mutation("long segments: the tail", "mix_embeddings", "tail += tl.sum(tl.where(of_tail[:, None], g, 0.0), axis=0)", "tail += tl.sum(g, axis=0)"),
     Mutation("long segments: the last tile", "mix_embeddings", "range(tl.program_id(0) + 1, final + 1, BLOCK_M)", "range(tl.program_id(0) + 1, final, BLOCK_M)"),
@@ -70,7 +70,17 @@ def survives(mutation: Mutation) -> bool:
         if text.count(mutation.before) != 1:
             raise ValueError(f"{mutation.name}: found {text.count(mutation.before)} times in {source.name}, expected 1")
         source.write_text(text.replace(mutation.before, mutation.after))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--hypothesis-profile",
+            "unshrunk",
+        ]
         tests = [f"tests/test_{mutation.module}.py", "-k", "triton or kernel or long_segments or deterministic"]
         return subprocess.run([*command, *tests], cwd=copy, capture_output=True).returncode == 0
 
