@@ -22,9 +22,9 @@ BACKWARD = ("ours", "ours, in place", "log_softmax + gather", "TRL's selective_l
 @lru_cache(maxsize=1)  # the same memory for every member
 def _inputs(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     n = LOGITS_ROWS[device]
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(n, V, generator=generator)).to(dtype).to(device)
-    return logits, torch.randint(V, (n,), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(n, V, generator=generator, device=device).mul_(3).to(dtype)
+    return logits, torch.randint(V, (n,), generator=generator, device=device)
 
 
 def _case(backward: bool, dtype: torch.dtype, device: str, who: str) -> Case:

@@ -24,10 +24,10 @@ BACKWARD = ("ours", "torch.compile of the oracle", "gather + einsum", "ours, ato
 @lru_cache(maxsize=1)  # the same memory for every member: pages and their size matter to a gather
 def _inputs(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     n, (v, d) = POSITIONS[device]
-    generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(v, d, generator=generator, dtype=torch.float32).to(dtype).to(device)
-    ids = torch.randint(v, (n, K), generator=generator).to(device)
-    return embedding, ids, torch.rand(n, K, generator=generator).softmax(-1).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    embedding = torch.randn(v, d, generator=generator, device=device).to(dtype)
+    ids = torch.randint(v, (n, K), generator=generator, device=device)
+    return embedding, ids, torch.rand(n, K, generator=generator, device=device).softmax(-1)
 
 
 def _shape(device: str) -> str:

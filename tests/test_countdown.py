@@ -169,7 +169,17 @@ def test_supervised_training_learns(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("--seeds", "0"), ("--steps", "0"), ("--rate", "2"), ("--arms", "ppo"), ("--k", "0")]
+    ("argument", "value"),
+    [
+        ("--seeds", "0"),
+        ("--steps", "0"),
+        ("--rate", "2"),
+        ("--arms", "ppo"),
+        ("--k", "0"),
+        ("--k", "110"),
+        ("--out", __file__),
+        ("--out", f"{__file__}/inside"),
+    ],
 )
 def test_bad_arguments_name_themselves(
     argument: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -50,6 +50,12 @@ def _arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if not 0 <= arguments.rate <= 1:
         parser.error(f"--rate must be within [0, 1], got {arguments.rate}")
+    # These would otherwise fail only after minutes of training.
+    vocabulary = len(build_tokenizer())
+    if arguments.k > vocabulary:
+        parser.error(f"--k must be at most {vocabulary}, the size of the vocabulary, got {arguments.k}")
+    if any(path.exists() and not path.is_dir() for path in (arguments.out, *arguments.out.parents)):
+        parser.error(f"--out must be a folder or a place for one, got {arguments.out}")
     return arguments
 
 

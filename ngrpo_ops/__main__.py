@@ -1,0 +1,117 @@
+"""What this package can show of a checkpoint from a terminal: `python -m ngrpo_ops neighbors --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Vocabulary, load_vocabulary
+from .config import Metric
+from .functional import NearestNeighbors, nearest_neighbors
+
+_EPILOG = """examples:
+  python -m ngrpo_ops neighbors --model Qwen/Qwen2.5-0.5B --tokens " seven" " therefore"
+  python -m ngrpo_ops neighbors --model ./checkpoint --ids 220 --exclude special unused --plot neighbors.png
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ngrpo_ops", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser(
+        "neighbors",
+        help="the nearest neighbours of tokens in a checkpoint's input embeddings",
+        description="Prints each token's nearest neighbours in a checkpoint's input embeddings: what it is mixed with.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    look.add_argument("--model", required=True, help="a folder with safetensors, or a name on the Hugging Face hub")
+    look.add_argument("--tokens", nargs="+", default=[], help="texts of one token each; mind the leading space")
+    look.add_argument("--ids", nargs="+", type=int, default=[], help="token ids")
+    look.add_argument("--k", type=int, default=8, help="neighbours of each")
+    look.add_argument("--metric", choices=get_args(Metric), default="cosine")
+    look.add_argument("--exclude", nargs="+", choices=("special", "unused"), default=[], help="rows never returned")
+    look.add_argument("--plot", type=Path, help="draw how similarity is distributed over the vocabulary, to this file")
+    look.add_argument("--sample", type=int, default=4096, help="rows that --plot looks at, drawn at random (0: all)")
+    arguments = parser.parse_args(argv)
+    if not arguments.tokens and not arguments.ids and arguments.plot is None:
+        look.error("give --tokens, --ids or --plot")
+    try:
+        _neighbors(arguments)
+    except (ImportError, OSError, ValueError) as error:
+        look.error(str(error))
+    return 0
+
+
+def _neighbors(arguments: argparse.Namespace) -> None:
+    vocabulary = load_vocabulary(arguments.model)
+    rows, width = vocabulary.embedding.shape
+    print(
+        f"{arguments.model}: {rows:,} rows of {width}, {vocabulary.embedding.dtype}; "
+        f"{int(vocabulary.special.sum())} special, {int(vocabulary.unused.sum())} unused"
+    )
+    for i in arguments.ids:
+        if not 0 <= i < rows:
+            raise ValueError(f"--ids must be within [0, {rows}), got {i}")
+    queries = torch.tensor([vocabulary.id_of(text) for text in arguments.tokens] + arguments.ids, dtype=torch.int64)
+    allowed = torch.ones(rows, dtype=torch.bool)
+    for kind in arguments.exclude:
+        allowed &= ~getattr(vocabulary, kind)
+    options: dict[str, Any] = {"metric": arguments.metric, "allowed": allowed}
+    if queries.numel():
+        found = nearest_neighbors(vocabulary.embedding, arguments.k, queries=queries, **options)
+        _print_table(vocabulary, queries, found)
+    if arguments.plot is not None:
+        few = 0 < arguments.sample < rows
+        generator = torch.Generator().manual_seed(0)
+        looked_at = torch.randperm(rows, generator=generator)[: arguments.sample] if few else torch.arange(rows)
+        found = nearest_neighbors(
+            vocabulary.embedding, arguments.k, queries=looked_at, progress=_show_progress, **options
+        )
+        _draw(arguments, vocabulary, looked_at, found)
+        print(f"drawn to {arguments.plot}")
+
+
+def _print_table(vocabulary: Vocabulary, queries: Tensor, found: NearestNeighbors) -> None:
+    for query, ids, scores in zip(queries.tolist(), found.ids.tolist(), found.scores.tolist(), strict=True):
+        print(f"\n{vocabulary.names[query]!r} ({query})")
+        for i, score in zip(ids, scores, strict=True):
+            note = "  special" if vocabulary.special[i] else "  unused" if vocabulary.unused[i] else ""
+            print(f"    {score:9.4f}  {vocabulary.names[i]!r} ({i}){note}")
+
+
+def _show_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rsearching: {done:,} of {total:,} rows", end=end, file=sys.stderr, flush=True)
+
+
+def _draw(arguments: argparse.Namespace, vocabulary: Vocabulary, rows: Tensor, found: NearestNeighbors) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("--plot needs: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    k = found.scores.shape[1]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    edges = torch.histogram(found.scores.float().flatten().cpu(), 80).bin_edges.tolist()
+    for rank in sorted({0, min(1, k - 1), k - 1}):
+        scores = found.scores[:, rank].tolist()
+        axes.hist(scores, bins=edges, histtype="step", linewidth=1.8, label=f"neighbour {rank + 1}")
+    left_out = f", without {' and '.join(arguments.exclude)} rows" if arguments.exclude else ""
+    axes.set_xlabel(f"{arguments.metric} similarity of a row and its neighbour")
+    axes.set_ylabel(f"rows (of {len(rows):,} looked at, {vocabulary.embedding.shape[0]:,} in all)")
+    axes.set_title(f"{arguments.model}{left_out}", fontsize=10)
+    axes.legend()
+    figure.savefig(arguments.plot, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The input embeddings of a Hugging Face checkpoint, read without building its model, and what its rows stand for.
+
+Needs `transformers` for the tokenizer: pip install 'ngrpo-ops[transformers]'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How the input embedding is named in checkpoints: the Llama family, GPT-2, GPT-NeoX, BLOOM, OPT and BERT alike.
+_NAMES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "word_embedding.weight",
+    "shared.weight",
+)
+
+# Tokens that hold a place for later use: of BERT, Gemma, Llama 3, Qwen.
+_RESERVED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|reserved_special_token_\d+\|>|<\|extra_\d+\|>")
+
+
+@dataclass
+class Vocabulary:
+    """An input table and the names of its rows.
+
+    embedding [V, d]; names: V strings, special tokens as they are written, rows without a token as "<unused ID>";
+    special, unused: bool [V]; unused are rows without a token, and those of tokens that only hold a place.
+    """
+
+    embedding: Tensor
+    names: list[str]
+    special: Tensor
+    unused: Tensor
+    tokenizer: Any
+
+    def id_of(self, text: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            ValueError: the text is several tokens, with their names, or none.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = ", ".join(repr(self.names[i]) for i in ids) or "none"
+            raise ValueError(f"{text!r} must be a single token, got {len(ids)}: {pieces}")
+        return int(ids[0])
+
+
+def load_vocabulary(model: str) -> Vocabulary:
+    """The vocabulary of a checkpoint: a folder with safetensors, or a name on the Hugging Face hub.
+
+    Only the tensor of the input embedding is read; of a checkpoint in several files only the one that holds it.
+
+    Raises:
+        ImportError: without transformers. FileNotFoundError: no safetensors there. ValueError: no tensor of a known
+            name, with the names of those that might be it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("reading a checkpoint needs: pip install 'ngrpo-ops[transformers]'") from error
+    embedding = _read_embedding(model)
+    try:  # as its file says; AutoTokenizer puts another pre-tokenizer on some
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    except (OSError, ValueError):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    rows = embedding.shape[0]
+    tokens = dict.fromkeys(range(rows)) | {i: token for token, i in tokenizer.get_vocab().items() if i < rows}
+    special = torch.zeros(rows, dtype=torch.bool)
+    special[[i for i in _special_ids(tokenizer) if i < rows]] = True
+    unused = torch.tensor([token is None or bool(_RESERVED.fullmatch(token)) for token in tokens.values()])
+    names = [
+        f"<unused {i}>" if token is None else token if special[i] else str(tokenizer.decode([i])) or token
+        for i, token in tokens.items()
+    ]
+    return Vocabulary(embedding, names, special, unused, tokenizer)
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _read_embedding(model: str) -> Tensor:
+    from safetensors import safe_open
+
+    def file(name: str) -> Path | None:
+        if Path(model).is_dir():
+            path = Path(model) / name
+            return path if path.exists() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(model, name))
+        except EntryNotFoundError:
+            return None
+
+    index = file("model.safetensors.index.json")
+    whole = file("model.safetensors") if index is None else None
+    if index is not None:
+        where = json.loads(index.read_text())["weight_map"]
+        name = _embedding_name(list(where))
+        path = file(where[name])
+    elif whole is not None:
+        path = whole
+        with safe_open(path, "pt") as tensors:
+            name = _embedding_name(list(tensors.keys()))
+    else:
+        path = None
+    if path is None:
+        raise FileNotFoundError(f"no model.safetensors, and no index of one, in {model!r}")
+    with safe_open(path, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _embedding_name(names: Sequence[str]) -> str:
+    for ending in _NAMES:
+        found = sorted((name for name in names if name.endswith(ending)), key=len)
+        if found:
+            return found[0]
+    like = sorted(name for name in names if "emb" in name) or sorted(names)
+    raise ValueError(f"the input embedding was not found: none of {', '.join(_NAMES)} among {', '.join(like[:8])}")
