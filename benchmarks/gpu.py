@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,11 +31,14 @@ def step(name: str, command: list[str], folder: Path, environment: dict[str, str
     began = time.monotonic()
     log = folder / f"{name}.log"
     with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT[name]
-            ).returncode
-        except subprocess.TimeoutExpired:
+            code = process.wait(LIMIT[name])
+        except subprocess.TimeoutExpired:  # with its children, which would run beside the next step
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             code = -1
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     summary = next((line for line in reversed(lines) if "passed" in line or "failed" in line), "")
@@ -82,7 +86,9 @@ def main() -> int:
     if sanitizer and device == "cuda":
         few = [*pytest, "-x", *TESTS, "-k", "kernel_against_oracle"]
         checked = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        report.append(step("sanitizer", [sanitizer, "--tool", "memcheck", *few], folder, checked))
+        report.append(
+            step("sanitizer", [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *few], folder, checked)
+        )
     else:
         report.append("sanitizer   not installed")
     report.append(step("benchmarks", [*pytest, "benchmarks", "--benchmark-only", "-k", device], folder, environment))

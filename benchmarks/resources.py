@@ -70,11 +70,13 @@ def _log_softmax(dtype: torch.dtype, v: int, k: int, entropy: bool) -> None:
     log_softmax.backward(grad, rest[0], logits, ids, *rest, 0.7, False)
 
 
-def _group_advantages(dtype: torch.dtype, group_size: int, ragged: bool, baseline: str, scale: str) -> None:
+def _group_advantages(
+    dtype: torch.dtype, group_size: int, ragged: bool, baseline: str, scale: str, singles: str, weighed_by: torch.dtype
+) -> None:
     n = 64 * group_size
-    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=torch.bool) if ragged else None
+    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=weighed_by) if ragged else None
     order, offsets = (_meta(n), _meta(65)) if ragged else (None, None)
-    options = (weights, order, offsets, group_size, baseline, scale, 1, 1e-4, "zero", ragged)
+    options = (weights, order, offsets, group_size, baseline, scale, 1, 1e-4, singles, ragged)
     out, spread = group_advantages.forward(rewards, *options)
     group_advantages.backward(out, spread, rewards, *options)
 
@@ -86,16 +88,14 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
         for v in (4096, 151_936):
             for k, entropy in ((1, False), (3, True)):
                 yield dtype, lambda dtype=dtype, v=v, k=k, e=entropy: _log_softmax(dtype, v, k, e)
-        for size, ragged, baseline, scale in (
-            (8, False, "mean", "std"),
-            (8, True, "leave_one_out", "none"),
-            (64, False, "none", "mean"),
-            (4096, False, "mean", "std"),
+        for case in (
+            (8, False, "mean", "std", "zero", torch.bool),
+            (8, True, "leave_one_out", "none", "nan", torch.bool),
+            (8, True, "mean", "std", "keep", torch.int64),
+            (64, False, "none", "mean", "zero", torch.bool),
+            (4096, False, "mean", "std", "zero", torch.bool),
         ):
-            yield (
-                dtype,
-                lambda dtype=dtype, s=size, r=ragged, b=baseline, c=scale: _group_advantages(dtype, s, r, b, c),
-            )
+            yield dtype, lambda dtype=dtype, case=case: _group_advantages(dtype, *case)
 
 
 class Case(NamedTuple):

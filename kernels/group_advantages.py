@@ -44,13 +44,13 @@ def _groups(offsets, groups, group_size, INT64: tl.constexpr, BLOCK_G: tl.conste
 
 @triton.jit
 def _rows(
-    rewards, weights, order, first, size, start, column, stride_n, stride_r,
+    rewards, weights, order, first, size, start, column, n, stride_n, stride_r,
     OMIT_NAN: tl.constexpr, INT64: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The tile's row numbers, rewards and weights; rows that are not there weigh nothing and have reward 0."""
     position = start + tl.arange(0, BLOCK_R)[None, :]
-    live = position < size[:, None]
     rows = first[:, None] + position
+    live = (position < size[:, None]) & (rows >= 0) & (rows < n)  # whatever the offsets say
     if order is not None:
         rows = widen(tl.load(order + rows, mask=live, other=0), INT64)
     x = tl.load(rewards + rows * stride_n + column * stride_r, mask=live, other=0.0).to(tl.float32)
@@ -64,7 +64,7 @@ def _rows(
 
 @triton.jit
 def _statistics(
-    rewards, weights, order, first, size, longest, column, stride_n, stride_r, eps, ddof,
+    rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLES: tl.constexpr, OMIT_NAN: tl.constexpr,
     INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _statistics(
     members = tl.zeros([BLOCK_G], tl.int32)
     for start in range(0, longest, BLOCK_R):
         _, _, x, w = _rows(
-            rewards, weights, order, first, size, start, column, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
+            rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         top = tl.maximum(top, tl.max(tl.where(w != 0.0, x, float("-inf")), axis=1))
         weight += tl.sum(w, axis=1)
@@ -84,7 +84,7 @@ def _statistics(
     total = tl.zeros([BLOCK_G], tl.float32)
     for start in range(0, longest, BLOCK_R):
         _, _, x, w = _rows(
-            rewards, weights, order, first, size, start, column, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
+            rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         total += tl.sum(tl.where(w != 0.0, w * (x - top[:, None]), 0.0), axis=1)
     mean = total / tl.maximum(weight, 1.0)
@@ -93,11 +93,11 @@ def _statistics(
         squares = tl.zeros([BLOCK_G], tl.float32)
         for start in range(0, longest, BLOCK_R):
             _, _, x, w = _rows(
-                rewards, weights, order, first, size, start, column, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
+                rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
             )
             centered = (x - top[:, None]) - mean[:, None]
             squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)
-        spread = tl.sqrt(squares / tl.maximum(weight - ddof, 1.0))
+        spread = tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))  # an approximate one flushes small spreads to 0
     if SCALE == 1:
         spread = top + mean
     divisor = spread
@@ -105,7 +105,7 @@ def _statistics(
         divisor = spread + eps
     if BASELINE != 2 or SCALE == 0:
         divisor = tl.where(members > 1, divisor, 0.0)
-    if SINGLES == 1:
+    if SINGLES == 1 and (BASELINE != 2 or SCALE == 0):
         # Measured from nothing and divided by 1: the reward stays.
         single = members == 1
         mean = tl.where(single, -top, mean)
@@ -125,9 +125,10 @@ def _factor(w, weight, members, BASELINE: tl.constexpr):
     return factor
 
 
-@triton.jit(do_not_specialize=["groups", "group_size", "longest"])
+@triton.jit(do_not_specialize=["groups", "group_size", "longest", "n"])
 def group_advantages_kernel(
-    rewards, weights, order, offsets, out, spreads, groups, group_size, longest, columns, stride_n, stride_r, eps, ddof,
+    rewards, weights, order, offsets, out, spreads, groups, group_size, longest, n, columns, stride_n, stride_r,
+    eps, ddof,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLES: tl.constexpr, OMIT_NAN: tl.constexpr,
     INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -136,14 +137,14 @@ def group_advantages_kernel(
     if offsets is not None:
         longest = tl.max(size, axis=0).to(tl.int32)
     top, mean, spread, divisor, weight, members = _statistics(
-        rewards, weights, order, first, size, longest, column, stride_n, stride_r, eps, ddof,
+        rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
         BASELINE, SCALE, SINGLES, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
     )  # fmt: skip
     tl.store(spreads + group * columns + column, spread, mask=group < groups)
     safe = tl.where(divisor != 0.0, divisor, 1.0)[:, None]
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
-            rewards, weights, order, first, size, start, column, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
+            rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         value = x
         if BASELINE != 2:
@@ -154,9 +155,9 @@ def group_advantages_kernel(
         tl.store(out + rows * columns + column, value.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["groups", "group_size", "longest"])
+@triton.jit(do_not_specialize=["groups", "group_size", "longest", "n"])
 def group_advantages_backward_kernel(
-    grad, grad_spreads, rewards, weights, order, offsets, out, groups, group_size, longest, columns,
+    grad, grad_spreads, rewards, weights, order, offsets, out, groups, group_size, longest, n, columns,
     stride_gn, stride_gr, stride_n, stride_r, eps, ddof,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLES: tl.constexpr, OMIT_NAN: tl.constexpr,
     INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -166,7 +167,7 @@ def group_advantages_backward_kernel(
     if offsets is not None:
         longest = tl.max(size, axis=0).to(tl.int32)
     top, mean, spread, divisor, weight, members = _statistics(
-        rewards, weights, order, first, size, longest, column, stride_n, stride_r, eps, ddof,
+        rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
         BASELINE, SCALE, SINGLES, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
     )  # fmt: skip
     usable = (divisor != 0.0)[:, None]
@@ -176,7 +177,7 @@ def group_advantages_backward_kernel(
     to_divisor = tl.zeros([BLOCK_G], tl.float32)
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
-            rewards, weights, order, first, size, start, column, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
+            rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         value = x
         if BASELINE != 2:
@@ -185,14 +186,14 @@ def group_advantages_backward_kernel(
         direct = tl.where((w != 0.0) & usable, g * _factor(w, weight, members, BASELINE) / safe, 0.0)
         sum_direct += tl.sum(direct, axis=1)
         to_divisor -= tl.sum(tl.where(direct != 0.0, direct * value / safe, 0.0), axis=1)
-    if SINGLES == 1:  # neither a mean nor a spread of its own
+    if SINGLES == 1 and (BASELINE != 2 or SCALE == 0):  # neither a mean nor a spread of its own
         sum_direct = tl.where(single, 0.0, sum_direct)
         to_divisor = tl.where(single, 0.0, to_divisor)
     to_spread = to_divisor + tl.load(grad_spreads + group * columns + column, mask=group < groups, other=0.0)
     share = 1.0 / tl.maximum(weight, 1.0)
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
-            rewards, weights, order, first, size, start, column, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
+            rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         g = tl.load(grad + rows * stride_gn + column * stride_gr, mask=live, other=0.0).to(tl.float32)
         value = tl.where((w != 0.0) & usable, g * _factor(w, weight, members, BASELINE) / safe, 0.0)
@@ -217,7 +218,7 @@ def _arguments(
     return {
         "rewards": rewards, "weights": weights, "order": order, "offsets": offsets,
         "groups": n // group_size if offsets is None else offsets.shape[0] - 1,
-        "group_size": group_size, "longest": group_size, "columns": columns,
+        "group_size": group_size, "longest": group_size, "n": n, "columns": columns,
         "stride_n": rewards.stride(0), "stride_r": rewards.stride(1), "eps": eps, "ddof": ddof,
         "BASELINE": BASELINES[baseline], "SCALE": SCALES[scale], "SINGLES": SINGLES[singles], "OMIT_NAN": omit_nan,
     }  # fmt: skip
@@ -236,7 +237,9 @@ def forward(
     rewards' dtype, and the spread [groups, columns], float32."""
     arguments = _arguments(rewards, weights, order, offsets, group_size, baseline, scale, ddof, eps, singles, omit_nan)
     groups, columns = arguments["groups"], rewards.shape[1]
-    out = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+    # Rows that the offsets leave out are in no group.
+    make = torch.empty if offsets is None else torch.zeros
+    out = make(rewards.shape, dtype=rewards.dtype, device=rewards.device)
     spreads = torch.empty(groups, columns, dtype=torch.float32, device=rewards.device)
     launch(
         group_advantages_kernel, lambda meta: (triton.cdiv(groups, meta["BLOCK_G"]), columns),
@@ -255,7 +258,9 @@ def backward(
     """The gradient of the rewards, in their dtype, from those of both outputs."""
     arguments = _arguments(rewards, weights, order, offsets, group_size, baseline, scale, ddof, eps, singles, omit_nan)
     groups, columns = arguments["groups"], rewards.shape[1]
-    out = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+    # Rows that the offsets leave out are in no group.
+    make = torch.empty if offsets is None else torch.zeros
+    out = make(rewards.shape, dtype=rewards.dtype, device=rewards.device)
     launch(
         group_advantages_backward_kernel, lambda meta: (triton.cdiv(groups, meta["BLOCK_G"]), columns),
         width=group_size if offsets is None else _RAGGED_WIDTH, int64_for=(rewards, grad, out),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .reference import compute_dtype
+from .validation import require_integer, require_number
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ class Whitening:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("ddof", "eps", "floor"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"{name} must be a number, at least 0, got {value!r}")
+        require_integer(self.ddof, "ddof", least=0)
+        require_number(self.eps, "eps", least=0)
+        require_number(self.floor, "floor", least=0)
 
 
 _LEAVE_ONE_OUT = {"baseline": "leave_one_out", "scale": "none"}
@@ -101,17 +101,34 @@ def compute(
 ) -> Tensor:  # fmt: skip
     """rewards [N, R]; advantages [N]."""
     dtype = rewards.dtype
-    if rewards.shape[1] > 1 or options.scale == "batch_std" or options.whitening is not None:
-        rewards = rewards.to(compute_dtype(rewards))  # several steps, rounded once
+    several_steps = options.scale == "batch_std" or options.whitening is not None
+    if several_steps or rewards.shape[1] > 1 or reward_weights is not None:
+        rewards = rewards.to(compute_dtype(rewards))  # rounded once, at the end
     scored = rewards.detach().isnan().logical_not().any(1) if options.omit_nan else None
     if not options.normalize_then_sum:
         rewards = _weighted_sum(rewards, reward_weights, options.omit_nan, scored)
     out = _normalize(rewards, groups, options, mask)
+    if options.whitening is not None and options.baseline == "leave_one_out" and options.singles != "keep":
+        # A row that is alone has no others to be measured by: it is left out of the whitening, and stays 0.
+        several = ~_alone(rewards.detach(), groups, options, mask).all(1)
+        scored = several if scored is None else scored & several
     if options.normalize_then_sum:
         out = _weighted_sum(out, reward_weights, False, None)
     if options.whitening is not None:
         out = _whiten(out, options.whitening, options.backend, mask, scored, lengths)
     return out.squeeze(1).to(dtype)
+
+
+def _alone(rewards: Tensor, groups: Groups, options: Options, mask: Tensor | None) -> Tensor:
+    """Which rewards are the only ones of their group; bool as `rewards`."""
+    level = torch.zeros_like(rewards)
+    if options.omit_nan:
+        level = torch.where(rewards.isnan(), torch.nan, level)
+    out, _ = ops.group_advantages(
+        level, mask, groups.order, groups.offsets, groups.size, "mean", "none", 0, 0.0, "nan", options.omit_nan,
+        options.backend,
+    )  # fmt: skip
+    return out.isnan()
 
 
 def _weighted_sum(x: Tensor, weights: Tensor | None, omit_nan: bool, scored: Tensor | None) -> Tensor:
@@ -124,12 +141,10 @@ def _weighted_sum(x: Tensor, weights: Tensor | None, omit_nan: bool, scored: Ten
 
 
 def _normalize(x: Tensor, groups: Groups, options: Options, weights: Tensor | None) -> Tensor:
-    # An advantage that does not exist is left out of the whitening that follows, where it is the others' mean.
-    singles = "nan" if options.whitening is not None and options.baseline == "leave_one_out" else options.singles
     scale = "none" if options.scale == "batch_std" else options.scale
     out, _ = ops.group_advantages(
         x, weights, groups.order, groups.offsets, groups.size, options.baseline, scale, options.ddof, options.eps,
-        singles, options.omit_nan, options.backend,
+        options.singles, options.omit_nan, options.backend,
     )  # fmt: skip
     if options.scale == "batch_std":
         out = _divide(out, _spread(x, weights, options.ddof, options.omit_nan, options.backend), options.eps)
@@ -149,9 +164,9 @@ def _whiten(
         if rows is not None:
             weights = rows if weights is None else weights * rows
     centered, _ = ops.group_advantages(
-        x, weights, None, None, x.shape[0], "mean", "none", 0, 0.0, "zero", True, backend
+        x, weights, None, None, x.shape[0], "mean", "none", 0, 0.0, "zero", False, backend
     )
-    spread = _spread(x, weights, whitening.ddof, True, backend).clamp(min=whitening.floor)
+    spread = _spread(x, weights, whitening.ddof, False, backend).clamp(min=whitening.floor)
     return _divide(centered, spread, whitening.eps)
 
 

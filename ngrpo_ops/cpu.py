@@ -20,13 +20,15 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: 
     """
     used = None if padding_id is None and bool(weights.all()) else counted(ids, weights, padding_id)
     weights = weights.to(compute_dtype(embedding))
-    if embedding.is_contiguous() and embedding.dtype != torch.float16:
+    if embedding.is_contiguous() and embedding.dtype != torch.float16 and used is None:
         try:
             return _bag(embedding, ids, weights, used)
         except RuntimeError:  # it has looked at every id; ours names the argument
             require_candidates_in_range(ids, embedding.shape[0], padding_id)
             raise
     require_candidates_in_range(ids, embedding.shape[0], padding_id)
+    if embedding.is_contiguous() and embedding.dtype != torch.float16:
+        return _bag(embedding, ids, weights, used)
     out = torch.empty(ids.shape[0], embedding.shape[1], dtype=embedding.dtype)
     for start in range(0, ids.shape[0], _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -48,7 +50,7 @@ def mix_embeddings_grad_weights(
         block = slice(start, start + _BLOCK)
         candidates = embedding.index_select(0, rows[block].reshape(-1)).to(dtype).view(-1, k, embedding.shape[1])
         torch.sum(candidates.mul_(grad[block, None].to(dtype)), dim=-1, out=out[block])
-    return (out if known is None else out.where(known, 0)).to(weights.dtype)
+    return (out if known is None else out.mul_(known)).to(weights.dtype)
 
 
 def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor | None) -> Tensor:
@@ -68,7 +70,7 @@ def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor | None) -> Te
 
 def _bfloat16_terms(weights: Tensor) -> Tensor:
     """[..., 3] bfloat16 whose sum is the float32 weight. All have its sign and none is 0, so that an infinite entry of
-    the table stays one: where there is nothing left of a weight, the term is 1e-30 of it."""
+    the table stays one: where there is nothing left of a weight, the term is 1e-30 of it (of weights above 1e-8)."""
     high = _cut(weights)
     rest = weights - high
     middle = _cut(rest)

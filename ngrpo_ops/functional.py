@@ -15,10 +15,12 @@ from .validation import (
     require_backend,
     require_choice,
     require_embedding,
+    require_flag,
     require_floating,
     require_ids,
     require_integer,
     require_mask,
+    require_number,
     require_positive,
     require_same_device,
     require_shape,
@@ -171,6 +173,7 @@ def mix_embeddings(
     require_same_device("ids", ids, "embedding", embedding)
     require_same_device("weights", weights, "embedding", embedding)
     require_integer(padding_id, "padding_id", optional=True)
+    require_flag(deterministic, "deterministic")
     k, d = ids.shape[-1], embedding.shape[1]
     shape = ids.shape[:-1]
     ids, weights = ids.reshape(-1, k), weights.reshape(-1, k)
@@ -308,7 +311,8 @@ def group_advantages(
         group_size: rows of a group, one after the other; divides N. Exactly one of it, `group_ids` and `offsets` is
             given.
         group_ids: int64 [N], a label a row; groups need not be contiguous nor equal in size.
-        offsets: int64 [G + 1], from 0 to N and never falling: group g is rows offsets[g] to offsets[g + 1].
+        offsets: int64 [G + 1], from 0 to N and never falling (checked on the CPU): group g is rows offsets[g] to
+            offsets[g + 1]. On a GPU rows in no group get 0.
         baseline: "mean" of the group, "leave_one_out", the mean of the group's others, or "none".
         scale: "std" of the group, "batch_std" over all rows, "mean" of the group, or "none" (then eps is not used).
         ddof: the standard deviations divide by (n - ddof).
@@ -318,10 +322,13 @@ def group_advantages(
         aggregation: for R functions, "sum_then_normalize", or "normalize_then_sum" (GDPO): each normalised by itself.
         nan_policy: "propagate": a NaN reward makes its group NaN; "omit": it has no part in any statistic, a row whose
             rewards are all NaN gets 0, and a sum over functions goes over those that are not NaN.
-        singles: a group of one row gives 0 ("zero") or its reward over 1 + eps ("keep", as verl does). It is not asked
-            where neither baseline nor scale is the group's: baseline="none" with scale "none", "mean" or "batch_std".
-        whitening: a `Whitening` of the advantages over the whole batch; rows without an advantage are left out.
-        lengths: int64 [N], tokens of each completion: the whitening's statistics go over tokens. None: over rows.
+        singles: a group of one row gives 0 ("zero") or its reward over 1 + eps ("keep", as verl does; over the batch's
+            scale with "batch_std"). It is not asked where neither baseline nor scale is the group's: baseline="none"
+            with scale "none", "mean" or "batch_std".
+        whitening: a `Whitening` of the advantages over the whole batch. Rows without an advantage are left out: masked
+            ones, unscored ones under "omit", and one that is alone where the others' mean is its baseline.
+        lengths: int64 [N], not negative, tokens of each completion: the whitening's statistics go over tokens. None:
+            over rows.
         backend: None, "eager" or "triton"; None is "triton" on a GPU up to float32, or under TRITON_INTERPRET=1.
 
     Returns:
@@ -343,11 +350,8 @@ def group_advantages(
     require_choice(aggregation, ("sum_then_normalize", "normalize_then_sum"), "aggregation")
     require_choice(nan_policy, ("propagate", "omit"), "nan_policy")
     require_choice(singles, ("zero", "keep"), "singles")
-    require_integer(ddof, "ddof")
-    if ddof < 0:
-        raise ValueError(f"ddof must be at least 0, got {ddof}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    require_integer(ddof, "ddof", least=0)
+    require_number(eps, "eps", least=0)
     if whitening is not None and not isinstance(whitening, Whitening):
         raise TypeError(f"whitening must be a Whitening or None, got {whitening!r}")
     if lengths is not None and whitening is None:
@@ -361,6 +365,8 @@ def group_advantages(
         require_same_device("reward_weights", reward_weights, "rewards", rewards)
     if lengths is not None:
         require_ids(lengths, "lengths")
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+            raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
         require_shape(lengths, (count,), "lengths", "[N]")
         require_same_device("lengths", lengths, "rewards", rewards)
     groups = _group_layout(rewards, group_size, group_ids, offsets)
@@ -393,9 +399,8 @@ def _group_layout(
     if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(f"offsets must be [G + 1] with G >= 1, got shape {tuple(offsets.shape)}")
     require_same_device("offsets", offsets, "rewards", rewards)
-    readable = offsets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any())):
-        raise ValueError(f"offsets must go from 0 to N = {count} and never fall, got {offsets.tolist()}")
+    if not torch.compiler.is_compiling():
+        reference.require_offsets(offsets, count)
     return advantages.Groups(None, offsets, 1)
 
 
@@ -449,14 +454,33 @@ def selective_log_softmax(
         raise ValueError(f"ids must be {(*lead,)} or {(*lead, 'k')} for these logits, got shape {tuple(ids.shape)}")
     require_same_device("ids", ids, "logits", logits)
     require_positive(temperature, "temperature")
+    require_flag(return_entropy, "return_entropy")
+    require_flag(in_place_backward, "in_place_backward")
     rows = logits[(None,) * (3 - logits.dim())] if logits.dim() < 3 else logits.flatten(0, -3)  # [b, t, V]
     columns = ids.reshape(-1, ids.shape[-1] if many else 1)
     in_place = in_place_backward and not torch.compiler.is_compiling()
+    if in_place and _overlaps(logits):
+        raise ValueError(
+            f"in_place_backward needs logits whose elements lie apart, got strides {logits.stride()}: an expanded view?"
+        )
+    k = columns.shape[1]
+    unsupported = f"the kernel takes at most {_MAX_IDS} ids a row, got {k}" if k > _MAX_IDS else None
     logprobs, entropy, _ = ops.selective_log_softmax(
-        rows, columns, temperature, return_entropy, in_place, backends.choose(backend, logits)
+        rows, columns, temperature, return_entropy, in_place, backends.choose(backend, logits, unsupported)
     )
     logprobs = logprobs.view(ids.shape)
     return (logprobs, entropy.view(lead)) if return_entropy else logprobs
 
 
 _MAX_K = 32  # of the kernel of mix_embeddings
+_MAX_IDS = 8192  # of the kernel of selective_log_softmax
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False

@@ -381,6 +381,10 @@ def _log_softmax_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-
 def _log_softmax_backward(ctx, grad, grad_entropy, _):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
     if ctx.in_place:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "selective_log_softmax in place can be differentiated once: create_graph is refused"
+            )
         selective_log_softmax_backward_(grad, grad_entropy, *saved, ctx.temperature, ctx.backend)
         return saved[0].detach(), *[None] * 5
     return selective_log_softmax_backward(grad, grad_entropy, *saved, ctx.temperature, ctx.backend), *[None] * 5

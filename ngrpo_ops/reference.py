@@ -122,7 +122,7 @@ def mix_embeddings_grad_weights(
     dtype = compute_dtype(embedding)
     known = torch.ones_like(ids, dtype=torch.bool) if padding_id is None else ids != padding_id
     columns = [(grad.to(dtype) * embedding[token].to(dtype)).sum(-1) for token in ids.where(known, 0).T]
-    return torch.stack(columns, dim=1).where(known, 0).to(weights.dtype)
+    return torch.where(known, torch.stack(columns, dim=1), 0).contiguous().to(weights.dtype)
 
 
 # Decode step ------------------------------------------------------------------------------------------------------
@@ -197,6 +197,14 @@ def decode_step(
 # Group advantages -------------------------------------------------------------------------------------------------
 
 
+def require_offsets(offsets: Tensor, rows: int) -> None:
+    """On an accelerator nothing is read beyond the rewards, and rows in no group get 0."""
+    if offsets.device.type != "cpu":
+        return
+    if int(offsets[0]) != 0 or int(offsets[-1]) != rows or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must go from 0 to N = {rows} and never fall, got {offsets.tolist()}")
+
+
 class _Groups:
     """Sums within groups of consecutive rows: equal ones as [groups, size, columns], others by each row's group."""
 
@@ -207,6 +215,7 @@ class _Groups:
             self.count, self.size = rewards.shape[0] // group_size, group_size
         else:
             self.count = offsets.shape[0] - 1
+            require_offsets(offsets, rewards.shape[0])
             self.index = torch.searchsorted(offsets, torch.arange(rewards.shape[0], device=offsets.device), right=True)
             self.index -= 1
 
@@ -215,7 +224,7 @@ class _Groups:
         return x.reshape(self.count, self.size, -1) if self.equal else x
 
     def restore(self, x: Tensor) -> Tensor:
-        x = x.reshape(self.shape)
+        x = x.reshape(self.shape).contiguous()
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -274,7 +283,8 @@ def _group_statistics(
     divisor = spread if scale == "none" else spread + eps
     if baseline != "none" or scale == "std":
         divisor = torch.where(members > 1, divisor, 0)
-    if singles == "keep":
+    keep = singles == "keep" and (baseline != "none" or scale == "std")
+    if keep:
         divisor = torch.where(single, 1 + (0 if scale == "none" else eps), divisor)
     factor = torch.ones_like(w)
     if baseline == "leave_one_out":
@@ -282,7 +292,7 @@ def _group_statistics(
         rest = whole - w
         factor = torch.where(groups.rows(members > 1) & (rest != 0), whole / torch.where(rest != 0, rest, 1), 1)
     numerator = x if baseline == "none" else centered * factor
-    if singles == "keep":
+    if keep:
         numerator = torch.where(groups.rows(single), x, numerator)
     return _GroupStatistics(w, centered, numerator, factor, total, single, spread, divisor)
 
@@ -320,7 +330,7 @@ def group_advantages_backward(
     direct = torch.where(usable, groups.arrange(grad).to(s.weight.dtype) * s.factor / safe, 0)
     sum_direct = groups.sum(direct)
     to_divisor = -groups.sum(torch.where(direct != 0, direct * (s.numerator / s.factor) / safe, 0))
-    if singles == "keep":  # neither a mean nor a spread of its own
+    if singles == "keep" and (baseline != "none" or scale == "std"):  # neither a mean nor a spread of its own
         sum_direct = torch.where(s.single, 0, sum_direct)
         to_divisor = torch.where(s.single, 0, to_divisor)
     to_spread = to_divisor + grad_spread.reshape(to_divisor.shape)

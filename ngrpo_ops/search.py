@@ -53,8 +53,10 @@ class ScoredRows:
         norms = torch.empty(embedding.shape[0], dtype=torch.float64, device=embedding.device)
         for rows in self.tiles():
             norms[rows] = torch.linalg.vector_norm(embedding[rows], dim=1, dtype=torch.float64)
-        if not bool(norms.isfinite().all()):
-            raise ValueError("embedding must be finite, got rows with NaN or inf")
+        broken = (~norms.isfinite()).nonzero().flatten()
+        if broken.numel():
+            some = ", ".join(str(i) for i in broken[:8].tolist()) + (", ..." if broken.numel() > 8 else "")
+            raise ValueError(f"embedding must be finite, got NaN or inf in {broken.numel()} rows: {some}")
         limit = 1e30 if metric == "cosine" else 1e18
         if float(norms.max()) > limit:
             raise ValueError(
@@ -89,6 +91,10 @@ class ScoredRows:
         rounding = 2.2 * (self.embedding.shape[1] + 16) * _UNIT_ROUNDOFF
         return rounding + 2.0 * _matmul_input_roundoff()
 
+    def underflow(self) -> float:
+        """Bound on what a coarse and a re-scored score lose together where products underflow, flushed or not."""
+        return 2.0 * (self.embedding.shape[1] + 16) * torch.finfo(torch.float32).smallest_normal
+
     def pair_scores(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Scores of the pairs (rows[i], columns[i]), larger is nearer: float32 of the shape of `rows`."""
         shape, rows, columns = rows.shape, rows.reshape(-1), columns.reshape(-1)
@@ -122,15 +128,22 @@ def _matmul_input_roundoff() -> float:
 def _augmented(rows: ScoredRows, index: slice | Tensor, slack: float, *, queries: bool) -> Tensor:
     """Rows with extra columns, so that one inner product of a query and a column is their optimistic score.
 
-    dot, cosine   x.y + s |x||y|                               columns: s |x|           against |y|
-    l2            2 x.y - |x|^2 - |y|^2 + s (|x| + |y|)^2      columns: 2 s |x|, -(1 - s) |x|^2, 1
+    cosine        x.y + s |x||y|                               columns: s |x|           against |y|
+    dot           x.y + s |x||y| + t                           columns: s |x|, t        against |y|, 1
+    l2            2 x.y - |x|^2 - |y|^2 + s (|x| + |y|)^2 + t  columns: 2 s |x|, t - (1 - s) |x|^2, 1
                                                                against: |y|, 1, -(1 - s) |y|^2
+
+    The relative slack s underflows with the scores it is for; t bounds what underflow takes, flushed or not.
     """
     x, norm = rows.embedding[index], rows.norms[index]
-    extra = [slack * norm if queries else norm]
+    one, underflow = torch.ones_like(norm), rows.underflow()
     if rows.metric == "l2":
-        square, one = (slack - 1.0) * norm.square(), torch.ones_like(norm)
-        extra = [2.0 * slack * norm, square, one] if queries else [norm, one, square]
+        square = (slack - 1.0) * norm.square()
+        extra = [2.0 * slack * norm, square + underflow, one] if queries else [norm, one, square]
+    else:
+        extra = [slack * norm if queries else norm]
+        if rows.metric == "dot":
+            extra.append(underflow * one if queries else one)
     out = norm.new_empty(x.shape[0], x.shape[1] + len(extra))
     body = out[:, : x.shape[1]]  # written in place: a concatenation would copy the tile once more
     if rows.inverse_norms is None:

@@ -151,4 +151,8 @@ class NeighborTable:
             distance = (distance - moved - far).clamp(min=0)
             outside = -distance if self.metric == "l1" else -distance.square()
             rounding = distance if self.metric == "l1" else (norms + longest).square()
-        return (outside + new.slack() * rounding).float().nextafter(torch.full_like(bounds, torch.inf).float())
+        return (
+            (outside + new.slack() * rounding + new.underflow())
+            .float()
+            .nextafter(torch.full_like(bounds, torch.inf).float())
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import NoneType
 from typing import Any
 
 import torch
@@ -61,9 +60,25 @@ def require_mask(mask: Any, shape: tuple[int, ...], name: str, meaning: str) -> 
     require_shape(mask, shape, name, meaning)
 
 
-def require_integer(value: Any, name: str, optional: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, *((NoneType,) if optional else ()))):
+def require_integer(value: Any, name: str, *, least: int = -(2**63), optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int{' or None' if optional else ''}, got {value!r}")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name} must be at least {least} and fit in 64 bits, got {value!r}")
+
+
+def require_number(value: Any, name: str, *, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least {least}, got {value!r}")
+
+
+def require_flag(value: Any, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
@@ -71,8 +86,10 @@ def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def require_positive(value: float, name: str) -> None:
-    if not 0 < value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
+def require_positive(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 1e-30 <= value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 

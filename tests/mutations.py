@@ -51,7 +51,7 @@ MUTATIONS = [
     Mutation("log_softmax backward: ids of other tiles", "log_softmax", "if tl.max(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:", "if tl.min(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:"),
     # group_advantages
     Mutation("advantages: one-pass variance", "group_advantages", "squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)", "squares += tl.sum(w * x * x, axis=1) - weight * (top + mean) * (top + mean)"),
-    Mutation("advantages: ddof", "group_advantages", "spread = tl.sqrt(squares / tl.maximum(weight - ddof, 1.0))", "spread = tl.sqrt(squares / tl.maximum(weight, 1.0))"),
+    Mutation("advantages: ddof", "group_advantages", "spread = tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))", "spread = tl.sqrt_rn(squares / tl.maximum(weight, 1.0))"),
     Mutation("advantages: singles", "group_advantages", "divisor = tl.where(members > 1, divisor, 0.0)", "divisor = divisor"),
     Mutation("advantages: masked rows count", "group_advantages", "return rows, live, tl.where(w != 0.0, x, 0.0), w", "return rows, live, x, tl.where(live, 1.0, 0.0)"),
     Mutation("advantages backward: no centring", "group_advantages", "value -= w * (sum_direct * share)[:, None]", "value -= 0.0 * w"),

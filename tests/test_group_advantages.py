@@ -227,6 +227,58 @@ def test_nan_rewards_by_policy(backend):
     assert infinite[:2].isnan().all() and infinite[2:].isfinite().all()
 
 
+def test_a_broken_reward_is_seen_after_whitening(backend):
+    """Under "propagate" NaN reaches every row, as the mean of the batch does; it is not turned into 0."""
+    for bad in (torch.nan, torch.inf):
+        rewards = torch.tensor([1.0, bad, 2.0, 3.0, 5.0, 9.0], device=DEVICE)
+        for options in (ADVANTAGE_PRESETS["openrlhf/reinforce_baseline"], {"whitening": Whitening()}):
+            assert group_advantages(rewards, group_size=2, backend=backend, **options).isnan().all()
+        options = {"baseline": "leave_one_out", "scale": "none", "whitening": Whitening()}
+        assert group_advantages(rewards, group_size=2, backend=backend, **options).isnan().all()
+
+
+def test_a_partner_without_one_of_the_rewards(backend):
+    """Leave-one-out of each function, summed: a row whose partner lacks one reward keeps what the other gives it."""
+    rewards = torch.tensor([[1.0, 1.0], [2.0, torch.nan], [4.0, 3.0], [0.0, 5.0]], device=DEVICE)
+    options = {"baseline": "leave_one_out", "scale": "none", "aggregation": "normalize_then_sum", "nan_policy": "omit"}
+    got = group_advantages(rewards, group_size=2, whitening=Whitening(), backend=backend, **options)
+    plain = torch.tensor([-1.0, 1.0, 4.0 - 2.0, -4.0 + 2.0]).double()
+    assert_within(got, (plain - plain.mean()) / (plain.std() + 1e-4), 1e-6)
+
+
+def test_singles_are_kept_only_where_they_would_be_nothing(backend):
+    rewards, labels = torch.tensor([7.0, 1.0, 2.0], device=DEVICE), torch.tensor([0, 1, 1], device=DEVICE)
+
+    def first(**options):
+        return float(group_advantages(rewards, group_ids=labels, singles="keep", backend=backend, **options)[0])
+
+    assert abs(first() - 7 / (1 + 1e-4)) < 1e-5
+    assert abs(first(baseline="none", scale="mean") - 7 / (7 + 1e-4)) < 1e-5
+    deviation = rewards.double().std().item()
+    assert abs(first(scale="batch_std") - 7 / (deviation + 1e-4)) < 1e-5
+    assert first(baseline="leave_one_out", scale="none", whitening=Whitening()) != 0
+
+
+def test_half_precision_is_rounded_once(backend):
+    rewards = torch.tensor([60000.0, 50000.0], device=DEVICE).half()
+    weights = torch.tensor([2.0], device=DEVICE)
+    got = group_advantages(rewards, group_size=2, reward_weights=weights, backend=backend)
+    assert_within(got, torch.tensor([1.0, -1.0]) / 2**0.5, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offsets", [[0, 3], [0, 3, 8], [0, 5, 2, 6], [-2, 3, 6]])
+def test_the_kernel_stays_inside_whatever_the_offsets_say(offsets):
+    """On a GPU they are not looked at: rows of no group get 0, and nothing beyond the rewards is touched."""
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], device=DEVICE)[:, None]
+    options = (None, None, torch.tensor(offsets, device=DEVICE), 1, "mean", "none", 1, 0.0, "zero", False)
+    out, spread = kernels.forward(rewards, *options)
+    gradient = kernels.backward(torch.ones_like(out), spread, rewards, *options)
+    assert bool(out.isfinite().all()) and bool(gradient.isfinite().all())
+    if offsets == [0, 3]:
+        assert out[:, 0].tolist() == [-1, 0, 1, 0, 0, 0]
+
+
 def test_what_leave_one_out_cannot_score_is_left_out_of_the_whitening(backend):
     """As TRL's RLOOTrainer: a row that is alone, and one without a reward, have no part in mean and deviation."""
     rewards = torch.tensor([1.0, 2.0, 4.0, 9.0, torch.nan, torch.nan], device=DEVICE)
@@ -366,6 +418,11 @@ def test_a_second_derivative_is_refused(backend):
         ({"lengths": torch.ones(4).long()}, ValueError, "lengths"),
         ({"lengths": torch.ones(4), "whitening": Whitening()}, TypeError, "lengths"),
         ({"ddof": 0.5}, TypeError, "ddof"),
+        ({"ddof": 2**70}, ValueError, "ddof"),
+        ({"eps": "1"}, TypeError, "eps"),
+        ({"eps": None}, TypeError, "eps"),
+        ({"eps": math.inf}, ValueError, "eps"),
+        ({"lengths": torch.tensor([1, -1, 1, 1]), "whitening": Whitening()}, ValueError, "lengths"),
         ({"backend": "cuda"}, ValueError, "backend"),
         ({"group_size": 3}, ValueError, "group_size"),
         ({"group_size": 0}, ValueError, "group_size"),
@@ -424,8 +481,9 @@ def test_whitening_over_tokens_is_that_of_repeated_rows():
     counted = lengths > 0  # a completion without tokens has no part
     assert_within(got[counted], ((plain - tokens.mean()) / (tokens.std() + 1e-4))[counted], 1e-12)
     assert not got[~counted].any()
-    with pytest.raises(ValueError, match="eps"):
-        Whitening(eps=-1.0)
+    for field, bad, error in (("eps", -1.0, ValueError), ("floor", math.inf, ValueError), ("ddof", 1.0, TypeError)):
+        with pytest.raises(error, match=field):
+            Whitening(**{field: bad})
 
 
 @pytest.mark.slow
@@ -463,7 +521,8 @@ def test_offsets_are_64_bits_wide_where_they_must_be():
 def test_opcheck(scale, implementation):
     rewards, weights = torch.rand(6, 2).to(DEVICE), (torch.arange(6) != 1).to(DEVICE)
     order, offsets = torch.randperm(6).to(DEVICE), torch.tensor([0, 3, 3, 6], device=DEVICE)
-    for layout in ((None, None, 3), (order, offsets, 1)):
+    for layout, transposed in itertools.product(((None, None, 3), (order, offsets, 1)), (False, True)):
+        rewards = lay_out(rewards, "transposed" if transposed else "contiguous")
         options = (weights, *layout, "leave_one_out", scale, 1, 1e-4, "zero", True, implementation)
         torch.library.opcheck(torch.ops.ngrpo.group_advantages.default, (rewards.clone().requires_grad_(), *options))
         out, spread = torch.ops.ngrpo.group_advantages(rewards, *options)

@@ -85,7 +85,7 @@ def test_value_and_gradient(backend, problem, what, expanded, generator, in_plac
     leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     options = {"temperature": temperature, "backend": backend}
     logprobs, entropy = selective_log_softmax(leaf, ids, return_entropy=True, in_place_backward=in_place, **options)
-    assert torch.equal(selective_log_softmax(logits, ids, **options), logprobs)
+    assert torch.equal(selective_log_softmax(leaf.detach(), ids, **options), logprobs)
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     assert logprobs.dtype == entropy.dtype == compute
     assert logprobs.shape == ids.shape and entropy.shape == (n,)
@@ -205,6 +205,25 @@ def test_a_slice_of_the_sequence_is_not_copied(backend):
     assert torch.equal(gradient, want) and not want[:, -1].any()
 
 
+@pytest.mark.parametrize(
+    "logits",
+    [torch.ones(5).expand(3, 5), torch.ones(1, 3, 5).expand(2, 3, 5), torch.ones(7).unfold(0, 5, 1)],
+    ids=["one row", "one batch", "windows"],
+)
+def test_in_place_backward_of_shared_memory_is_refused(logits):
+    ids = torch.zeros(logits.shape[:-1]).long()
+    with pytest.raises(ValueError, match="in_place_backward needs logits whose elements lie apart"):
+        selective_log_softmax(logits, ids, in_place_backward=True)
+    assert torch.isfinite(selective_log_softmax(logits, ids)).all()
+
+
+def test_a_second_derivative_in_place_is_refused():
+    logits = torch.randn(3, 5, requires_grad=True)
+    out = selective_log_softmax(logits * 1.0, torch.zeros(3).long(), in_place_backward=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        torch.autograd.grad(out.sum(), logits, create_graph=True)
+
+
 def test_in_place_backward_overwrites_and_runs_once(backend):
     logits = torch.randn(3, 5).to(DEVICE).requires_grad_()
     hidden = logits * 1.0
@@ -318,6 +337,11 @@ def test_a_second_derivative_is_refused(backend):
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"temperature": math.inf}, ValueError, "temperature"),
         ({"temperature": math.nan}, ValueError, "temperature"),
+        ({"temperature": "1"}, TypeError, "temperature"),
+        ({"temperature": True}, TypeError, "temperature"),
+        ({"temperature": 1e-39}, ValueError, "temperature"),
+        ({"return_entropy": "no"}, TypeError, "return_entropy"),
+        ({"in_place_backward": 1}, TypeError, "in_place_backward"),
     ],
 )
 def test_bad_input_is_named(change, error, name):

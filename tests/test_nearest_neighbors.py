@@ -71,6 +71,35 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@given(
+    metric=st.sampled_from(["dot", "l2", "l1"]),
+    scale=st.sampled_from([1e-15, 1e-18, 1e-19, 1e-20, 1e-21, 1e-23, 1e-30]),
+    v=st.integers(5, 40),
+    k=st.integers(1, 4),
+    ordinary=st.booleans(),
+    generator=generators,
+)
+def test_rows_whose_scores_underflow(metric, scale, v, k, ordinary, generator):
+    """The ids are those of the scores float32 gives, ties by the lower id, also where a slack would underflow."""
+    table = scale * torch.randn(v, 8, generator=generator)
+    if ordinary:
+        table[: v // 3] /= scale
+    found = nearest_neighbors(table, k, metric=metric)
+    ids, scores = ranked(defined_scores(table, metric), k, torch.arange(v), None)
+    assert torch.equal(found.ids, ids) and torch.equal(found.scores, scores)
+
+
+def test_rows_that_are_not_finite_are_named():
+    table = torch.randn(20, 3)
+    table[4, 1], table[17] = torch.nan, torch.inf
+    with pytest.raises(ValueError, match=r"embedding must be finite, got NaN or inf in 2 rows: 4, 17"):
+        nearest_neighbors(table, 2)
+    table[:] = torch.nan
+    with pytest.raises(ValueError, match=r"in 20 rows: 0, 1, 2, 3, 4, 5, 6, 7, \.\.\."):
+        nearest_neighbors(table, 2)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("metric", METRICS)
 @given(data=st.data())
 def test_is_the_brute_force_where_scores_are_exact(metric, data):
