@@ -182,6 +182,8 @@ def _source(launch: Launch) -> ASTSource:
 def _compile(case: Case, target: str) -> dict[str, Any]:
     config = case.launch.config
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.maxnreg is not None and target.startswith("cuda"):
+        options["maxnreg"] = config.maxnreg
     compiled = triton.compile(_source(case.launch), target=TARGETS[target], options=options)
     row: dict[str, Any] = {"kernel": case.kernel, "target": target, "config": case.config, "dtype": case.dtype}
     if target.startswith("cuda"):

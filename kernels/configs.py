@@ -6,11 +6,14 @@ interpreter, whose time goes by tile operations, tiles are as large as the input
 
 from __future__ import annotations
 
+import torch
 from triton import Config, next_power_of_2
 
 
-def _config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
-    return Config(blocks, num_warps=num_warps, num_stages=num_stages)
+def _config(num_warps: int, num_stages: int = 2, registers: int | None = None, **blocks: int) -> Config:
+    """`registers` a thread, at most: ptxas otherwise spills a few bytes for an occupancy that a short kernel has no use
+    for. AMD's compiler has no such setting."""
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages, maxnreg=None if torch.version.hip else registers)
 
 
 # kernel: ((largest width, configuration), ...), the last for every wider row.
@@ -44,14 +47,14 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     ),
     # The width is the size of a group.
     "group_advantages_kernel": (
-        (16, _config(4, BLOCK_G=32, BLOCK_R=16)),
-        (128, _config(4, BLOCK_G=4, BLOCK_R=128)),
-        (2**31, _config(8, BLOCK_G=1, BLOCK_R=2048)),
+        (16, _config(4, registers=64, BLOCK_G=32, BLOCK_R=16)),
+        (128, _config(4, registers=64, BLOCK_G=4, BLOCK_R=128)),
+        (2**31, _config(8, registers=64, BLOCK_G=1, BLOCK_R=2048)),
     ),
     "group_advantages_backward_kernel": (
-        (16, _config(4, BLOCK_G=8, BLOCK_R=16)),
-        (128, _config(4, BLOCK_G=4, BLOCK_R=128)),
-        (2**31, _config(8, BLOCK_G=1, BLOCK_R=2048)),
+        (16, _config(4, registers=64, BLOCK_G=8, BLOCK_R=16)),
+        (128, _config(4, registers=64, BLOCK_G=4, BLOCK_R=128)),
+        (2**31, _config(8, registers=64, BLOCK_G=1, BLOCK_R=2048)),
     ),
 }
 
@@ -101,5 +104,5 @@ def candidates(kernel: str) -> tuple[Config, ...]:
     found = []
     for _, config in PINNED[kernel]:
         for warps in (config.num_warps // 2, config.num_warps, config.num_warps * 2):
-            found.append(Config(config.kwargs, num_warps=max(1, warps), num_stages=config.num_stages))
+            found.append(_config(max(1, warps), config.num_stages, config.maxnreg, **config.kwargs))
     return tuple(found)

@@ -170,9 +170,8 @@ def group_advantages_backward_kernel(
         rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
         BASELINE, SCALE, SINGLES, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
     )  # fmt: skip
-    usable = (divisor != 0.0)[:, None]
-    safe = tl.where(divisor != 0.0, divisor, 1.0)[:, None]
-    single = members == 1
+    # 0 where the group's advantages are.
+    inverse = tl.where(divisor != 0.0, 1.0 / tl.where(divisor != 0.0, divisor, 1.0), 0.0)
     sum_direct = tl.zeros([BLOCK_G], tl.float32)
     to_divisor = tl.zeros([BLOCK_G], tl.float32)
     for start in range(0, longest, BLOCK_R):
@@ -183,29 +182,32 @@ def group_advantages_backward_kernel(
         if BASELINE != 2:
             value = (x - top[:, None]) - mean[:, None]
         g = tl.load(grad + rows * stride_gn + column * stride_gr, mask=live, other=0.0).to(tl.float32)
-        direct = tl.where((w != 0.0) & usable, g * _factor(w, weight, members, BASELINE) / safe, 0.0)
+        direct = tl.where(w != 0.0, g * _factor(w, weight, members, BASELINE) * inverse[:, None], 0.0)
         sum_direct += tl.sum(direct, axis=1)
-        to_divisor -= tl.sum(tl.where(direct != 0.0, direct * value / safe, 0.0), axis=1)
+        to_divisor -= tl.sum(tl.where(direct != 0.0, direct * value * inverse[:, None], 0.0), axis=1)
     if SINGLES == 1 and (BASELINE != 2 or SCALE == 0):  # neither a mean nor a spread of its own
-        sum_direct = tl.where(single, 0.0, sum_direct)
-        to_divisor = tl.where(single, 0.0, to_divisor)
+        sum_direct = tl.where(members == 1, 0.0, sum_direct)
+        to_divisor = tl.where(members == 1, 0.0, to_divisor)
     to_spread = to_divisor + tl.load(grad_spreads + group * columns + column, mask=group < groups, other=0.0)
-    share = 1.0 / tl.maximum(weight, 1.0)
+    # What every row of the group gets, by its weight: from the mean, and from the spread.
+    shared = tl.zeros([BLOCK_G], tl.float32)
+    slope = tl.zeros([BLOCK_G], tl.float32)
+    if BASELINE != 2:
+        shared -= sum_direct / tl.maximum(weight, 1.0)
+    if SCALE == 0:
+        # A spread of zero passes nothing on: its one-sided derivative is no gradient.
+        scale = tl.maximum(weight - ddof, 1.0) * spread
+        slope = tl.where(spread > 0.0, to_spread / tl.where(spread > 0.0, scale, 1.0), 0.0)
+    if SCALE == 1:
+        shared += to_spread / tl.maximum(weight, 1.0)
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         g = tl.load(grad + rows * stride_gn + column * stride_gr, mask=live, other=0.0).to(tl.float32)
-        value = tl.where((w != 0.0) & usable, g * _factor(w, weight, members, BASELINE) / safe, 0.0)
-        if BASELINE != 2:
-            value -= w * (sum_direct * share)[:, None]
+        value = g * _factor(w, weight, members, BASELINE) * inverse[:, None] + w * shared[:, None]
         if SCALE == 0:
-            # A spread of zero passes nothing on: its one-sided derivative is no gradient.
-            scale = tl.maximum(weight - ddof, 1.0) * spread
-            slope = tl.where(spread > 0.0, to_spread / tl.where(spread > 0.0, scale, 1.0), 0.0)
             value += w * ((x - top[:, None]) - mean[:, None]) * slope[:, None]
-        if SCALE == 1:
-            value += w * (to_spread * share)[:, None]
         value = tl.where(w != 0.0, value, 0.0)
         tl.store(out + rows * columns + column, value.to(out.dtype.element_ty), mask=live)
 

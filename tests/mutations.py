@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation("advantages: ddof", "group_advantages", "spread = tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))", "spread = tl.sqrt_rn(squares / tl.maximum(weight, 1.0))"),
     Mutation("advantages: singles", "group_advantages", "divisor = tl.where(members > 1, divisor, 0.0)", "divisor = divisor"),
     Mutation("advantages: masked rows count", "group_advantages", "return rows, live, tl.where(w != 0.0, x, 0.0), w", "return rows, live, x, tl.where(live, 1.0, 0.0)"),
-    Mutation("advantages backward: no centring", "group_advantages", "value -= w * (sum_direct * share)[:, None]", "value -= 0.0 * w"),
+    Mutation("advantages backward: no centring", "group_advantages", "shared -= sum_direct / tl.maximum(weight, 1.0)", "shared -= 0.0 * sum_direct"),
     Mutation("advantages backward: no spread", "group_advantages", "value += w * ((x - top[:, None]) - mean[:, None]) * slope[:, None]", "value += 0.0 * w * slope[:, None]"),
     Mutation("advantages backward: spread's gradient", "group_advantages", "to_spread = to_divisor + tl.load(grad_spreads + group * columns + column, mask=group < groups, other=0.0)", "to_spread = to_divisor"),
 ]  # fmt: skip
