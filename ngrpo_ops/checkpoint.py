@@ -1,6 +1,6 @@
 """The input embeddings of a Hugging Face checkpoint, read without building its model, and what its rows stand for.
 
-Needs `transformers` for the tokenizer: pip install 'ngrpo-ops[transformers]'.
+Needs safetensors and tokenizers, which come with transformers: pip install 'ngrpo-ops[transformers]'.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Vocabulary:
         Raises:
             ValueError: the text is several tokens, with their names, or none.
         """
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) != 1:
             pieces = ", ".join(repr(self.names[i]) for i in ids) or "none"
             raise ValueError(f"{text!r} must be a single token, got {len(ids)}: {pieces}")
@@ -63,66 +63,65 @@ def load_vocabulary(model: str) -> Vocabulary:
     Only the tensor of the input embedding is read; of a checkpoint in several files only the one that holds it.
 
     Raises:
-        ImportError: without transformers. FileNotFoundError: no safetensors there. ValueError: no tensor of a known
-            name, with the names of those that might be it.
+        ImportError: without safetensors or tokenizers. FileNotFoundError: no safetensors or no tokenizer.json there.
+        ValueError: no tensor of a known name, with the names of those that might be it.
     """
     try:
-        import transformers
+        from safetensors import safe_open
+        from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("reading a checkpoint needs: pip install 'ngrpo-ops[transformers]'") from error
-    embedding = _read_embedding(model)
-    try:  # as its file says; AutoTokenizer puts another pre-tokenizer on some
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-    except (OSError, ValueError):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    path, name = _find_embedding(model)
+    with safe_open(path, "pt") as tensors:
+        embedding = tensors.get_tensor(name)
+    description = _file(model, "tokenizer.json")
+    if description is None:
+        raise FileNotFoundError(f"no tokenizer.json in {model!r}")
+    tokenizer = Tokenizer.from_file(str(description))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     rows = embedding.shape[0]
     tokens = dict.fromkeys(range(rows)) | {i: token for token, i in tokenizer.get_vocab().items() if i < rows}
     special = torch.zeros(rows, dtype=torch.bool)
-    special[[i for i in _special_ids(tokenizer) if i < rows]] = True
+    special[[i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special and i < rows]] = True
     unused = torch.tensor([token is None or bool(_RESERVED.fullmatch(token)) for token in tokens.values()])
     names = [
-        f"<unused {i}>" if token is None else token if special[i] else str(tokenizer.decode([i])) or token
+        f"<unused {i}>" if token is None else token if special[i] else tokenizer.decode([i]) or token
         for i, token in tokens.items()
     ]
     return Vocabulary(embedding, names, special, unused, tokenizer)
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+def _file(model: str, name: str) -> Path | None:
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.exists() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except EntryNotFoundError:
+        return None
 
 
-def _read_embedding(model: str) -> Tensor:
+def _find_embedding(model: str) -> tuple[Path, str]:
+    """The file that holds the input embedding, and the tensor's name in it."""
     from safetensors import safe_open
 
-    def file(name: str) -> Path | None:
-        if Path(model).is_dir():
-            path = Path(model) / name
-            return path if path.exists() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(model, name))
-        except EntryNotFoundError:
-            return None
-
-    index = file("model.safetensors.index.json")
-    whole = file("model.safetensors") if index is None else None
+    index = _file(model, "model.safetensors.index.json")
     if index is not None:
         where = json.loads(index.read_text())["weight_map"]
         name = _embedding_name(list(where))
-        path = file(where[name])
-    elif whole is not None:
-        path = whole
-        with safe_open(path, "pt") as tensors:
-            name = _embedding_name(list(tensors.keys()))
+        path = _file(model, where[name])
     else:
-        path = None
+        path = _file(model, "model.safetensors")
+        if path is not None:
+            with safe_open(path, "pt") as tensors:
+                name = _embedding_name(list(tensors.keys()))
     if path is None:
         raise FileNotFoundError(f"no model.safetensors, and no index of one, in {model!r}")
-    with safe_open(path, "pt") as tensors:
-        return tensors.get_tensor(name)
+    return path, name
 
 
 def _embedding_name(names: Sequence[str]) -> str:
