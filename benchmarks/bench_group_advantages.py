@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness import Case, compare
-from peers import openrlhf_group_norm, oracle_advantages, trl_advantages, verl_loop
+from peers import compiled, openrlhf_group_norm, trl_advantages, verl_loop
 from shapes import REWARDS
 
 from ngrpo_ops import group_advantages
@@ -28,7 +28,7 @@ def _case(labelled: bool, device: str, who: str) -> Case:
         ),
         "TRL's formula": lambda: partial(trl_advantages, rewards, G),
         "OpenRLHF's group_norm": lambda: partial(openrlhf_group_norm, rewards, G),
-        "torch.compile of TRL's formula": lambda: oracle_advantages(rewards, G),
+        "torch.compile of TRL's formula": lambda: compiled(trl_advantages, rewards, G),
         "an empty launch": lambda: partial(torch.zeros, 1, device=device),
         "verl's loop": lambda: partial(verl_loop, rewards, plain),
     }[who]()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from harness import Case, compare
-from peers import compiled, compiled_oracle, eager_mix, embedding_bag, gather_einsum
+from peers import compiled, embedding_bag, gather_einsum, plain_mix
 from shapes import POSITIONS
 
-from ngrpo_ops import cpu, mix_embeddings
+from ngrpo_ops import cpu, mix_embeddings, reference
 
 K = 3
 # embedding_bag wants the weights in the table's dtype: for a bfloat16 table it computes something coarser.
@@ -45,8 +45,8 @@ def _forward(dtype: torch.dtype, device: str, who: str) -> Case:
         "ours, its CPU form alone": lambda: partial(cpu.mix_embeddings, *inputs, None),
         BAG[dtype]: lambda: partial(embedding_bag, *inputs),
         "gather + einsum": lambda: partial(gather_einsum, *inputs),
-        "torch.compile of the oracle": lambda: compiled_oracle(*inputs),
-        "the oracle": lambda: partial(eager_mix, *inputs),
+        "torch.compile of the oracle": lambda: compiled(plain_mix, *inputs),
+        "the oracle": lambda: partial(reference.mix_embeddings, *inputs),
     }[who]()
     moved = n * (K + 1) * d * dtype.itemsize + n * K * 12
     return Case("mix_embeddings", _shape(device), str(dtype).removeprefix("torch."), moved, run)
@@ -62,7 +62,7 @@ def _backward(dtype: torch.dtype, device: str, who: str) -> Case:
         "ours, atomic": lambda: mix_embeddings(table, ids, w, deterministic=False),
         BAG[dtype]: lambda: embedding_bag(table, ids, w),
         "gather + einsum": lambda: gather_einsum(table, ids, w),
-        "torch.compile of the oracle": lambda: compiled(_plain, table, ids, w)(),
+        "torch.compile of the oracle": lambda: compiled(plain_mix, table, ids, w)(),
     }[who]
     if who == BAG[dtype] and device == "cuda" and dtype != torch.float32:
         pytest.skip("torch's CUDA embedding_bag has no bfloat16 gradient of per_sample_weights")
@@ -76,10 +76,6 @@ def _backward(dtype: torch.dtype, device: str, who: str) -> Case:
         "mix_embeddings backward", _shape(device), str(dtype).removeprefix("torch."), moved,
         lambda: torch.autograd.grad(out, (table, w), grad, retain_graph=True), rounds=7,
     )  # fmt: skip
-
-
-def _plain(embedding: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return (weights[..., None] * embedding[ids].float()).sum(1).to(embedding.dtype)
 
 
 CASES = {

@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngrpo_ops import reference
-
 #: Shown beside ours, but not the same function: they do not count as the best peer.
 NOT_THE_SAME = ("an empty launch", "F.embedding_bag, weights of 8 bits")
 
@@ -40,7 +38,7 @@ def gather_einsum(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("nk,nkd->nd", weights.to(embedding.dtype), embedding[ids])
 
 
-def _oracle(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def plain_mix(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     rows = embedding[ids].float()
     return (weights[..., None] * rows).sum(1).to(embedding.dtype)
 
@@ -51,10 +49,6 @@ def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         pytest.skip("torch.compile for the CPU needs a C++ compiler")
     fast = torch.compile(function)
     return lambda: fast(*args)
-
-
-def compiled_oracle(embedding: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-    return compiled(_oracle, embedding, ids, weights)
 
 
 def log_softmax_gather(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -98,11 +92,3 @@ def openrlhf_group_norm(rewards: Tensor, group_size: int) -> Tensor:
     """The formula of OpenRLHF's group_norm, which is inside its experience maker."""
     grouped = rewards.view(-1, group_size)
     return ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-9)).view(-1)
-
-
-def oracle_advantages(rewards: Tensor, group_size: int) -> Callable[[], Tensor]:
-    return compiled(trl_advantages, rewards, group_size)
-
-
-def eager_mix(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return reference.mix_embeddings(embedding, ids, weights)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .primitives import launch, launcher, widen
 
-MAX_K = 32
 SEGMENT = 128
 
 
