@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .config import Metric
 from .random import bernoulli, philox, uniform
-from .search import Progress, ScoredRows, search
+from .scoring import ScoredRows
+from .search import Progress, search
 
 _ROW_BLOCK_ELEMENTS = 2**19  # logits handled at a time: their float32 copy stays in a core's cache
 
@@ -48,7 +49,7 @@ def nearest_neighbors(
     if allowed is not None:
         require_enough_allowed(allowed, k)
     found = search(
-        ScoredRows(embedding, metric), k, max(16, 2 * k), queries=queries, allowed=allowed, progress=progress
+        ScoredRows(embedding, metric), k, max(24, 2 * k), queries=queries, allowed=allowed, progress=progress
     )
     return found.ids, found.scores
 

@@ -1,13 +1,11 @@
 """Exact nearest-neighbour search over a vocabulary, in tiles, on any device.
 
 A coarse scan finds candidates with matrix multiplications; what is returned is re-scored pair by pair. Exactness does
-not rest on luck: the scan computes *optimistic* scores, coarse score + a bound on every rounding error between it and
-the re-scored value, so nothing outside the candidates can score above the smallest optimistic score kept. A query whose
-k-th re-scored score is strictly above that is settled; the others are searched again with their k-th score as the
-threshold, re-scoring everything that might reach it.
+not rest on luck: the scan computes *optimistic* scores (see `scoring`), so nothing outside the candidates can score
+above the bound it leaves. A query whose k-th re-scored score is strictly above its bound is settled; the others are
+searched again with that score as the threshold, re-scoring everything that might reach it.
 
-Scores are defined by `pair_scores`: float32 arithmetic on the stored rows (cosine: on rows normalised in float32), in
-blocks of one fixed shape, so that a pair's bits do not depend on which other pairs are scored with it.
+A search of the whole table multiplies only the upper triangle of its tiles: each serves its rows and its columns.
 """
 
 from __future__ import annotations
@@ -18,15 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import Metric
+from .scoring import OptimisticScores, ScoredRows
 
-# With these a search stays below 200 MiB beyond its inputs and outputs, and the matrix multiplications stay large.
 _QUERY_TILE = 2048
 _COLUMN_TILE = 8192
-_TILE_ELEMENTS = 2**23  # of one tile of rows, float32; half of it for the queries
-_PAIR_ELEMENTS = 2**21  # of one block of re-scored pairs
+_TILE_ELEMENTS = 2**23  # of one tile of rows; half of it for the queries
+_SQUARE = 3072  # rows of a square tile
+_TILE_BYTES = 2**27  # of one tile of scores
 _PAIRS_AT_ONCE = 2**18  # sorted together where many rows are as near as the k-th
-_UNIT_ROUNDOFF = 2.0**-24  # float32
+_GROUP = 16  # scores whose maximum is compared first
+_HITS_AT_ONCE = 2**16  # groups looked into at once
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +34,8 @@ Progress = Callable[[int, int], None]
 class SearchResult:
     """What a search found, best first, and what a later refresh needs to certify it.
 
-    ids, scores [Q, k]; candidates int64 [Q, c]; bounds float32 [Q]: no row outside the candidates scores above it.
+    ids int64, scores float32 [Q, k]; candidates int64 [Q, c], -1 where there are fewer, beginning with the ids; bounds
+    float32 [Q]: no row outside the candidates scores above it. An id of -1 with a score of -inf: fewer than k rows.
     """
 
     ids: Tensor
@@ -44,128 +44,106 @@ class SearchResult:
     bounds: Tensor
 
 
-class ScoredRows:
-    """The rows of an embedding in the form their metric scores them: float32, normalised for cosine."""
+class _Best:
+    """The c highest scores seen so far of each of n rows, and whose they are; nothing at or below a row's floor."""
 
-    def __init__(self, embedding: Tensor, metric: Metric) -> None:
-        self.embedding = embedding
-        self.metric = metric
-        norms = torch.empty(embedding.shape[0], dtype=torch.float64, device=embedding.device)
-        for rows in self.tiles():
-            norms[rows] = torch.linalg.vector_norm(embedding[rows], dim=1, dtype=torch.float64)
-        broken = (~norms.isfinite()).nonzero().flatten()
-        if broken.numel():
-            some = ", ".join(str(i) for i in broken[:8].tolist()) + (", ..." if broken.numel() > 8 else "")
-            raise ValueError(f"embedding must be finite, got NaN or inf in {broken.numel()} rows: {some}")
-        limit = 1e30 if metric == "cosine" else 1e18
-        if float(norms.max()) > limit:
-            raise ValueError(
-                f"embedding must have rows of norm at most {limit:g}, beyond which {metric} scores overflow float32, "
-                f"got {float(norms.max()):.3g}"
-            )
-        # A zero row (of a norm below 1e-30) has similarity 0 to everything.
-        zero = norms < 1e-30
-        self.inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float() if metric == "cosine" else None
-        self.norms = (~zero).float() if metric == "cosine" else norms.float()
+    def __init__(self, n: int, c: int, floor: Tensor | None, *, like: Tensor) -> None:
+        self.values = like.new_full((n, c), -torch.inf)
+        self.ids = torch.full((n, c), -1, dtype=torch.int32, device=like.device)
+        self.floor = like.new_full((n,), -torch.inf) if floor is None else floor
 
-    def tiles(self) -> Iterator[slice]:
-        size = min(_COLUMN_TILE, max(1, _TILE_ELEMENTS // self.embedding.shape[1]))
-        for start in range(0, self.embedding.shape[0], size):
-            yield slice(start, min(start + size, self.embedding.shape[0]))
+    def thresholds(self, rows: slice = slice(None)) -> Tensor:
+        """What a score must exceed to be kept: no score that was seen and is not kept is above it."""
+        return torch.maximum(self.values[rows, -1], self.floor[rows])
 
-    def column_tiles(self, allowed: Tensor | None) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        """The rows that may be returned, tile by tile: how to index them, and their ids, ascending."""
-        for tile in self.tiles():
-            ids = torch.arange(tile.start, tile.stop, device=self.embedding.device)
-            if allowed is None:
-                yield tile, ids
-            elif (ids := ids[allowed[tile]]).numel():
-                yield ids, ids
+    def see(self, rows: slice, tile: Tensor, ids: Tensor, dim: int) -> None:
+        """Scores of consecutive rows against `ids`, which lie along `dim` of the tile.
 
-    def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        x = self.embedding[rows].float()
-        return x if self.inverse_norms is None else x * self.inverse_norms[rows, None]
+        Maxima of groups of scores, which are cheap, tell where to look: the c best scores of a row lie within the c
+        groups of the highest maxima, and only in groups above the row's threshold.
+        """
+        part = max(1, _HITS_AT_ONCE // self.values.shape[1])
+        for start in range(rows.start, rows.stop, part):
+            some = slice(start, min(start + part, rows.stop))
+            inside = slice(some.start - rows.start, some.stop - rows.start)
+            self._see(some, tile[inside] if dim == 1 else tile[:, inside], ids, dim)
 
-    def slack(self) -> float:
-        """Relative bound on |coarse - exact| + |re-scored - exact|, in units of what `_augmented` multiplies it by."""
-        rounding = 2.2 * (self.embedding.shape[1] + 16) * _UNIT_ROUNDOFF
-        return rounding + 2.0 * _matmul_input_roundoff()
-
-    def underflow(self) -> float:
-        """Bound on what a coarse and a re-scored score lose together where products underflow, flushed or not."""
-        return 2.0 * (self.embedding.shape[1] + 16) * torch.finfo(torch.float32).smallest_normal
-
-    def pair_scores(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Scores of the pairs (rows[i], columns[i]), larger is nearer: float32 of the shape of `rows`."""
-        shape, rows, columns = rows.shape, rows.reshape(-1), columns.reshape(-1)
-        out = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
-        block = max(1, _PAIR_ELEMENTS // self.embedding.shape[1])
-        for start in range(0, rows.numel(), block):
-            used = min(block, rows.numel() - start)
-            # Padded to the one block shape: a reduction may pick its order of summation by shape.
-            r, c = rows.new_zeros(block), rows.new_zeros(block)
-            r[:used], c[:used] = rows[start : start + used], columns[start : start + used]
-            x, y = self[r], self[c]
-            if self.metric == "l2":
-                scores = x.sub_(y).square_().sum(-1).neg_()
-            elif self.metric == "l1":
-                scores = x.sub_(y).abs_().sum(-1).neg_()
-            else:
-                scores = x.mul_(y).sum(-1)
-            out[start : start + used] = scores[:used]
-        return out.add_(0.0).view(shape)  # + 0.0: no negative zeros
+    def _see(self, rows: slice, tile: Tensor, ids: Tensor, dim: int) -> None:
+        c = self.values.shape[1]
+        threshold = self.thresholds(rows)
+        n, groups = threshold.numel(), tile.shape[dim] // _GROUP
+        # Member m of group g is at m * groups + g: a maximum over rows of memory, not along them.
+        best = tile.unflatten(dim, (_GROUP, groups)).amax(dim)
+        hit = best > threshold.unsqueeze(dim)
+        hits = hit.sum(dim)
+        if int(hits.max()) > 4 * c or int(hits.sum()) > n * c:
+            top = best.topk(min(c, groups), dim=dim, sorted=False).indices
+            hit &= torch.zeros_like(hit).scatter_(dim, top, True)
+        member = groups * torch.arange(_GROUP, device=tile.device)
+        if dim == 1:
+            row, group = hit.nonzero(as_tuple=True)
+            place = group[:, None] + member
+            scores = tile[row[:, None], place]
+            pair, m = (scores > threshold[row, None]).nonzero(as_tuple=True)
+            scores = scores[pair, m]
+        else:
+            group, row = hit.nonzero(as_tuple=True)
+            place = group + member[:, None]  # in the order of the tile in memory
+            scores = tile[place, row]
+            m, pair = (scores > threshold[row]).nonzero(as_tuple=True)
+            scores = scores[m, pair]
+        row, place = row[pair], group[pair] + member[m]
+        if not row.numel():
+            return
+        if dim == 0:
+            row, order = row.sort(stable=True)
+            place, scores = place[order], scores[order]
+        # The pairs row by row in a matrix beside what was kept; only of rows that have any.
+        counts = torch.bincount(row, minlength=n)
+        active = counts.nonzero().squeeze(1)
+        slot = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+        line = ((counts > 0).cumsum(0) - 1)[row]
+        width = int(counts.max())
+        values = scores.new_full((active.numel(), c + width), -torch.inf)
+        names = self.ids.new_full((active.numel(), c + width), -1)
+        where = active + rows.start
+        values[:, :c], names[:, :c] = self.values[where], self.ids[where]
+        values[line, c + slot], names[line, c + slot] = scores, ids[place].int()
+        self.values[where], order = values.topk(c, dim=1)
+        self.ids[where] = names.gather(1, order)
 
 
-def _matmul_input_roundoff() -> float:
-    """Unit roundoff of what a float32 matrix multiplication may round its inputs to (TF32, bfloat16)."""
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the old and the new precision settings of torch disagree: assume the coarser
-        precision = "medium"
-    return {"highest": 0.0, "high": 2.0**-11}.get(precision, 2.0**-8)
+class _Tile:
+    """Memory for one tile of scores, used again and again: padded to whole groups with -inf."""
+
+    def __init__(self, scores: OptimisticScores, rows: int, columns: int) -> None:
+        self.scores = scores
+        shape = (_whole_groups(rows), _whole_groups(columns))
+        self.memory = torch.empty(shape, dtype=scores.dtype, device=scores.columns.embedding.device)
+
+    def multiply(self, queries: Tensor, columns: Tensor) -> Tensor:
+        q, n = queries.shape[0], columns.shape[0]
+        tile = self.memory[: _whole_groups(q), : _whole_groups(n)]
+        self.scores.tile(queries, columns, tile[:q, :n])
+        tile[q:], tile[:, n:] = -torch.inf, -torch.inf
+        return tile
 
 
-def _augmented(rows: ScoredRows, index: slice | Tensor, slack: float, *, queries: bool) -> Tensor:
-    """Rows with extra columns, so that one inner product of a query and a column is their optimistic score.
-
-    cosine        x.y + s |x||y|                               columns: s |x|           against |y|
-    dot           x.y + s |x||y| + t                           columns: s |x|, t        against |y|, 1
-    l2            2 x.y - |x|^2 - |y|^2 + s (|x| + |y|)^2 + t  columns: 2 s |x|, t - (1 - s) |x|^2, 1
-                                                               against: |y|, 1, -(1 - s) |y|^2
-
-    The relative slack s underflows with the scores it is for; t bounds what underflow takes, flushed or not.
-    """
-    x, norm = rows.embedding[index], rows.norms[index]
-    one, underflow = torch.ones_like(norm), rows.underflow()
-    if rows.metric == "l2":
-        square = (slack - 1.0) * norm.square()
-        extra = [2.0 * slack * norm, square + underflow, one] if queries else [norm, one, square]
-    else:
-        extra = [slack * norm if queries else norm]
-        if rows.metric == "dot":
-            extra.append(underflow * one if queries else one)
-    out = norm.new_empty(x.shape[0], x.shape[1] + len(extra))
-    body = out[:, : x.shape[1]]  # written in place: a concatenation would copy the tile once more
-    if rows.inverse_norms is None:
-        body.copy_(x)
-    else:
-        torch.mul(x, rows.inverse_norms[index, None], out=body)
-    if rows.metric == "l2" and queries:
-        body.mul_(2.0)
-    for column, values in enumerate(extra, start=x.shape[1]):
-        out[:, column] = values
-    return out
+def _whole_groups(n: int) -> int:
+    return -(-n // _GROUP) * _GROUP
 
 
-def _optimistic(rows: ScoredRows, queries: Tensor, index: slice | Tensor, slack: float) -> Tensor:
-    """Optimistic scores of prepared `queries` (see `_prepared`) against the rows `index`."""
-    if rows.metric == "l1":
-        return torch.cdist(queries, rows[index], p=1.0).mul_(slack - 1.0)
-    return queries @ _augmented(rows, index, slack, queries=False).T
-
-
-def _prepared(rows: ScoredRows, queries: Tensor, slack: float) -> Tensor:
-    return rows[queries] if rows.metric == "l1" else _augmented(rows, queries, slack, queries=True)
+def _parts(
+    ids: Tensor | None, total: int, size: int, device: torch.device
+) -> Iterator[tuple[slice | Tensor, Tensor, slice]]:
+    """Ascending ids (None: all of `total`) in parts: how to index rows by them, the ids, and where they are."""
+    count = total if ids is None else ids.numel()
+    for start in range(0, count, size):
+        span = slice(start, min(start + size, count))
+        if ids is None:
+            yield span, torch.arange(span.start, span.stop, device=device), span
+        else:
+            yield ids[span], ids[span], span
 
 
 def _fill_at(matrix: Tensor, tile_ids: Tensor, ids: Tensor, value: float | bool) -> None:
@@ -185,33 +163,183 @@ def _best_pairs(rows: Tensor, columns: Tensor, scores: Tensor, count: int, k: in
     return columns[best], scores[best]
 
 
-def _exhaustive(
-    rows: ScoredRows, queries: Tensor, allowed: Tensor | None, ids: Tensor, scores: Tensor, slack: float
-) -> tuple[Tensor, Tensor]:
-    """The exact top k of `queries`, given k re-scored neighbours of each as the threshold to beat."""
-    k = ids.shape[1]
-    prepared = _prepared(rows, queries, slack)
-    ids, scores = ids.clone(), scores.clone()
-    for index, tile_ids in rows.column_tiles(allowed):
-        reaches = _optimistic(rows, prepared, index, slack) >= scores[:, -1:]
-        # Not the query itself, nor what is already among the k.
-        _fill_at(reaches, tile_ids, torch.cat([queries[:, None], ids], dim=1), False)
-        many = reaches.sum(1).cumsum(0) // _PAIRS_AT_ONCE
-        for part in torch.arange(len(queries), device=ids.device).split(
-            many.unique_consecutive(return_counts=True)[1].tolist()
-        ):
-            row, column = reaches[part].nonzero(as_tuple=True)
-            if not row.numel():
-                continue
-            column = tile_ids[column]
-            ids[part], scores[part] = _best_pairs(
-                torch.cat([torch.arange(len(part), device=ids.device).repeat_interleave(k), row]),
-                torch.cat([ids[part].reshape(-1), column]),
-                torch.cat([scores[part].reshape(-1), rows.pair_scores(queries[part[row]], column)]),
-                len(part),
-                k,
-            )
-    return ids, scores
+class _Search:
+    """One search: `rows` against `columns`, of which row i is number i + offset (and not its own neighbour)."""
+
+    def __init__(
+        self,
+        rows: ScoredRows,
+        columns: ScoredRows,
+        offset: int,
+        allowed: Tensor | None,
+        k: int,
+        candidates: int,
+        count: int,
+        progress: Progress | None,
+    ) -> None:
+        self.rows, self.columns, self.offset, self.k = rows, columns, offset, k
+        self.allowed = None if allowed is None else allowed.nonzero().squeeze(1)
+        available = len(columns) if self.allowed is None else self.allowed.numel()
+        self.candidates = max(1, min(candidates, available))
+        self.scores = OptimisticScores(rows, columns, count)
+        self.progress = progress
+        d = rows.embedding.shape[1]
+        self.column_tile = max(1, min(_COLUMN_TILE, _TILE_ELEMENTS // d))
+        self.query_tile = max(1, min(_QUERY_TILE, _TILE_ELEMENTS // (2 * d)))
+
+    def column_tiles(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """The columns that may be returned, tile by tile: how to index them, and their ids, ascending."""
+        for index, ids, _ in _parts(self.allowed, len(self.columns), self.column_tile, self.columns.embedding.device):
+            yield index, ids
+
+    def scan(self, queries: Tensor, floor: Tensor | None) -> _Best:
+        """The best optimistic scores of some queries, float32 `floor` [q] the least that matter."""
+        scores, rows = self.scores, slice(0, queries.numel())
+        tile = _Tile(scores, queries.numel(), self.column_tile)
+        floor = None if floor is None else scores.below(floor)
+        best = _Best(queries.numel(), self.candidates, floor, like=tile.memory)
+        prepared = scores.prepared_queries(queries)
+        for index, ids in self.column_tiles():
+            values = tile.multiply(prepared, scores.prepared_columns(index))
+            _fill_at(values, ids, (queries + self.offset)[:, None], -torch.inf)
+            best.see(rows, values, ids, dim=1)
+        return best
+
+    def scan_triangle(self, report: Callable[[float], None]) -> _Best:
+        """The best optimistic scores of all allowed rows against each other, a tile for its rows and its columns.
+
+        The tiles on the diagonal come first: they leave every row a threshold.
+        """
+        scores, device = self.scores, self.columns.embedding.device
+        count = len(self.columns) if self.allowed is None else self.allowed.numel()
+        size = min(_whole_groups(count), self._square())
+        tile = _Tile(scores, size, size)
+        best = _Best(count, self.candidates, None, like=tile.memory)
+        blocks = list(_parts(self.allowed, len(self.columns), size, device))
+        seen, total = 0, len(blocks) * (len(blocks) + 1) // 2
+        for diagonal in (True, False):
+            for i, (index, ids, rows) in enumerate(blocks):
+                queries = scores.prepared_queries(index)
+                for other, other_ids, columns in blocks[i : i + 1] if diagonal else blocks[i + 1 :]:
+                    values = tile.multiply(queries, scores.prepared_columns(other))
+                    if diagonal:
+                        values.diagonal()[: ids.numel()] = -torch.inf
+                    else:
+                        best.see(columns, values[:, : other_ids.numel()], ids, dim=0)
+                    best.see(rows, values[: ids.numel()], other_ids, dim=1)
+                    seen += 1
+                    report(seen / total)
+        return best
+
+    def _square(self) -> int:
+        """Rows of a square tile that fits with the two blocks of rows it is multiplied from."""
+        d, size = self.rows.embedding.shape[1], torch.finfo(self.scores.dtype).bits // 8
+        side = int((d * d + _TILE_BYTES / size) ** 0.5) - d // 2
+        return max(_GROUP, min(_SQUARE, side // _GROUP * _GROUP))
+
+    def settle(self, queries: Tensor, best: _Best, span: slice, floor: Tensor | None) -> SearchResult:
+        """The k nearest of some queries, given what the scan kept of them at `span`."""
+        scores, k = self.scores, self.k
+        kept = best.ids[span].long()
+        ceilings = scores.ceiling(best.values[span])
+        bounds = scores.ceiling(best.thresholds(span))
+        # What cannot reach the k-th place need not be re-scored.
+        rows = queries[:, None].expand_as(kept)
+        floors = ceilings - scores.spread(ceilings, rows, kept.clamp(min=0))
+        floors.masked_fill_(kept < 0, -torch.inf)
+        least = (
+            floors.topk(k, dim=1).values[:, -1] if kept.shape[1] >= k else floors.new_full(kept.shape[:1], -torch.inf)
+        )
+        if floor is not None:
+            least = torch.maximum(least, floor)
+        worth = (ceilings >= least[:, None]) & (kept >= 0)
+        exact = torch.full_like(ceilings, -torch.inf)
+        exact[worth] = self.rows.pair_scores(rows[worth], self.columns, kept[worth])
+        candidates, exact = ranked(kept, exact)
+        if candidates.shape[1] < k:
+            missing = k - candidates.shape[1]
+            candidates = torch.nn.functional.pad(candidates, (0, missing), value=-1)
+            exact = torch.nn.functional.pad(exact, (0, missing), value=-torch.inf)
+        found = SearchResult(candidates[:, :k].clone(), exact[:, :k].clone(), candidates, bounds)
+        unsettled = ((found.scores[:, -1] <= bounds) & (bounds > -torch.inf)).nonzero().squeeze(1)
+        for part in unsettled.split(_QUERY_TILE // 8) if unsettled.numel() else ():
+            found.ids[part], found.scores[part] = self.exhaustive(queries[part], found.ids[part], found.scores[part])
+            # Now nothing but the k scores above the k-th; what was kept may not even hold them.
+            candidates[part] = -1
+            candidates[part, :k] = found.ids[part]
+            found.bounds[part] = found.scores[part, -1]
+        return found
+
+    def exhaustive(self, queries: Tensor, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact top k of `queries`, given k re-scored neighbours of each as the threshold to beat."""
+        k = self.k
+        prepared = self.scores.prepared_queries(queries)
+        tile = _Tile(self.scores, queries.numel(), self.column_tile)
+        ids, scores = ids.clone(), scores.clone()
+        for index, tile_ids in self.column_tiles():
+            values = tile.multiply(prepared, self.scores.prepared_columns(index))
+            reaches = values[: queries.numel(), : tile_ids.numel()] > self.scores.below(scores[:, -1:])
+            # Not the query itself, nor what is already among the k.
+            _fill_at(reaches, tile_ids, torch.cat([(queries + self.offset)[:, None], ids], dim=1), False)
+            many = reaches.sum(1).cumsum(0) // _PAIRS_AT_ONCE
+            for part in torch.arange(len(queries), device=ids.device).split(
+                many.unique_consecutive(return_counts=True)[1].tolist()
+            ):
+                row, column = reaches[part].nonzero(as_tuple=True)
+                if not row.numel():
+                    continue
+                column = tile_ids[column]
+                ids[part], scores[part] = _best_pairs(
+                    torch.cat([torch.arange(len(part), device=ids.device).repeat_interleave(k), row]),
+                    torch.cat([ids[part].reshape(-1), column]),
+                    torch.cat(
+                        [scores[part].reshape(-1), self.rows.pair_scores(queries[part[row]], self.columns, column)]
+                    ),
+                    len(part),
+                    k,
+                )
+        return ids, scores
+
+    def run(self, queries: Tensor | None, floor: Tensor | None) -> SearchResult:
+        every = torch.arange(len(self.rows), device=self.rows.embedding.device) if queries is None else queries
+        total = every.numel()
+        result = SearchResult(
+            ids=torch.empty(total, self.k, dtype=torch.int64, device=every.device),
+            scores=torch.empty(total, self.k, dtype=torch.float32, device=every.device),
+            candidates=torch.empty(total, max(self.k, self.candidates), dtype=torch.int64, device=every.device),
+            bounds=torch.empty(total, dtype=torch.float32, device=every.device),
+        )
+
+        def keep(where: slice | Tensor, found: SearchResult) -> None:
+            result.ids[where], result.scores[where] = found.ids, found.scores
+            result.candidates[where], result.bounds[where] = found.candidates, found.bounds
+
+        def report(done: float) -> None:
+            if self.progress is not None:
+                self.progress(int(done), total)
+
+        left, done = torch.arange(total, device=every.device), 0
+        if queries is None and floor is None and self.columns is self.rows:
+            left = left[:0] if self.allowed is None else left[self._others()]
+            done = total - left.numel()
+            best = self.scan_triangle(lambda share: report(0.99 * share * done))
+            for index, ids, span in _parts(self.allowed, total, self.query_tile, every.device):
+                keep(index, self.settle(ids, best, span, None))
+            report(done)
+        for where in left.split(self.query_tile) if left.numel() else ():
+            least = None if floor is None else floor[where]
+            best = self.scan(every[where], least)
+            keep(where, self.settle(every[where], best, slice(0, where.numel()), least))
+            done += where.numel()
+            report(done)
+        return result
+
+    def _others(self) -> Tensor:
+        """bool: the rows that may not be returned, but have neighbours too."""
+        assert self.allowed is not None
+        return torch.ones(len(self.rows), dtype=torch.bool, device=self.allowed.device).index_fill_(
+            0, self.allowed, False
+        )
 
 
 def search(
@@ -220,66 +348,50 @@ def search(
     candidates: int,
     *,
     queries: Tensor | None = None,
+    columns: ScoredRows | None = None,
+    offset: int = 0,
     allowed: Tensor | None = None,
+    floor: Tensor | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """The k rows most similar to each query, itself excluded.
 
     Args:
-        rows: the embedding [V, d], prepared.
-        k: neighbours a query; at least k allowed rows other than the query must exist.
-        candidates: how many rows of the coarse scan are re-scored for every query, at least k.
+        rows: the rows [V, d] whose neighbours are wanted, prepared.
+        k: neighbours a query.
+        candidates: how many rows of the coarse scan are kept for every query, at least k.
         queries: row ids int64 [Q]; None: all rows.
-        allowed: bool [V], rows that may be returned; None: all.
+        columns: the rows [C, d] to search; None: `rows`. ids and candidates count in these.
+        offset: row i of `rows` is row i + offset of `columns`, which need not exist.
+        allowed: bool [C], columns that may be returned; None: all.
+        floor: float32 [Q], scores known to be reached by k of a query's pairs: what is below is not looked at.
         progress: called with (queries done, queries in all).
     """
-    device = rows.embedding.device
-    if queries is None:
-        queries = torch.arange(rows.embedding.shape[0], device=device)
-    available = rows.embedding.shape[0] if allowed is None else int(allowed.sum())
-    candidates = min(candidates, available)
-    slack = rows.slack()
-    total = queries.numel()
-    result = SearchResult(
-        ids=torch.empty(total, k, dtype=torch.int64, device=device),
-        scores=torch.empty(total, k, dtype=torch.float32, device=device),
-        candidates=torch.empty(total, candidates, dtype=torch.int64, device=device),
-        bounds=torch.empty(total, dtype=torch.float32, device=device),
-    )
-    size = min(_QUERY_TILE, max(1, _TILE_ELEMENTS // (2 * rows.embedding.shape[1])))
-    for start in range(0, total, size):
-        block = slice(start, min(start + size, total))
-        ids = queries[block]
-        prepared = _prepared(rows, ids, slack)
-        kept_scores = prepared.new_empty(ids.numel(), 0)
-        kept_ids = ids.new_empty(ids.numel(), 0)
-        for index, tile_ids in rows.column_tiles(allowed):
-            optimistic = _optimistic(rows, prepared, index, slack)
-            _fill_at(optimistic, tile_ids, ids[:, None], -torch.inf)
-            scores, position = optimistic.topk(min(candidates, tile_ids.numel()), dim=1)
-            kept_scores = torch.cat([kept_scores, scores], dim=1)
-            kept_ids = torch.cat([kept_ids, tile_ids[position]], dim=1)
-            if kept_scores.shape[1] > candidates:
-                kept_scores, order = kept_scores.topk(candidates, dim=1)
-                kept_ids = kept_ids.gather(1, order)
-        bounds = kept_scores.amin(1) if available > candidates else kept_scores.new_full((ids.numel(),), -torch.inf)
-        top_ids, top_scores = rescore(rows, ids, kept_ids, k)
-        unsettled = (top_scores[:, -1] <= bounds).nonzero().squeeze(1)
-        for part in unsettled.split(_QUERY_TILE // 8):
-            top_ids[part], top_scores[part] = _exhaustive(
-                rows, ids[part], allowed, top_ids[part], top_scores[part], slack
-            )
-        result.ids[block], result.scores[block] = top_ids, top_scores
-        result.candidates[block], result.bounds[block] = kept_ids, bounds
-        if progress is not None:
-            progress(block.stop, total)
-    return result
+    if columns is None:
+        columns = rows
+    count = len(rows) if queries is None else queries.numel()
+    return _Search(rows, columns, offset, allowed, k, candidates, count, progress).run(queries, floor)
 
 
-def rescore(rows: ScoredRows, queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each query's candidates [Q, c] by exact score, equal scores by the lower id; never the query."""
-    candidates = candidates.sort(dim=1).values
-    scores = rows.pair_scores(queries[:, None].expand_as(candidates).contiguous(), candidates)
-    scores = scores.masked_fill(candidates == queries[:, None], -torch.inf)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return candidates.gather(1, order[:, :k]), scores[:, :k].contiguous()
+def ranked(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """ids and scores [Q, n] of each row best first, equal scores by the lower id."""
+    ids, order = ids.sort(dim=1)
+    scores, rank = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return ids.gather(1, rank), scores
+
+
+def rescore(rows: ScoredRows, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Each query's candidates [Q, c] (-1: none) with their scores, as `ranked`."""
+    scores = rows.pair_scores(queries[:, None].expand_as(candidates), rows, candidates.clamp(min=0))
+    return ranked(candidates, scores.masked_fill(candidates < 0, -torch.inf))
+
+
+def improve(
+    rows: ScoredRows, queries: Tensor, ids: Tensor, scores: Tensor, *, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The k nearest of each query among k known ones, ids and scores [Q, k] as ranked, and the `allowed` rows."""
+    again = _Search(rows, rows, 0, allowed, ids.shape[1], ids.shape[1], queries.numel(), None)
+    ids, scores = ids.clone(), scores.clone()
+    for part in torch.arange(queries.numel(), device=ids.device).split(again.query_tile):
+        ids[part], scores[part] = again.exhaustive(queries[part], ids[part], scores[part])
+    return ids, scores

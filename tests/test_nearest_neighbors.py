@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ngrpo_ops
-from ngrpo_ops import nearest_neighbors, search
+from ngrpo_ops import nearest_neighbors, scoring, search
 from ngrpo_ops.testing import METRICS, assert_within, exact_tables, generators, metrics, tables, unit_roundoff
 
 U = unit_roundoff(torch.float32)
@@ -46,7 +46,8 @@ def defined_scores(table: Tensor, metric: str) -> Tensor:
     """What the documentation calls scoring every pair in float32: the package's own pair scores, all of them."""
     v = table.shape[0]
     rows = torch.arange(v)[:, None].expand(v, v).contiguous()
-    return search.ScoredRows(table, metric).pair_scores(rows, rows.T.contiguous())  # type: ignore[arg-type]
+    scored = scoring.ScoredRows(table, metric)  # type: ignore[arg-type]
+    return scored.pair_scores(rows, scored, rows.T.contiguous())
 
 
 @st.composite
@@ -67,7 +68,7 @@ def requests(draw: st.DrawFn, v: int) -> tuple[int, Tensor | None, Tensor | None
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Re-scored blocks are padded to one size, two million numbers: too slow for hundreds of tiny searches."""
-    monkeypatch.setattr(search, "_PAIR_ELEMENTS", 2**13)
+    monkeypatch.setattr(scoring, "_PAIR_ELEMENTS", 2**13)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -141,7 +142,9 @@ def test_tiles_do_not_show(data, metric, limit):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
         patch.setattr(search, "_COLUMN_TILE", limit)
+        patch.setattr(search, "_SQUARE", 16)
         patch.setattr(search, "_TILE_ELEMENTS", limit * table.shape[1])
+        patch.setattr(scoring, "_CAST_ELEMENTS", limit)
         tiled = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
     assert torch.equal(whole.ids, tiled.ids) and torch.equal(whole.scores, tiled.scores)
 
@@ -153,8 +156,10 @@ def test_small_tiles_are_exact_too(metric, data):
     table = data.draw(exact_tables(metric, st.integers(20, 30)))
     k, queries, allowed = data.draw(requests(table.shape[0]))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_QUERY_TILE", 8), ("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
+        for name, value in (("_QUERY_TILE", 8), ("_COLUMN_TILE", 5), ("_SQUARE", 16), ("_HITS_AT_ONCE", 40)):
             patch.setattr(search, name, value)
+        for name, value in (("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
+            patch.setattr(scoring, name, value)
         got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
     every = torch.arange(table.shape[0]) if queries is None else queries
     ids, scores = ranked(brute_force(table, metric)[0], k, every, allowed)
@@ -195,8 +200,8 @@ def test_scores_that_underflow(metric, scale):
 def test_thousands_of_equal_rows(metric, monkeypatch):
     """More equal rows than candidates: only the exhaustive pass can find the lowest ids, and it must have run."""
     calls = []
-    original = search._exhaustive
-    monkeypatch.setattr(search, "_exhaustive", lambda *a: calls.append(a[1].numel()) or original(*a))
+    original = search._Search.exhaustive
+    monkeypatch.setattr(search._Search, "exhaustive", lambda *a: calls.append(a[1].numel()) or original(*a))
     table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3))
     copies = torch.arange(500, 2900)
     table[copies] = table[2950].clone()
@@ -241,27 +246,81 @@ def test_matmul_precision_changes_nothing(metric):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
-@settings(max_examples=8)
-@given(generator=generators)
-def test_slack_covers_matmuls_of_rounded_inputs(metric, generator):
-    """Optimistic scores stay optimistic when a device's matmul rounds its inputs to bfloat16 (set to "medium")."""
-    table = torch.randn(40, 31, generator=generator) * torch.rand(40, 1, generator=generator) * 3
+@pytest.mark.parametrize("precision", ["highest", "medium", "bfloat16"])
+@pytest.mark.parametrize("metric", METRICS)
+@given(data=st.data())
+def test_optimistic_scores_are_optimistic(metric, precision, data):
+    """None below the score it stands for, on any device: matmuls may round their inputs to bfloat16 ("medium"), tiles
+    may be bfloat16 altogether; and none further above than `spread` says."""
+    table = data.draw(tables(st.integers(2, 40), st.integers(1, 70)))
+    rows = scoring.ScoredRows(table, metric)
+    every = torch.arange(len(rows))
     before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        rows = search.ScoredRows(table, metric)
-        slack = rows.slack()
-        every = torch.arange(40)
-        q = search._augmented(rows, every, slack, queries=True)
-        c = search._augmented(rows, every, slack, queries=False)
-        if metric != "l2":  # its extra columns are of the size of |x|^2: only these forms stay inside a small slack
-            optimistic = q.bfloat16().double() @ c.bfloat16().double().T
-            assert bool((optimistic >= brute_force(table, metric)[0] - 1e-12).all())
-        optimistic = search._optimistic(rows, search._prepared(rows, every, slack), every, slack)
-        assert bool((optimistic >= defined_scores(table, metric)).all())
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with pytest.MonkeyPatch.context() as patch:
+        if precision == "bfloat16":
+            patch.setattr(scoring, "_multiplies_bfloat16", lambda: True)
+            patch.setattr(scoring, "_LOW_PRECISION_FROM", 0)
+            patch.setattr(scoring, "_LOW_PRECISION_QUERIES", 0)
+        try:
+            torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
+            scores = scoring.OptimisticScores(rows, rows, len(rows))
+        finally:
+            torch.set_float32_matmul_precision(before)
+    queries, columns = scores.prepared_queries(every), scores.prepared_columns(every)
+    if precision == "medium" and metric != "l1":  # as a device would round them
+        queries, columns = queries.bfloat16().float(), columns.bfloat16().float()
+    tile = queries.new_empty(len(rows), len(rows))
+    scores.tile(queries, columns, tile)
+    true, ceilings = defined_scores(table, metric), scores.ceiling(tile)
+    assert bool((ceilings >= true).all())
+    left, right = every[:, None].expand_as(true), every.expand_as(true)
+    assert bool((ceilings - scores.spread(ceilings, left, right) <= true).all())
+    beaten = tile[None] <= scores.below(true.reshape(-1, 1, 1)[:200])
+    assert not bool((beaten & (true >= true.reshape(-1, 1, 1)[:200])).any())
+
+
+@pytest.fixture
+def bfloat16_scan(monkeypatch):
+    """Low-precision tiles whatever the processor and the size of the table."""
+    monkeypatch.setattr(scoring, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(scoring, "_LOW_PRECISION_FROM", 0)
+    monkeypatch.setattr(scoring, "_LOW_PRECISION_QUERIES", 0)
+    used = []
+    original = scoring.OptimisticScores.__init__
+
+    def noted(self, *arguments):
+        original(self, *arguments)
+        used.append(self.dtype)
+
+    monkeypatch.setattr(scoring.OptimisticScores, "__init__", noted)
+    yield
+    assert torch.bfloat16 in used
+
+
+@pytest.mark.usefixtures("small_blocks", "bfloat16_scan")
+@pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
+@given(data=st.data())
+def test_a_bfloat16_scan_changes_nothing(metric, data):
+    """Near-ties one unit in the last place apart, hundreds of duplicates, norms from 1e-6 to 1e6, zero rows."""
+    generator = data.draw(generators)
+    v, d = data.draw(st.integers(20, 150)), data.draw(st.sampled_from([1, 7, 64, 130]))
+    table = torch.randn(data.draw(st.sampled_from([2, 5, v])), d, generator=generator)
+    table = table[torch.randint(len(table), (v,), generator=generator)]
+    if data.draw(st.booleans()):
+        table = table.bfloat16()
+        ulp = table[:: data.draw(st.sampled_from([1, 3]))]
+        column = torch.randint(d, (len(ulp),), generator=generator)
+        ulp[torch.arange(len(ulp)), column] = ulp[torch.arange(len(ulp)), column].nextafter(
+            torch.tensor(torch.inf).bfloat16()
+        )
+    if data.draw(st.booleans()):
+        table = table * 10.0 ** torch.randint(-6, 7, (v, 1), generator=generator)
+    table[torch.rand(v, generator=generator) < data.draw(st.sampled_from([0.0, 0.3]))] = 0
+    k, queries, allowed = data.draw(requests(v))
+    got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    every = torch.arange(v) if queries is None else queries
+    ids, scores = ranked(defined_scores(table, metric), k, every, allowed)
+    assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores)
 
 
 def test_progress_reaches_the_total():
@@ -282,11 +341,13 @@ def test_detached_and_pure():
 @pytest.mark.parametrize(
     ("table", "k", "queries"),
     [
-        ("torch.randn(60_000, 512)", 3, 1024),
-        ("torch.randn(300, 8).repeat(100, 1)", 3, 100),
-        ("torch.ones(4096, 8)", 64, 256),
+        ("torch.randn(60_000, 512)", 3, "torch.arange(1024)"),
+        ("torch.randn(20_000, 512).bfloat16()", 3, None),
+        ("torch.randn(6000, 4096)", 32, None),
+        ("torch.randn(300, 8).repeat(100, 1)", 3, "torch.arange(100)"),
+        ("torch.ones(4096, 8)", 64, "torch.arange(256)"),
     ],
-    ids=["random", "hundreds of copies", "all equal"],
+    ids=["random", "whole table", "wide rows", "hundreds of copies", "all equal"],
 )
 def test_peak_memory(table, k, queries):
     """A search stays below 256 MiB beyond its inputs and outputs, ties or not."""
@@ -299,7 +360,7 @@ def test_peak_memory(table, k, queries):
         nearest_neighbors(torch.ones(100, 8), 3)
         table = {table}
         before = peak()
-        out = nearest_neighbors(table, {k}, queries=torch.arange(500, 500 + {queries}))
+        out = nearest_neighbors(table, {k}, queries={queries})
         print(peak() - before)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngrpo_ops import NeighborTable, nearest_neighbors, search, table
+from ngrpo_ops import NeighborTable, nearest_neighbors, scoring, table
 from ngrpo_ops.testing import METRICS, generators, metrics, tables
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Re-scored blocks are padded to one size, two million numbers: too slow for hundreds of tiny searches."""
-    monkeypatch.setattr(search, "_PAIR_ELEMENTS", 2**14)
+    monkeypatch.setattr(scoring, "_PAIR_ELEMENTS", 2**14)
 
 
 def assert_fresh(neighbors: NeighborTable, embedding: Tensor) -> None:
@@ -48,7 +48,7 @@ def test_refresh_is_a_fresh_search(embedding, metric, scales, share, use_mask, g
         noise = torch.randn(embedding.shape, generator=generator, dtype=torch.float64) * moved * scale
         embedding = (embedding.double() + noise).to(embedding.dtype)
         report = neighbors.refresh(embedding)
-        assert report.certified + report.recomputed == v and min(report.certified, report.recomputed) >= 0
+        assert report.certified + report.rescored + report.recomputed == v
         assert_fresh(neighbors, embedding)
 
 
@@ -125,7 +125,7 @@ def test_some_rows_searched_anew(monkeypatch):
     moved[:150] += 0.05 * torch.randn(150, 8, generator=generator)
     searched = []
     report = neighbors.refresh(moved, progress=lambda done, total: searched.append((done, total)))
-    assert 0 < report.recomputed < 100 and report.certified == 200 - report.recomputed
+    assert 0 < report.recomputed < 100 and report.certified + report.rescored == 200 - report.recomputed
     assert searched[-1] == (report.recomputed, report.recomputed)
     assert_fresh(neighbors, moved)
     monkeypatch.setattr(table, "_REBUILD_SHARE", 0.0)
@@ -165,8 +165,99 @@ def test_in_place_updates_are_seen(metric):
     with torch.no_grad():
         embedding.copy_(torch.randn(60, 8))
     neighbors.refresh(embedding)
+    assert_fresh(neighbors, embedding.detach())
+    embedding.data.copy_(torch.randn(60, 8))  # no version counter tells of this one
+    neighbors.refresh(embedding)
     assert not neighbors.scores.requires_grad
     assert_fresh(neighbors, embedding.detach())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_few_rows_that_move_far_are_taken_apart(metric, masked):
+    """New tokens being learned, say: they must not cost the certificates of all other rows."""
+    generator = torch.Generator().manual_seed(5)
+    embedding = torch.randn(400, 16, generator=generator)
+    movers = torch.tensor([3, 77, 200])
+    allowed = None
+    if masked:
+        allowed = torch.ones(400, dtype=torch.bool)
+        allowed[[77, 5, 399]] = False
+    neighbors = NeighborTable(3, metric=metric, allowed=allowed)
+    neighbors.refresh(embedding)
+    moved = embedding + 1e-5 * torch.randn(400, 16, generator=generator)
+    moved[movers] = embedding[[50, 60, 70]] + 0.1 * torch.randn(3, 16, generator=generator)
+    report = neighbors.refresh(moved)
+    assert report.movers == 4 and report.recomputed <= 8  # a power of two of them
+    assert f"{report.movers} further" in report.reason
+    assert_fresh(neighbors, moved)
+    assert neighbors.ids[50, 0] == 3 or metric == "dot"
+    neighbors.refresh(embedding)
+    assert_fresh(neighbors, embedding)
+
+
+def test_what_a_refresh_had_to_do():
+    """Rows whose k-th and next neighbour are a tie need all their candidates, rows tied beyond these a search."""
+    generator = torch.Generator().manual_seed(6)
+    embedding = torch.randn(200, 32, generator=generator)
+    embedding[:3] = embedding[3]  # among four equal rows, k = 2 of the three others
+    embedding[10:40] = embedding[10].clone()
+    neighbors = NeighborTable(2)
+    report = neighbors.refresh(embedding)
+    assert (report.certified, report.rescored, report.recomputed, report.reason) == (0, 0, 200, "first build")
+    report = neighbors.refresh(embedding)
+    assert report.rescored >= 4 and report.recomputed >= 30
+    assert report.certified == 200 - report.rescored - report.recomputed > 150
+    assert_fresh(neighbors, embedding)
+
+
+def test_state_dict(tmp_path):
+    generator = torch.Generator().manual_seed(7)
+    embedding = torch.randn(100, 8, generator=generator)
+    allowed = torch.arange(100) != 4
+    neighbors = NeighborTable(2, metric="l2", allowed=allowed)
+    with pytest.raises(RuntimeError, match="refresh"):
+        neighbors.state_dict()
+    neighbors.refresh(embedding)
+    torch.save(neighbors.state_dict(), tmp_path / "table.pt")
+    again = NeighborTable(2, metric="l2", allowed=allowed.clone())
+    again.load_state_dict(torch.load(tmp_path / "table.pt", weights_only=True))
+    assert torch.equal(again.ids, neighbors.ids) and torch.equal(again.scores, neighbors.scores)
+    moved = embedding + 1e-4 * torch.randn(100, 8, generator=generator)
+    assert again.refresh(moved) == neighbors.refresh(moved)
+    assert again.refresh(moved).certified > 0
+    assert_fresh(again, moved)
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (NeighborTable(3), "k = 3"),
+        (NeighborTable(2, metric="dot"), "metric = 'dot'"),
+        (NeighborTable(2, allowed=torch.ones(30, dtype=torch.bool)), "allowed"),
+    ],
+)
+def test_a_state_of_another_table_is_refused(other, name):
+    neighbors = NeighborTable(2)
+    neighbors.refresh(torch.randn(30, 4))
+    with pytest.raises(ValueError, match=name):
+        other.load_state_dict(neighbors.state_dict())
+
+
+def test_an_unusable_state_is_refused():
+    neighbors = NeighborTable(2)
+    neighbors.refresh(torch.randn(30, 4))
+    state = neighbors.state_dict()
+    with pytest.raises(ValueError, match="without snapshot, bounds"):
+        NeighborTable(2).load_state_dict({n: x for n, x in state.items() if n not in ("snapshot", "bounds")})
+    with pytest.raises(ValueError, match=r"state\['scores'\] must be of 30 rows"):
+        NeighborTable(2).load_state_dict({**state, "scores": state["scores"][:7]})
+
+
+def test_memory_is_stated():
+    neighbors = NeighborTable(2, candidates=16)
+    neighbors.refresh(torch.randn(300, 64).bfloat16())
+    assert neighbors.nbytes == 300 * (64 * 2 + 12 * 2 + 4 * 16 + 16)
 
 
 def test_a_refused_refresh_leaves_the_table_as_it_was():
@@ -217,7 +308,7 @@ def test_fewer_rows_than_candidates():
         assert_fresh(neighbors, embedding)
         moved = torch.randn(5, 4) * 100
         report = neighbors.refresh(moved)
-        assert report.certified + report.recomputed == 5
+        assert report.certified + report.rescored + report.recomputed == 5
         assert_fresh(neighbors, moved)
 
 
