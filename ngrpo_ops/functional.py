@@ -6,8 +6,10 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
-from . import advantages, backends, ops, reference
+from . import advantages, backends, ops, reference, sharded
 from .advantages import Whitening
 from .config import Metric, Variant
 from .search import Progress
@@ -20,10 +22,12 @@ from .validation import (
     require_ids,
     require_integer,
     require_mask,
+    require_neighbors,
     require_number,
     require_positive,
     require_same_device,
     require_shape,
+    require_table,
     require_tensor,
 )
 
@@ -53,6 +57,7 @@ def nearest_neighbors(
     metric: Metric = "cosine",
     queries: Tensor | None = None,
     allowed: Tensor | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
 ) -> NearestNeighbors:
@@ -63,12 +68,16 @@ def nearest_neighbors(
     lower id. The search runs in tiles and never holds a [V, V] matrix: at most 256 MiB beyond inputs and outputs.
 
     Args:
-        embedding: [V, d], floating point, finite; scored in float32.
+        embedding: [V, d], floating point, finite; scored in float32. A DTensor with sharded rows (FSDP) is searched
+            where it is: every rank of its mesh must call this, scores its own rows against those of the others, and
+            gets the result for all V, the same as without shards.
         k: neighbours a row, 1 <= k < V.
         metric: "cosine" (a zero row has similarity 0 to every row), "dot", "l2" (negative squared distance) or "l1"
             (negative distance; it has no matrix-multiplication form and is many times slower).
         queries: int64 [Q], ids of the rows whose neighbours are wanted; None: all V, in order.
         allowed: bool [V], rows that may be returned; None: all. At least k + 1 of them.
+        group: a process group of which each rank has some consecutive rows (maybe none) of the table as `embedding`, in
+            the order of the ranks: searched as a DTensor is.
         backend: None or "eager".
         progress: called with (rows done, rows in all) as a long search goes on.
 
@@ -76,26 +85,38 @@ def nearest_neighbors(
         ids [Q, k] int64 and scores [Q, k] float32, nearest first. Not differentiable.
 
     Raises:
-        TypeError: a DTensor, or ids or a mask of another dtype.
-        ValueError: k out of range, NaN or inf in the embedding, an empty shard, queries out of range or empty, too few
-            allowed rows, an unknown metric or backend, shapes that do not fit.
+        TypeError: ids or a mask of another dtype.
+        ValueError: k out of range, NaN or inf in the embedding, an empty table, queries out of range or empty, too few
+            allowed rows, an unknown metric or backend, shapes that do not fit; a DTensor sharded otherwise than by
+            rows, queries of a sharded table. What is wrong on one rank is raised on all.
     """
-    require_embedding(embedding)
-    vocabulary = embedding.shape[0]
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < vocabulary:
-        raise ValueError(
-            f"k must be an integer in [1, {vocabulary}): each of {vocabulary} rows has V - 1 others, got {k}"
-        )
     require_choice(metric, get_args(Metric), "metric")
     require_backend(backend)
+    if isinstance(embedding, DTensor):
+        embedding, group = sharded.local_rows(embedding)
+
+    def check(vocabulary: int) -> None:
+        require_neighbors(vocabulary, k)
+        if allowed is not None:
+            require_mask(allowed, (vocabulary,), "allowed", "[V]")
+            require_same_device("allowed", allowed, "embedding", embedding)
+            if group is not None:  # else where the operation runs: it reads the mask
+                reference.require_enough_allowed(allowed, k)
+
+    if group is not None:
+        require_table(embedding)
+        if queries is not None:
+            raise ValueError("queries of a sharded embedding cannot be searched: leave queries out, for all rows")
+        return NearestNeighbors(
+            *sharded.nearest_neighbors(embedding.detach(), group, k, metric, allowed, progress, check)
+        )
+    require_embedding(embedding)
+    check(embedding.shape[0])
     if queries is not None:
         require_ids(queries, "queries")
         require_same_device("queries", queries, "embedding", embedding)
         if queries.dim() != 1 or queries.numel() == 0:
             raise ValueError(f"queries must be a non-empty vector of row ids, got shape {tuple(queries.shape)}")
-    if allowed is not None:
-        require_mask(allowed, (vocabulary,), "allowed", "[V]")
-        require_same_device("allowed", allowed, "embedding", embedding)
     embedding = embedding.detach()
     if progress is None:
         return NearestNeighbors(*ops.nearest_neighbors(embedding, k, metric, queries, allowed))

@@ -24,15 +24,18 @@ _LOW_PRECISION_QUERIES = 256  # and for fewer queries the table's trip through m
 
 
 class ScoredRows:
-    """The rows of an embedding in the form their metric scores them: float32, normalised for cosine."""
+    """The rows of an embedding in the form their metric scores them: float32, normalised for cosine.
 
-    def __init__(self, embedding: Tensor, metric: Metric) -> None:
+    Row 0 is called `first` in errors.
+    """
+
+    def __init__(self, embedding: Tensor, metric: Metric, *, first: int = 0) -> None:
         self.embedding = embedding
         self.metric = metric
         norms = torch.cat([_norms(embedding[rows]) for rows in self.tiles()])
         broken = (~norms.isfinite()).nonzero().flatten()
         if broken.numel():
-            some = ", ".join(str(i) for i in broken[:8].tolist()) + (", ..." if broken.numel() > 8 else "")
+            some = ", ".join(str(first + i) for i in broken[:8].tolist()) + (", ..." if broken.numel() > 8 else "")
             raise ValueError(f"embedding must be finite, got NaN or inf in {broken.numel()} rows: {some}")
         limit = 1e30 if metric == "cosine" else 1e18
         if float(norms.max()) > limit:

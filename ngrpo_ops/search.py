@@ -181,6 +181,7 @@ class _Search:
         self.allowed = None if allowed is None else allowed.nonzero().squeeze(1)
         available = len(columns) if self.allowed is None else self.allowed.numel()
         self.candidates = max(1, min(candidates, available))
+        self.complete = self.candidates >= available
         self.scores = OptimisticScores(rows, columns, count)
         self.progress = progress
         d = rows.embedding.shape[1]
@@ -243,6 +244,8 @@ class _Search:
         kept = best.ids[span].long()
         ceilings = scores.ceiling(best.values[span])
         bounds = scores.ceiling(best.thresholds(span))
+        if self.complete:  # nothing was left out, but what is below the floor
+            bounds.fill_(-torch.inf)
         # What cannot reach the k-th place need not be re-scored.
         rows = queries[:, None].expand_as(kept)
         floors = ceilings - scores.spread(ceilings, rows, kept.clamp(min=0))
@@ -261,24 +264,27 @@ class _Search:
             candidates = torch.nn.functional.pad(candidates, (0, missing), value=-1)
             exact = torch.nn.functional.pad(exact, (0, missing), value=-torch.inf)
         found = SearchResult(candidates[:, :k].clone(), exact[:, :k].clone(), candidates, bounds)
-        unsettled = ((found.scores[:, -1] <= bounds) & (bounds > -torch.inf)).nonzero().squeeze(1)
+        kth = found.scores[:, -1] if floor is None else torch.maximum(found.scores[:, -1], floor)
+        unsettled = ((kth <= bounds) & (bounds > -torch.inf)).nonzero().squeeze(1)
         for part in unsettled.split(_QUERY_TILE // 8) if unsettled.numel() else ():
-            found.ids[part], found.scores[part] = self.exhaustive(queries[part], found.ids[part], found.scores[part])
+            found.ids[part], found.scores[part] = self.exhaustive(
+                queries[part], found.ids[part], found.scores[part], kth[part]
+            )
             # Now nothing but the k scores above the k-th; what was kept may not even hold them.
             candidates[part] = -1
             candidates[part, :k] = found.ids[part]
             found.bounds[part] = found.scores[part, -1]
         return found
 
-    def exhaustive(self, queries: Tensor, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The exact top k of `queries`, given k re-scored neighbours of each as the threshold to beat."""
+    def exhaustive(self, queries: Tensor, ids: Tensor, scores: Tensor, kth: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact top k of `queries`, given re-scored neighbours of each and the score they must reach."""
         k = self.k
         prepared = self.scores.prepared_queries(queries)
         tile = _Tile(self.scores, queries.numel(), self.column_tile)
-        ids, scores = ids.clone(), scores.clone()
+        ids, scores, kth = ids.clone(), scores.clone(), kth.clone()
         for index, tile_ids in self.column_tiles():
             values = tile.multiply(prepared, self.scores.prepared_columns(index))
-            reaches = values[: queries.numel(), : tile_ids.numel()] > self.scores.below(scores[:, -1:])
+            reaches = values[: queries.numel(), : tile_ids.numel()] > self.scores.below(kth[:, None])
             # Not the query itself, nor what is already among the k.
             _fill_at(reaches, tile_ids, torch.cat([(queries + self.offset)[:, None], ids], dim=1), False)
             many = reaches.sum(1).cumsum(0) // _PAIRS_AT_ONCE
@@ -298,6 +304,7 @@ class _Search:
                     len(part),
                     k,
                 )
+                kth[part] = torch.maximum(kth[part], scores[part, -1])
         return ids, scores
 
     def run(self, queries: Tensor | None, floor: Tensor | None) -> SearchResult:
@@ -364,7 +371,8 @@ def search(
         columns: the rows [C, d] to search; None: `rows`. ids and candidates count in these.
         offset: row i of `rows` is row i + offset of `columns`, which need not exist.
         allowed: bool [C], columns that may be returned; None: all.
-        floor: float32 [Q], scores known to be reached by k of a query's pairs: what is below is not looked at.
+        floor: float32 [Q], scores that are known to be reached by k rows, of `columns` or others: pairs below it need
+            not be returned, and bounds hold for what is above it only.
         progress: called with (queries done, queries in all).
     """
     if columns is None:
@@ -393,5 +401,5 @@ def improve(
     again = _Search(rows, rows, 0, allowed, ids.shape[1], ids.shape[1], queries.numel(), None)
     ids, scores = ids.clone(), scores.clone()
     for part in torch.arange(queries.numel(), device=ids.device).split(again.query_tile):
-        ids[part], scores[part] = again.exhaustive(queries[part], ids[part], scores[part])
+        ids[part], scores[part] = again.exhaustive(queries[part], ids[part], scores[part], scores[part, -1])
     return ids, scores

@@ -7,8 +7,11 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from .config import Metric
+from .functional import nearest_neighbors
 from .reference import require_enough_allowed
 from .scoring import ScoredRows
 from .search import Progress, improve, ranked, rescore, search
@@ -114,10 +117,11 @@ class NeighborTable:
     @property
     def nbytes(self) -> int:
         """Bytes of memory the table keeps, the snapshot of the embedding included."""
-        stored = [x for x in self.state_dict().values() if isinstance(x, Tensor)]
-        assert self._build is not None
-        stored += [x for x in (self._build.snapshot.norms, self._build.snapshot.inverse_norms) if x is not None]
-        return sum(x.numel() * x.element_size() for x in stored)
+        stored = [self._ids, self._scores]
+        if (build := self._build) is not None:
+            rows = build.snapshot
+            stored += [rows.embedding, rows.norms, rows.inverse_norms, build.candidates, build.nexts, build.bounds]
+        return sum(x.numel() * x.element_size() for x in stored if x is not None)
 
     def lookup(self, token_ids: Tensor) -> Tensor:
         """int64 [..., k]: the neighbours of the given tokens. Raises TypeError unless they are int64."""
@@ -131,16 +135,27 @@ class NeighborTable:
         return stored
 
     @torch.no_grad()
-    def refresh(self, embedding: Tensor, *, progress: Progress | None = None) -> RefreshReport:
+    def refresh(
+        self, embedding: Tensor, *, group: ProcessGroup | None = None, progress: Progress | None = None
+    ) -> RefreshReport:
         """Bring the table up to date with an embedding [V, d].
 
         Args:
-            embedding: floating point, finite. Another shape, dtype or device than before rebuilds the table.
+            embedding: floating point, finite. Another shape, dtype or device than before rebuilds the table. One whose
+                rows are sharded, as a DTensor or by `group` (see `nearest_neighbors`), is searched where it is, by
+                every rank, and anew each time: its certificates would need the rows of other ranks.
+            group: the process group of a sharded embedding.
             progress: called with (rows searched, rows to search).
 
         Raises:
             TypeError, ValueError: as `nearest_neighbors`, k >= V among them.
         """
+        if group is not None or isinstance(embedding, DTensor):
+            whole = nearest_neighbors(
+                embedding, self.k, metric=self.metric, allowed=self.allowed, group=group, progress=progress
+            )
+            self._ids, self._scores, self._build = whole.ids, whole.scores, None
+            return RefreshReport(0, 0, len(whole.ids), 0, "searched in shards")
         require_embedding(embedding)
         vocabulary = embedding.shape[0]
         if self.k >= vocabulary:
@@ -218,11 +233,12 @@ class NeighborTable:
         """The table as tensors and plain values, for `torch.save`; loading it back saves the first build.
 
         Raises:
-            RuntimeError: before the first `refresh`.
+            RuntimeError: before the first `refresh`, and after one in shards, which stores nothing for later ones.
         """
         build = self._build
         if build is None:
-            raise RuntimeError("the table is empty: call refresh(embedding) first")
+            self._filled(self._ids)
+            raise RuntimeError("a table searched in shards has no state to keep: its refreshes search anew")
         return {
             "k": self.k,
             "metric": self.metric,

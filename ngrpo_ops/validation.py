@@ -25,9 +25,22 @@ def require_embedding(embedding: Any, name: str = "embedding") -> None:
             f"{name} must not be empty, got shape {tuple(embedding.shape)} "
             "(an empty ZeRO-3 shard? gather it first, with deepspeed.zero.GatheredParameters)"
         )
-    if embedding.dim() != 2 or not embedding.is_floating_point():
+    require_table(embedding, name)
+
+
+def require_table(embedding: Any, name: str = "embedding") -> None:
+    """Some rows of a table, maybe none."""
+    require_tensor(embedding, name)
+    if embedding.dim() != 2 or not embedding.is_floating_point() or not embedding.shape[1]:
         raise ValueError(
             f"{name} must be a floating-point table [V, d], got {embedding.dtype} of shape {tuple(embedding.shape)}"
+        )
+
+
+def require_neighbors(vocabulary: int, k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < vocabulary:
+        raise ValueError(
+            f"k must be an integer in [1, {vocabulary}): each of {vocabulary} rows has V - 1 others, got {k!r}"
         )
 
 

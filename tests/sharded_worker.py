@@ -1,0 +1,95 @@
+"""One rank of a sharded search, started by torchrun: compares what it gets with a search of the whole table."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from ngrpo_ops import NeighborTable, nearest_neighbors, scoring, sharded
+from ngrpo_ops.testing import METRICS
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+group = dist.group.WORLD
+generator = torch.Generator().manual_seed(0)
+sizes: list[tuple[int, int]] = []  # rows scored here against how many at once
+
+
+def noted(rows, *arguments, columns, **options):
+    sizes.append((len(rows), len(columns)))
+    return sharded_search(rows, *arguments, columns=columns, **options)
+
+
+sharded_search, sharded.search = sharded.search, noted
+sharded._VISITORS = 50
+scoring._PAIR_ELEMENTS = 2**14  # blocks are padded: too slow for many small searches
+
+
+def same(got, want):
+    assert torch.equal(got.ids, want.ids) and torch.equal(got.scores, want.scores)
+
+
+def refused(message, *arguments, **options):
+    try:
+        nearest_neighbors(*arguments, **options)
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
+table = torch.randn(211, 24, generator=generator)
+table[40:75] = table[120].clone()  # ties across the shards
+table[[7, 150]] = 0
+for shares in ([5, 120, 86], [211, 0, 0], [0, 3, 208], [70, 70, 71]):
+    counts = shares if ranks == 3 else [shares[0], shares[1] + shares[2]]
+    mine = table.split(counts)[rank]
+    for metric in METRICS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for k, allowed in ((2, None), (32, None), (5, torch.rand(211, generator=generator) < 0.3)):
+                sizes.clear()
+                got = nearest_neighbors(mine.to(dtype), k, metric=metric, allowed=allowed, group=group)
+                assert all(rows == counts[rank] and columns <= 50 for rows, columns in sizes)
+                same(got, nearest_neighbors(table.to(dtype), k, metric=metric, allowed=allowed))
+
+seen: list[tuple[int, int]] = []
+nearest_neighbors(mine, 2, group=group, progress=lambda *done: seen.append(done))
+assert seen[-1] == (211, 211) and seen == sorted(seen)
+
+mesh = init_device_mesh("cpu", (ranks,))
+spread = distribute_tensor(table, mesh, [Shard(0)])
+same(nearest_neighbors(spread, 3), nearest_neighbors(table, 3))
+tiny = distribute_tensor(table[: ranks - 1], mesh, [Shard(0)])  # the last rank has no rows
+if ranks > 2:
+    same(nearest_neighbors(tiny, 1), nearest_neighbors(table[: ranks - 1], 1))
+same(nearest_neighbors(distribute_tensor(table, mesh, [Replicate()]), 3), nearest_neighbors(table, 3))
+copies = init_device_mesh("cpu", (1, ranks))  # HSDP
+same(nearest_neighbors(distribute_tensor(table, copies, [Replicate(), Shard(0)]), 3), nearest_neighbors(table, 3))
+
+neighbors = NeighborTable(3, metric="l2")
+for _ in range(2):
+    report = neighbors.refresh(spread)
+    assert (report.recomputed, report.reason) == (211, "searched in shards")
+    same(neighbors, nearest_neighbors(table, 3, metric="l2"))
+neighbors.refresh(table)
+assert neighbors.refresh(table).recomputed < 211
+
+# What is wrong on one rank is raised on every rank, by name; nobody is left waiting.
+mine = table.split(counts)[rank].clone()
+mine[-1, 3] = torch.nan if rank == ranks - 1 else 0
+refused(f"rank {ranks - 1}: embedding must be finite, got NaN or inf in 1 rows: 210", mine, 2, group=group)
+refused("same width", table[:5, : 8 + rank], 2, group=group)
+refused("k must", table[:5], 5 * ranks, group=group)
+refused("allowed must have shape", table[:5], 2, group=group, allowed=torch.ones(5, dtype=torch.bool))
+refused("allowed must have at least", table[:5], 2, group=group, allowed=torch.arange(5 * ranks) < 2)
+refused("queries", table[:5], 2, group=group, queries=torch.tensor([0]))
+refused("Shard(dim=1)", DTensor.from_local(table, mesh, [Shard(1)]), 2)
+
+(Path(sys.argv[1]) / f"rank{rank}").touch()
+dist.destroy_process_group()
+os._exit(0)  # what is to be tested is done; at the interpreter's exit gloo's threads abort one run in many
