@@ -407,9 +407,7 @@ def mesh():
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("embedding", lambda x, i: ngrpo_ops.nearest_neighbors(x, 1)),
         ("embedding", lambda x, i: mix_embeddings(x, i, torch.ones(2, 2))),
-        ("embedding", lambda x, i: ngrpo_ops.NeighborTable(1).refresh(x)),
         ("logits", lambda x, i: ngrpo_ops.candidate_weights(x, i)),
         ("logits", lambda x, i: ngrpo_ops.selective_log_softmax(x, i)),
         ("logits", lambda x, i: ngrpo_ops.decode_step(x, torch.ones(2, 2), i, seed=0, step=0)),
