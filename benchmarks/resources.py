@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ngrpo_ops.kernels import configs, group_advantages, log_softmax, mix_embeddings
+from ngrpo_ops.kernels import configs, group_advantages, log_softmax, mix_embeddings, nearest_neighbors
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
 
 RESULTS = Path(__file__).parent / "results" / "resources.csv"
@@ -39,7 +39,8 @@ TARGETS = {
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
-MULTIPLIES: set[str] = set()  # kernels with a matrix product, which must use the tensor cores' own instruction
+# Kernels with a matrix product, which must use the tensor cores' own instruction.
+MULTIPLIES = {"tile_best_kernel", "tile_best_symmetric_kernel"}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -81,6 +82,19 @@ def _group_advantages(
     group_advantages.backward(out, spread, rewards, *options)
 
 
+def _tile_best(q: int, best: int) -> None:
+    x, y = (_meta(n, 960, dtype=torch.bfloat16) for n in (q, 16_384))
+    nearest_neighbors.tile_best(x, y, _meta(q, dtype=torch.int32), best)
+    if q > 64:
+        nearest_neighbors.tile_best_symmetric(x, y, best, diagonal=False)
+
+
+def _pair_scores(dtype: torch.dtype, d: int, metric: str) -> None:
+    table, ids = _meta(151_936, d, dtype=dtype), _meta(300_000)
+    scales = _meta(151_936, dtype=torch.float32) if metric == "cosine" else None
+    nearest_neighbors.pair_scores(table, scales, ids, table, scales, ids, metric)
+
+
 def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
     for dtype in DTYPES:
         for d, k in ((128, 3), (896, 3), (1536, 3), (1536, 32)):
@@ -96,6 +110,11 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
             (4096, False, "mean", "std", "zero", torch.bool),
         ):
             yield dtype, lambda dtype=dtype, case=case: _group_advantages(dtype, *case)
+
+        for metric in ("cosine", "dot", "l2", "l1"):
+            yield dtype, lambda dtype=dtype, m=metric: _pair_scores(dtype, 896, m)
+    for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):
+        yield torch.bfloat16, lambda q=q, best=best: _tile_best(q, best)
 
 
 class Case(NamedTuple):
@@ -182,7 +201,9 @@ def _source(launch: Launch) -> ASTSource:
 def _compile(case: Case, target: str) -> dict[str, Any]:
     config = case.launch.config
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if config.maxnreg is not None and target.startswith("cuda"):
+    if target.startswith("hip"):
+        options["num_stages"] = min(config.num_stages, configs.HIP_STAGES)
+    elif config.maxnreg is not None:
         options["maxnreg"] = config.maxnreg
     compiled = triton.compile(_source(case.launch), target=TARGETS[target], options=options)
     row: dict[str, Any] = {"kernel": case.kernel, "target": target, "config": case.config, "dtype": case.dtype}
@@ -262,7 +283,9 @@ def faults(row: dict[str, Any]) -> list[str]:
     found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name]]
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
-    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"]:
+    # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it.
+    few = "BLOCK_M=16" in row.get("config", "")
+    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"] and not few:
         found.append("no wgmma")
     return found
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import torch
 from triton import Config, next_power_of_2
 
+HIP_STAGES = 2
+
 
 def _config(num_warps: int, num_stages: int = 2, registers: int | None = None, **blocks: int) -> Config:
     """`registers` a thread, at most: ptxas otherwise spills a few bytes for an occupancy that a short kernel has no use
-    for. AMD's compiler has no such setting."""
-    return Config(blocks, num_warps=num_warps, num_stages=num_stages, maxnreg=None if torch.version.hip else registers)
+    for. AMD's compiler has no such setting, and its shared memory room for two stages."""
+    if torch.version.hip:
+        return Config(blocks, num_warps=num_warps, num_stages=min(num_stages, HIP_STAGES))
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages, maxnreg=registers)
 
 
 # kernel: ((largest width, configuration), ...), the last for every wider row.
@@ -56,6 +60,13 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (128, _config(4, registers=64, BLOCK_G=4, BLOCK_R=128)),
         (2**31, _config(8, registers=64, BLOCK_G=1, BLOCK_R=2048)),
     ),
+    # The width is the number of queries.
+    "tile_best_kernel": (
+        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
+        (2**31, _config(16, 3, BLOCK_N=256, BLOCK_K=64, BLOCK_M=128)),
+    ),
+    "tile_best_symmetric_kernel": ((2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),),
+    "pair_scores_kernel": ((2**31, _config(4, BLOCK_P=8, BLOCK_D=256)),),
 }
 
 # Under the interpreter: rows a program, columns a program (at most; a row narrower than that is one tile).
@@ -70,15 +81,17 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "log_softmax_backward_kernel": {"BLOCK_V": 1024},
     "group_advantages_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "group_advantages_backward_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
+    "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
+    "tile_best_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
+    "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},
 }
 
-# What changes the best configuration of a kernel, by the names of its arguments (element types always do).
+# What changes the best configuration of a kernel, by the names of its arguments (element types always do). The others
+# are not tuned: the shape of their outputs or the bits of their sums follow from their tiles.
 TUNING_KEYS: dict[str, tuple[str, ...]] = {
     "mix_forward_kernel": ("d", "K"),
     "mix_grad_weights_kernel": ("d", "K"),
     "mix_grad_embedding_kernel": ("d", "v"),
-    "mix_grad_long_segments_kernel": ("d",),
-    "mix_grad_merge_kernel": ("d",),
     "mix_grad_atomic_kernel": ("d", "K"),
     "log_softmax_forward_kernel": ("v", "ENTROPY"),
     "log_softmax_backward_kernel": ("v", "ENTROPY"),

@@ -276,13 +276,13 @@ def grad_embedding(
         launch(
             mix_grad_long_segments_kernel,
             lambda meta: (tiles, triton.cdiv(d, meta["BLOCK_D"])),
-            width=d, int64_for=(partial, grad, ids), tunable=False,
+            width=d, int64_for=(partial, grad, ids),
             sorted_ids=sorted_ids, order=order, offsets=offsets, partial=partial, m=m, **common,
         )  # fmt: skip
         launch(
             mix_grad_merge_kernel,
             lambda meta: (tiles, triton.cdiv(d, meta["BLOCK_D"])),
-            width=d, int64_for=(partial, out), tunable=False,
+            width=d, int64_for=(partial, out),
             sorted_ids=sorted_ids, offsets=offsets, partial=partial, out=out, m=m, d=d, v=v, SEGMENT=SEGMENT,
         )  # fmt: skip
     return out

@@ -108,15 +108,15 @@ def launch(
     tunable: bool = True,
     **arguments: Any,
 ) -> None:
-    """Launches a kernel in its pinned configuration for rows of `width` elements, or, under NGRPO_OPS_AUTOTUNE=1, in
-    the fastest one found here; INT64 is decided by `int64_for`. A deterministic program is never tuned: another
-    configuration may sum in another order."""
+    """Launches a kernel in its pinned configuration for rows of `width` elements, or, under NGRPO_OPS_AUTOTUNE=1 and if
+    it has tuning keys, in the fastest one found here; INT64 is decided by `int64_for`. A deterministic program is never
+    tuned: another configuration may sum in another order."""
     name = kernel.__name__
     arguments["INT64"] = _force_int64 or needs_int64(*int64_for)
     config = configs.pinned(name, width, interpreted=interpreted(kernel))
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, config))
-    elif tunable and _autotune() and not interpreted(kernel):
+    elif tunable and name in configs.TUNING_KEYS and _autotune() and not interpreted(kernel):
         _tuned(kernel)[grid](**arguments)
     else:
         kernel[grid](**arguments, **config.all_kwargs())

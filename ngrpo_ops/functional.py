@@ -78,7 +78,7 @@ def nearest_neighbors(
         allowed: bool [V], rows that may be returned; None: all. At least k + 1 of them.
         group: a process group of which each rank has some consecutive rows (maybe none) of the table as `embedding`, in
             the order of the ranks: searched as a DTensor is.
-        backend: None or "eager".
+        backend: None to choose, "eager" or "triton".
         progress: called with (rows done, rows in all) as a long search goes on.
 
     Returns:
@@ -91,7 +91,6 @@ def nearest_neighbors(
             rows, queries of a sharded table. What is wrong on one rank is raised on all.
     """
     require_choice(metric, get_args(Metric), "metric")
-    require_backend(backend)
     if isinstance(embedding, DTensor):
         embedding, group = sharded.local_rows(embedding)
 
@@ -108,7 +107,9 @@ def nearest_neighbors(
         if queries is not None:
             raise ValueError("queries of a sharded embedding cannot be searched: leave queries out, for all rows")
         return NearestNeighbors(
-            *sharded.nearest_neighbors(embedding.detach(), group, k, metric, allowed, progress, check)
+            *sharded.nearest_neighbors(
+                embedding.detach(), group, k, metric, allowed, backends.choose(backend, embedding), progress, check
+            )
         )
     require_embedding(embedding)
     check(embedding.shape[0])
@@ -117,10 +118,10 @@ def nearest_neighbors(
         require_same_device("queries", queries, "embedding", embedding)
         if queries.dim() != 1 or queries.numel() == 0:
             raise ValueError(f"queries must be a non-empty vector of row ids, got shape {tuple(queries.shape)}")
-    embedding = embedding.detach()
+    embedding, backend = embedding.detach(), backends.choose(backend, embedding)
     if progress is None:
-        return NearestNeighbors(*ops.nearest_neighbors(embedding, k, metric, queries, allowed))
-    return NearestNeighbors(*reference.nearest_neighbors(embedding, k, metric, queries, allowed, progress))
+        return NearestNeighbors(*ops.nearest_neighbors(embedding, k, metric, queries, allowed, backend))
+    return NearestNeighbors(*reference.nearest_neighbors(embedding, k, metric, queries, allowed, backend, progress))
 
 
 def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, variant: Variant = "paper") -> Tensor:

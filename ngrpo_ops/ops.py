@@ -47,13 +47,15 @@ def _refuse_second_derivative(backward: _Operation, name: str) -> None:
 
 @_Operation
 def nearest_neighbors(
-    embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None
+    embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return reference.nearest_neighbors(embedding, k, metric, queries, allowed)  # type: ignore[arg-type]
+    return reference.nearest_neighbors(embedding, k, metric, queries, allowed, backend)  # type: ignore[arg-type]
 
 
 @nearest_neighbors.register_fake
-def _(embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     rows = embedding.shape[0] if queries is None else queries.shape[0]
     return embedding.new_empty(rows, k, dtype=torch.int64), embedding.new_empty(rows, k, dtype=torch.float32)
 

@@ -41,6 +41,7 @@ def nearest_neighbors(
     metric: Metric,
     queries: Tensor | None,
     allowed: Tensor | None,
+    backend: str,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tiled search of `search`, which the brute force of `every_score` holds to account in the tests."""
@@ -49,7 +50,12 @@ def nearest_neighbors(
     if allowed is not None:
         require_enough_allowed(allowed, k)
     found = search(
-        ScoredRows(embedding, metric), k, max(24, 2 * k), queries=queries, allowed=allowed, progress=progress
+        ScoredRows(embedding, metric, backend=backend),
+        k,
+        max(24, 2 * k),
+        queries=queries,
+        allowed=allowed,
+        progress=progress,
     )
     return found.ids, found.scores
 

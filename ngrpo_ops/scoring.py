@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .backends import kernels
 from .config import Metric
 
 # With these a search stays below 256 MiB beyond its inputs and outputs, and the matrix multiplications stay large.
@@ -19,19 +20,21 @@ _TILE_ELEMENTS = 2**23  # of one tile of rows, float32
 _CAST_ELEMENTS = 2**20  # of rows on their way to a tile
 _PAIR_ELEMENTS = 2**21  # of one block of re-scored pairs
 _LOW_PRECISION_FROM = 2**22  # elements of a table; for less the casts are not worth it
-_UNIT_ROUNDOFF = 2.0**-24  # float32
 _LOW_PRECISION_QUERIES = 256  # and for fewer queries the table's trip through memory is what takes the time
+_KERNELS_FROM = 2**13  # rows to search: with fewer tiles, the best few of each leave too loose a bound
+_UNIT_ROUNDOFF = 2.0**-24  # float32
 
 
 class ScoredRows:
     """The rows of an embedding in the form their metric scores them: float32, normalised for cosine.
 
-    Row 0 is called `first` in errors.
+    `backend` is what scores them, "eager" or "triton"; row 0 is called `first` in errors.
     """
 
-    def __init__(self, embedding: Tensor, metric: Metric, *, first: int = 0) -> None:
+    def __init__(self, embedding: Tensor, metric: Metric, *, backend: str = "eager", first: int = 0) -> None:
         self.embedding = embedding
         self.metric = metric
+        self.kernels = kernels("nearest_neighbors") if backend == "triton" else None
         norms = torch.cat([_norms(embedding[rows]) for rows in self.tiles()])
         broken = (~norms.isfinite()).nonzero().flatten()
         if broken.numel():
@@ -78,6 +81,9 @@ class ScoredRows:
         scored with it.
         """
         shape, rows, columns = rows.shape, rows.reshape(-1), columns.reshape(-1)
+        if self.kernels is not None:
+            theirs = (others.embedding, others.inverse_norms, columns)
+            return self.kernels.pair_scores(self.embedding, self.inverse_norms, rows, *theirs, self.metric).view(shape)
         out = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
         block = max(1, _PAIR_ELEMENTS // self.embedding.shape[1])
         for start in range(0, rows.numel(), block):
@@ -157,25 +163,37 @@ class OptimisticScores:
     - t bounds what underflow takes from products, flushed or not. bfloat16 may flush inputs too: it is only used where
       no row but zero rows has a norm below 1e-15, whose slack is far above that.
 
-    A tile is stored in `dtype`; bfloat16 rounds its results once more, which `ceiling` and `below` account for.
+    - Tensor cores may cut where float32 arithmetic rounds: r is twice that for the kernels.
+
+    A tile is stored in `dtype`; bfloat16 rounds its results once more, which `ceiling` and `below` account for. For
+    the kernels, which keep their tiles in float32 registers, the rows are bfloat16 and padded to their step.
     """
 
     def __init__(self, queries: ScoredRows, columns: ScoredRows, count: int) -> None:
-        """`count`: how many of the queries are meant."""
+        """`count`: how many of the queries are meant. Few of them are scored in float32 tiles."""
         self.queries, self.columns = queries, columns
         self.metric = queries.metric
         d = queries.embedding.shape[1]
+        ordinary = self.metric != "l1" and all(
+            not bool(((rows.norms > 0) & (rows.norms < 1e-15)).any()) for rows in (queries, columns)
+        )
+        self.kernels = queries.kernels if ordinary and count and len(columns) >= _KERNELS_FROM else None
         low = (
-            self.metric != "l1"
+            ordinary
             and columns.embedding.device.type == "cpu"
             and _multiplies_bfloat16()
             and columns.embedding.numel() >= _LOW_PRECISION_FROM
             and count >= _LOW_PRECISION_QUERIES
-            and all(not bool(((rows.norms > 0) & (rows.norms < 1e-15)).any()) for rows in (queries, columns))
         )
-        self.dtype = torch.bfloat16 if low else torch.float32
-        self.square_slack = 3.3 * (d + 16) * _UNIT_ROUNDOFF
-        roundoff = max(rows.bfloat16_roundoff for rows in (queries, columns)) if low else _matmul_input_roundoff()
+        fused = self.kernels is not None
+        self.dtype = torch.bfloat16 if low and not fused else torch.float32
+        self.input_dtype = torch.bfloat16 if fused else self.dtype
+        self.step = self.kernels.STEP if self.kernels is not None else 1
+        self.square_slack = (6.6 if fused else 3.3) * (d + 16) * _UNIT_ROUNDOFF
+        if self.input_dtype == torch.bfloat16:
+            roundoff = max(rows.bfloat16_roundoff for rows in (queries, columns))
+        else:
+            roundoff = _matmul_input_roundoff()
         self.slack = self.square_slack + 2.01 * roundoff
         self.underflow = 2.0 * (d + 16) * torch.finfo(torch.float32).smallest_normal
 
@@ -207,7 +225,9 @@ class OptimisticScores:
 
     def _augmented(self, rows: ScoredRows, index: slice | Tensor, extra: list[Tensor], scale: float) -> Tensor:
         n, d = extra[0].shape[0], rows.embedding.shape[1]
-        out = torch.empty(n, d + len(extra), dtype=self.dtype, device=rows.embedding.device)
+        width = -(-(d + len(extra)) // self.step) * self.step
+        out = torch.empty(n, width, dtype=self.input_dtype, device=rows.embedding.device)
+        out[:, d + len(extra) :] = 0
         part = max(1, _CAST_ELEMENTS // d)
         for start in range(0, n, part):
             span = slice(start, min(start + part, n))

@@ -26,6 +26,8 @@ _TILE_BYTES = 2**27  # of one tile of scores
 _PAIRS_AT_ONCE = 2**18  # sorted together where many rows are as near as the k-th
 _GROUP = 16  # scores whose maximum is compared first
 _HITS_AT_ONCE = 2**16  # groups looked into at once
+_KERNEL_ROWS = 2**14  # of a block that the kernels multiply, with the next
+_KERNEL_ELEMENTS = 2**25
 
 Progress = Callable[[int, int], None]
 
@@ -51,10 +53,21 @@ class _Best:
         self.values = like.new_full((n, c), -torch.inf)
         self.ids = torch.full((n, c), -1, dtype=torch.int32, device=like.device)
         self.floor = like.new_full((n,), -torch.inf) if floor is None else floor
+        self.lost = like.new_full((n,), -torch.inf)  # what the tiles of the kernels may have left out
 
     def thresholds(self, rows: slice = slice(None)) -> Tensor:
         """What a score must exceed to be kept: no score that was seen and is not kept is above it."""
-        return torch.maximum(self.values[rows, -1], self.floor[rows])
+        return torch.maximum(torch.maximum(self.values[rows, -1], self.floor[rows]), self.lost[rows])
+
+    def merge(self, rows: slice, values: Tensor, places: Tensor, ids: Tensor) -> None:
+        """The best of each tile [n, tiles, T] of consecutive rows against `ids`, best first."""
+        self.lost[rows] = torch.maximum(self.lost[rows], values[:, :, -1].amax(1))
+        found = torch.where(places < 0, -1, ids[places.clamp(min=0)]).int().flatten(1)
+        names = torch.cat([self.ids[rows], found], dim=1)
+        self.values[rows], order = torch.cat([self.values[rows], values.flatten(1)], dim=1).topk(
+            self.values.shape[1], dim=1
+        )
+        self.ids[rows] = names.gather(1, order)
 
     def see(self, rows: slice, tile: Tensor, ids: Tensor, dim: int) -> None:
         """Scores of consecutive rows against `ids`, which lie along `dim` of the tile.
@@ -146,6 +159,12 @@ def _parts(
             yield ids[span], ids[span], span
 
 
+def _places(tile_ids: Tensor, ids: Tensor) -> Tensor:
+    """int32: where `ids` are in the ascending `tile_ids`, -1 where they are not."""
+    position = torch.searchsorted(tile_ids, ids).clamp(max=tile_ids.numel() - 1)
+    return torch.where(tile_ids[position] == ids, position, -1).int()
+
+
 def _fill_at(matrix: Tensor, tile_ids: Tensor, ids: Tensor, value: float | bool) -> None:
     """In place, `value` where row i of a matrix over the ascending `tile_ids` has one of `ids[i]` [Q, n]."""
     position = torch.searchsorted(tile_ids, ids).clamp(max=tile_ids.numel() - 1)
@@ -183,27 +202,48 @@ class _Search:
         self.candidates = max(1, min(candidates, available))
         self.complete = self.candidates >= available
         self.scores = OptimisticScores(rows, columns, count)
+        self.few_scores = OptimisticScores(rows, columns, 0)
         self.progress = progress
         d = rows.embedding.shape[1]
         self.column_tile = max(1, min(_COLUMN_TILE, _TILE_ELEMENTS // d))
         self.query_tile = max(1, min(_QUERY_TILE, _TILE_ELEMENTS // (2 * d)))
+        self.kernel_rows = max(1, min(_KERNEL_ROWS, _KERNEL_ELEMENTS // d))
+        # Kept of each tile of the kernels. The k nearest are rarely in few of the hundreds of tiles; the bound tells.
+        self.of_tile = 2 if k <= 3 else 4
 
-    def column_tiles(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def column_tiles(self, size: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """The columns that may be returned, tile by tile: how to index them, and their ids, ascending."""
-        for index, ids, _ in _parts(self.allowed, len(self.columns), self.column_tile, self.columns.embedding.device):
+        for index, ids, _ in _parts(self.allowed, len(self.columns), size, self.columns.embedding.device):
             yield index, ids
 
     def scan(self, queries: Tensor, floor: Tensor | None) -> _Best:
         """The best optimistic scores of some queries, float32 `floor` [q] the least that matter."""
         scores, rows = self.scores, slice(0, queries.numel())
+        if scores.kernels is not None:
+            return self.fused_scan(queries, floor)
         tile = _Tile(scores, queries.numel(), self.column_tile)
         floor = None if floor is None else scores.below(floor)
         best = _Best(queries.numel(), self.candidates, floor, like=tile.memory)
         prepared = scores.prepared_queries(queries)
-        for index, ids in self.column_tiles():
+        for index, ids in self.column_tiles(self.column_tile):
             values = tile.multiply(prepared, scores.prepared_columns(index))
             _fill_at(values, ids, (queries + self.offset)[:, None], -torch.inf)
             best.see(rows, values, ids, dim=1)
+        return best
+
+    def fused_scan(self, queries: Tensor, floor: Tensor | None) -> _Best:
+        """`scan` by the kernels, which leave of a tile only its best."""
+        scores = self.scores
+        assert scores.kernels is not None
+        prepared = scores.prepared_queries(queries)
+        floor = None if floor is None else scores.below(floor)
+        best = _Best(queries.numel(), self.candidates, floor, like=scores.columns.norms)
+        for index, ids in self.column_tiles(self.kernel_rows):
+            columns = scores.prepared_columns(index)
+            values, places = scores.kernels.tile_best(
+                prepared, columns, _places(ids, queries + self.offset), self.of_tile
+            )
+            best.merge(slice(0, queries.numel()), values, places, ids)
         return best
 
     def scan_triangle(self, report: Callable[[float], None]) -> _Best:
@@ -213,23 +253,32 @@ class _Search:
         """
         scores, device = self.scores, self.columns.embedding.device
         count = len(self.columns) if self.allowed is None else self.allowed.numel()
-        size = min(_whole_groups(count), self._square())
-        tile = _Tile(scores, size, size)
-        best = _Best(count, self.candidates, None, like=tile.memory)
+        fused = scores.kernels is not None
+        size = self.kernel_rows if fused else min(_whole_groups(count), self._square())
+        tile = None if fused else _Tile(scores, size, size)
+        best = _Best(count, self.candidates, None, like=scores.columns.norms if tile is None else tile.memory)
         blocks = list(_parts(self.allowed, len(self.columns), size, device))
         seen, total = 0, len(blocks) * (len(blocks) + 1) // 2
         for diagonal in (True, False):
             for i, (index, ids, rows) in enumerate(blocks):
                 queries = scores.prepared_queries(index)
                 for other, other_ids, columns in blocks[i : i + 1] if diagonal else blocks[i + 1 :]:
-                    values = tile.multiply(queries, scores.prepared_columns(other))
+                    prepared = scores.prepared_columns(other)
+                    seen += 1
+                    report(seen / total)
+                    if tile is None:
+                        x, x_at, y, y_at = scores.kernels.tile_best_symmetric(  # type: ignore[union-attr]
+                            queries, prepared, self.of_tile, diagonal=diagonal
+                        )
+                        best.merge(rows, x, x_at, other_ids)
+                        best.merge(columns, y, y_at, ids)
+                        continue
+                    values = tile.multiply(queries, prepared)
                     if diagonal:
                         values.diagonal()[: ids.numel()] = -torch.inf
                     else:
                         best.see(columns, values[:, : other_ids.numel()], ids, dim=0)
                     best.see(rows, values[: ids.numel()], other_ids, dim=1)
-                    seen += 1
-                    report(seen / total)
         return best
 
     def _square(self) -> int:
@@ -245,7 +294,7 @@ class _Search:
         ceilings = scores.ceiling(best.values[span])
         bounds = scores.ceiling(best.thresholds(span))
         if self.complete:  # nothing was left out, but what is below the floor
-            bounds.fill_(-torch.inf)
+            bounds = best.lost[span].float()
         # What cannot reach the k-th place need not be re-scored.
         rows = queries[:, None].expand_as(kept)
         floors = ceilings - scores.spread(ceilings, rows, kept.clamp(min=0))
@@ -279,12 +328,13 @@ class _Search:
     def exhaustive(self, queries: Tensor, ids: Tensor, scores: Tensor, kth: Tensor) -> tuple[Tensor, Tensor]:
         """The exact top k of `queries`, given re-scored neighbours of each and the score they must reach."""
         k = self.k
-        prepared = self.scores.prepared_queries(queries)
-        tile = _Tile(self.scores, queries.numel(), self.column_tile)
+        few = self.few_scores
+        prepared = few.prepared_queries(queries)
+        tile = _Tile(few, queries.numel(), self.column_tile)
         ids, scores, kth = ids.clone(), scores.clone(), kth.clone()
-        for index, tile_ids in self.column_tiles():
-            values = tile.multiply(prepared, self.scores.prepared_columns(index))
-            reaches = values[: queries.numel(), : tile_ids.numel()] > self.scores.below(kth[:, None])
+        for index, tile_ids in self.column_tiles(self.column_tile):
+            values = tile.multiply(prepared, few.prepared_columns(index))
+            reaches = values[: queries.numel(), : tile_ids.numel()] > few.below(kth[:, None])
             # Not the query itself, nor what is already among the k.
             _fill_at(reaches, tile_ids, torch.cat([(queries + self.offset)[:, None], ids], dim=1), False)
             many = reaches.sum(1).cumsum(0) // _PAIRS_AT_ONCE
@@ -333,7 +383,8 @@ class _Search:
             for index, ids, span in _parts(self.allowed, total, self.query_tile, every.device):
                 keep(index, self.settle(ids, best, span, None))
             report(done)
-        for where in left.split(self.query_tile) if left.numel() else ():
+        size = self.query_tile if self.scores.kernels is None else self.kernel_rows
+        for where in left.split(size) if left.numel() else ():
             least = None if floor is None else floor[where]
             best = self.scan(every[where], least)
             keep(where, self.settle(every[where], best, slice(0, where.numel()), least))

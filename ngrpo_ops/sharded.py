@@ -45,6 +45,7 @@ def nearest_neighbors(
     k: int,
     metric: Metric,
     allowed: Tensor | None,
+    backend: str,
     progress: Progress | None,
     check: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def nearest_neighbors(
     counts = [count for count, _ in everyone]
     firsts = [sum(counts[:rank]) for rank in range(len(counts))]
     vocabulary = sum(counts)
-    local = _scored(shard, metric, firsts[me], group, lambda: check(vocabulary))
+    local = _scored(shard, metric, backend, firsts[me], group, lambda: check(vocabulary))
     ids = torch.full((counts[me], k), -1, dtype=torch.int64, device=shard.device)
     scores = torch.full((counts[me], k), -torch.inf, device=shard.device)
     size = max(1, min(_VISITORS, _VISITING_ELEMENTS // shard.shape[1]))
@@ -79,7 +80,7 @@ def nearest_neighbors(
                     local,
                     k,
                     max(24, 2 * k),
-                    columns=ScoredRows(visitors, metric),
+                    columns=ScoredRows(visitors, metric, backend=backend),
                     offset=firsts[me] - first,
                     allowed=None if allowed is None else allowed[first : first + len(visitors)],
                     floor=scores[:, -1],
@@ -93,14 +94,14 @@ def nearest_neighbors(
 
 
 def _scored(
-    shard: Tensor, metric: Metric, first: int, group: dist.ProcessGroup, check: Callable[[], None]
+    shard: Tensor, metric: Metric, backend: str, first: int, group: dist.ProcessGroup, check: Callable[[], None]
 ) -> ScoredRows | None:
     """This rank's rows, prepared. What is wrong on one rank is raised on all: else the others would wait for it."""
     rows = error = None
     try:
         check()
         if shard.shape[0]:
-            rows = ScoredRows(shard, metric, first=first)
+            rows = ScoredRows(shard, metric, backend=backend, first=first)
     except (TypeError, ValueError) as raised:
         error = raised
     errors: list[Any] = [None] * dist.get_world_size(group)

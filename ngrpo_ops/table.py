@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from .backends import choose
 from .config import Metric
 from .functional import nearest_neighbors
 from .reference import require_enough_allowed
@@ -171,7 +172,7 @@ class NeighborTable:
         was = build.snapshot.embedding
         if (embedding.shape, embedding.dtype, embedding.device) != (was.shape, was.dtype, was.device):
             return self._rebuild(embedding, "another shape, dtype or device", progress)
-        rows = ScoredRows(embedding, self.metric)
+        rows = ScoredRows(embedding, self.metric, backend=choose(None, embedding))
         every = torch.arange(vocabulary, device=embedding.device)
         stored = build.candidates[:, : self.k].long()
         ids, scores = ranked(stored, rows.pair_scores(every[:, None].expand_as(stored), rows, stored))
@@ -213,7 +214,7 @@ class NeighborTable:
         return RefreshReport(certified, rescored, left.numel(), movers.numel(), reason)
 
     def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
-        snapshot = ScoredRows(embedding.clone(), self.metric)
+        snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose(None, embedding))
         available = len(snapshot) if self.allowed is None else int(self.allowed.sum())
         # One neighbour more than asked for: its score is the bound of all that follow.
         wanted = min(self.k + 1, available - 1)
@@ -281,7 +282,10 @@ class NeighborTable:
                 raise ValueError(f"state[{name!r}] must be of {v} rows like the snapshot, got shape {shape}")
         self.candidates = state["candidates"].shape[1]
         self._build = _Build(
-            ScoredRows(state["snapshot"], self.metric), state["candidates"], state["nexts"], state["bounds"]
+            ScoredRows(state["snapshot"], self.metric, backend=choose(None, state["snapshot"])),
+            state["candidates"],
+            state["nexts"],
+            state["bounds"],
         )
         self._ids, self._scores = state["ids"], state["scores"]
 

@@ -12,9 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ngrpo_ops
 from ngrpo_ops import nearest_neighbors, scoring, search
-from ngrpo_ops.testing import METRICS, assert_within, exact_tables, generators, metrics, tables, unit_roundoff
+from ngrpo_ops.testing import (
+    DEVICE,
+    METRICS,
+    assert_within,
+    exact_tables,
+    for_backend,
+    generators,
+    metrics,
+    tables,
+    unit_roundoff,
+)
 
 U = unit_roundoff(torch.float32)
 
@@ -42,11 +51,11 @@ def ranked(scores: Tensor, k: int, queries: Tensor, allowed: Tensor | None) -> t
     return ids[:, :k], best[:, :k]
 
 
-def defined_scores(table: Tensor, metric: str) -> Tensor:
+def defined_scores(table: Tensor, metric: str, backend: str = "eager") -> Tensor:
     """What the documentation calls scoring every pair in float32: the package's own pair scores, all of them."""
     v = table.shape[0]
-    rows = torch.arange(v)[:, None].expand(v, v).contiguous()
-    scored = scoring.ScoredRows(table, metric)  # type: ignore[arg-type]
+    rows = torch.arange(v, device=table.device)[:, None].expand(v, v).contiguous()
+    scored = scoring.ScoredRows(table, metric, backend=backend)  # type: ignore[arg-type]
     return scored.pair_scores(rows, scored, rows.T.contiguous())
 
 
@@ -62,7 +71,17 @@ def requests(draw: st.DrawFn, v: int) -> tuple[int, Tensor | None, Tensor | None
     if draw(st.booleans()):
         k = min(k, 3)
     queries = torch.randint(v, (draw(st.integers(1, 9)),), generator=generator) if draw(st.booleans()) else None
-    return k, queries, allowed
+    return k, None if queries is None else queries.to(DEVICE), None if allowed is None else allowed.to(DEVICE)
+
+
+def every_row(table: Tensor, queries: Tensor | None = None) -> Tensor:
+    return torch.arange(table.shape[0], device=table.device) if queries is None else queries
+
+
+@pytest.fixture(autouse=True)
+def _kernels_for_few_rows(monkeypatch):
+    """A search of few rows would score pairs with the kernels, and scan without them."""
+    monkeypatch.setattr(scoring, "_KERNELS_FROM", 0)
 
 
 @pytest.fixture
@@ -80,13 +99,13 @@ def small_blocks(monkeypatch):
     ordinary=st.booleans(),
     generator=generators,
 )
-def test_rows_whose_scores_underflow(metric, scale, v, k, ordinary, generator):
+def test_rows_whose_scores_underflow(metric, scale, v, k, ordinary, generator, backend):
     """The ids are those of the scores float32 gives, ties by the lower id, also where a slack would underflow."""
-    table = scale * torch.randn(v, 8, generator=generator)
+    table = (scale * torch.randn(v, 8, generator=generator)).to(DEVICE)
     if ordinary:
         table[: v // 3] /= scale
-    found = nearest_neighbors(table, k, metric=metric)
-    ids, scores = ranked(defined_scores(table, metric), k, torch.arange(v), None)
+    found = nearest_neighbors(table, k, metric=metric, backend=backend)
+    ids, scores = ranked(defined_scores(table, metric, backend), k, every_row(table), None)
     assert torch.equal(found.ids, ids) and torch.equal(found.scores, scores)
 
 
@@ -103,30 +122,29 @@ def test_rows_that_are_not_finite_are_named():
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("metric", METRICS)
 @given(data=st.data())
-def test_is_the_brute_force_where_scores_are_exact(metric, data):
-    table = data.draw(exact_tables(metric, st.integers(2, 70)))
+def test_is_the_brute_force_where_scores_are_exact(metric, data, backend):
+    table = for_backend(data.draw(exact_tables(metric, st.integers(2, 70))), backend)
     k, queries, allowed = data.draw(requests(table.shape[0]))
-    got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
-    every = torch.arange(table.shape[0]) if queries is None else queries
-    ids, scores = ranked(brute_force(table, metric)[0], k, every, allowed)
+    got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed, backend=backend)
+    ids, scores = ranked(brute_force(table, metric)[0], k, every_row(table, queries), allowed)
     assert torch.equal(got.ids, ids)
     assert torch.equal(got.scores, scores.float()) and got.scores.dtype == torch.float32
 
 
 @pytest.mark.usefixtures("small_blocks")
 @given(data=st.data(), metric=metrics)
-def test_nothing_outside_beats_the_kth(data, metric):
-    table = data.draw(tables(st.integers(2, 60), st.integers(1, 40)))
+def test_nothing_outside_beats_the_kth(data, metric, backend):
+    table = for_backend(data.draw(tables(st.integers(2, 60), st.integers(1, 40))), backend)
     k, queries, allowed = data.draw(requests(table.shape[0]))
-    ids, scores = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
-    every = torch.arange(table.shape[0]) if queries is None else queries
+    ids, scores = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed, backend=backend)
+    every = every_row(table, queries)
     exact, error = (x[every] for x in brute_force(table, metric))
     assert_within(scores, exact.gather(1, ids), error.gather(1, ids))
     assert bool((scores[:, 1:] <= scores[:, :-1]).all())
     tied = scores[:, 1:] == scores[:, :-1]
     assert bool((ids[:, 1:] > ids[:, :-1])[tied].all())
     others = torch.ones_like(exact, dtype=torch.bool) if allowed is None else allowed.expand_as(exact).clone()
-    others[torch.arange(len(every)), every] = False
+    others[every_row(every), every] = False
     assert bool(others.gather(1, ids).all())
     assert all(len(set(row)) == k for row in ids.tolist())
     others.scatter_(1, ids, False)
@@ -135,34 +153,36 @@ def test_nothing_outside_beats_the_kth(data, metric):
 
 @pytest.mark.usefixtures("small_blocks")
 @given(data=st.data(), metric=metrics, limit=st.sampled_from([1, 7, 40]))
-def test_tiles_do_not_show(data, metric, limit):
-    table = data.draw(tables(st.integers(2, 60), st.integers(1, 9)))
+def test_tiles_do_not_show(data, metric, limit, backend):
+    table = for_backend(data.draw(tables(st.integers(2, 60), st.integers(1, 9))), backend)
     k, queries, allowed = data.draw(requests(table.shape[0]))
-    whole = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+    options = {"metric": metric, "queries": queries, "allowed": allowed, "backend": backend}
+    whole = nearest_neighbors(table, k, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
         patch.setattr(search, "_COLUMN_TILE", limit)
         patch.setattr(search, "_SQUARE", 16)
         patch.setattr(search, "_TILE_ELEMENTS", limit * table.shape[1])
+        patch.setattr(search, "_KERNEL_ROWS", 20)
         patch.setattr(scoring, "_CAST_ELEMENTS", limit)
-        tiled = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
+        tiled = nearest_neighbors(table, k, **options)
     assert torch.equal(whole.ids, tiled.ids) and torch.equal(whole.scores, tiled.scores)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_small_tiles_are_exact_too(metric, data):
-    table = data.draw(exact_tables(metric, st.integers(20, 30)))
+def test_small_tiles_are_exact_too(metric, data, backend):
+    table = for_backend(data.draw(exact_tables(metric, st.integers(20, 30))), backend)
     k, queries, allowed = data.draw(requests(table.shape[0]))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_QUERY_TILE", 8), ("_COLUMN_TILE", 5), ("_SQUARE", 16), ("_HITS_AT_ONCE", 40)):
             patch.setattr(search, name, value)
+        patch.setattr(search, "_KERNEL_ROWS", 7)
         for name, value in (("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
             patch.setattr(scoring, name, value)
-        got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed)
-    every = torch.arange(table.shape[0]) if queries is None else queries
-    ids, scores = ranked(brute_force(table, metric)[0], k, every, allowed)
+        got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed, backend=backend)
+    ids, scores = ranked(brute_force(table, metric)[0], k, every_row(table, queries), allowed)
     assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores.float())
 
 
@@ -177,63 +197,62 @@ def near_ties(v: int, d: int, scale: float, generator: torch.Generator) -> Tenso
 
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e-12])
 @pytest.mark.parametrize("metric", METRICS)
-def test_near_ties_are_told_apart(metric, scale):
-    table = near_ties(400, 33, scale, torch.Generator().manual_seed(1))
-    got = nearest_neighbors(table, 5, metric=metric)
-    ids, scores = ranked(defined_scores(table, metric), 5, torch.arange(400), None)
+def test_near_ties_are_told_apart(metric, scale, backend):
+    table = near_ties(400, 33, scale, torch.Generator().manual_seed(1)).to(DEVICE)
+    got = nearest_neighbors(table, 5, metric=metric, backend=backend)
+    ids, scores = ranked(defined_scores(table, metric, backend), 5, every_row(table), None)
     assert torch.equal(got.scores, scores)
     assert torch.equal(got.ids, ids)
 
 
 @pytest.mark.parametrize("metric", ["dot", "l2", "l1"])
 @pytest.mark.parametrize("scale", [1e-19, 1e-21, 1e-22])
-def test_scores_that_underflow(metric, scale):
+def test_scores_that_underflow(metric, scale, backend):
     """Products below float32's normal range: rounding errors are absolute there, and ties the rule."""
-    table = torch.randn(300, 24, generator=torch.Generator().manual_seed(2)) * scale
-    got = nearest_neighbors(table, 3, metric=metric)
-    ids, scores = ranked(defined_scores(table, metric), 3, torch.arange(300), None)
+    table = torch.randn(300, 24, generator=torch.Generator().manual_seed(2)).to(DEVICE) * scale
+    got = nearest_neighbors(table, 3, metric=metric, backend=backend)
+    ids, scores = ranked(defined_scores(table, metric, backend), 3, every_row(table), None)
     assert torch.equal(got.scores, scores)
     assert torch.equal(got.ids, ids)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_thousands_of_equal_rows(metric, monkeypatch):
+def test_thousands_of_equal_rows(metric, backend, monkeypatch):
     """More equal rows than candidates: only the exhaustive pass can find the lowest ids, and it must have run."""
     calls = []
     original = search._Search.exhaustive
     monkeypatch.setattr(search._Search, "exhaustive", lambda *a: calls.append(a[1].numel()) or original(*a))
-    table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3))
-    copies = torch.arange(500, 2900)
-    table[copies] = table[2950].clone()
-    queries = torch.tensor([2950, 500, 501, 2899, 3, 0])
-    got = nearest_neighbors(table, 4, metric=metric, queries=queries)
+    table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    table[500:2900] = table[2950].clone()
+    queries = torch.tensor([2950, 500, 501, 2899, 3, 0], device=DEVICE)
+    got = nearest_neighbors(table, 4, metric=metric, queries=queries, backend=backend)
     assert sum(calls) >= 4
     assert got.ids[0].tolist() == [500, 501, 502, 503]
     assert got.ids[1].tolist() == [501, 502, 503, 504]
     assert got.ids[2].tolist() == [500, 502, 503, 504]
     assert got.ids[3].tolist() == [500, 501, 502, 503]
-    allowed = torch.ones(3000, dtype=torch.bool)
+    allowed = torch.ones(3000, dtype=torch.bool, device=DEVICE)
     allowed[500:1000] = False
-    got = nearest_neighbors(table, 4, metric=metric, queries=queries, allowed=allowed)
+    got = nearest_neighbors(table, 4, metric=metric, queries=queries, allowed=allowed, backend=backend)
     assert got.ids[0].tolist() == [1000, 1001, 1002, 1003]
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_equal_rows_everywhere(metric):
+def test_equal_rows_everywhere(metric, backend):
     """Hundreds of groups of equal rows (resized vocabularies), the zero row among them, against the definition."""
     generator = torch.Generator().manual_seed(4)
     table = torch.randn(12, 8, generator=generator, dtype=torch.float64).bfloat16()
     table[5] = 0
-    table = table[torch.randint(12, (600,), generator=generator)]
-    got = nearest_neighbors(table, 20, metric=metric)
-    ids, scores = ranked(defined_scores(table, metric), 20, torch.arange(600), None)
+    table = table[torch.randint(12, (600,), generator=generator)].to(DEVICE)
+    got = nearest_neighbors(table, 20, metric=metric, backend=backend)
+    ids, scores = ranked(defined_scores(table, metric, backend), 20, every_row(table), None)
     assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_matmul_precision_changes_nothing(metric):
-    table = near_ties(300, 65, 1.0, torch.Generator().manual_seed(5))
-    table[:100] = torch.randn(100, 65, generator=torch.Generator().manual_seed(6))
+    table = near_ties(300, 65, 1.0, torch.Generator().manual_seed(5)).to(DEVICE)
+    table[:100] = torch.randn(100, 65, generator=torch.Generator().manual_seed(6)).to(DEVICE)
     before = torch.get_float32_matmul_precision()
     highest = nearest_neighbors(table, 4, metric=metric)
     try:
@@ -246,15 +265,18 @@ def test_matmul_precision_changes_nothing(metric):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("precision", ["highest", "medium", "bfloat16"])
+@pytest.mark.parametrize(
+    "precision", ["highest", "medium", "bfloat16", pytest.param("kernels", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("metric", METRICS)
 @given(data=st.data())
 def test_optimistic_scores_are_optimistic(metric, precision, data):
     """None below the score it stands for, on any device: matmuls may round their inputs to bfloat16 ("medium"), tiles
-    may be bfloat16 altogether; and none further above than `spread` says."""
-    table = data.draw(tables(st.integers(2, 40), st.integers(1, 70)))
-    rows = scoring.ScoredRows(table, metric)
-    every = torch.arange(len(rows))
+    may be bfloat16 altogether, or the kernels'; and none further above than `spread` says."""
+    backend = "triton" if precision == "kernels" else "eager"
+    table = for_backend(data.draw(tables(st.integers(2, 40), st.integers(1, 70))), backend)
+    rows = scoring.ScoredRows(table, metric, backend=backend)
+    every = every_row(table)
     before = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
         if precision == "bfloat16":
@@ -269,9 +291,14 @@ def test_optimistic_scores_are_optimistic(metric, precision, data):
     queries, columns = scores.prepared_queries(every), scores.prepared_columns(every)
     if precision == "medium" and metric != "l1":  # as a device would round them
         queries, columns = queries.bfloat16().float(), columns.bfloat16().float()
-    tile = queries.new_empty(len(rows), len(rows))
-    scores.tile(queries, columns, tile)
-    true, ceilings = defined_scores(table, metric), scores.ceiling(tile)
+    tile = torch.empty(len(rows), len(rows), dtype=scores.dtype, device=table.device)
+    if scores.kernels is not None:  # which keep their tiles to themselves: all of their best, back in their places
+        own = torch.full((len(rows),), -1, dtype=torch.int32, device=table.device)
+        values, places = scores.kernels.tile_best(queries, columns, own, len(rows))
+        tile.scatter_(1, places[:, 0].long(), values[:, 0])
+    else:
+        scores.tile(queries, columns, tile)
+    true, ceilings = defined_scores(table, metric, backend), scores.ceiling(tile)
     assert bool((ceilings >= true).all())
     left, right = every[:, None].expand_as(true), every.expand_as(true)
     assert bool((ceilings - scores.spread(ceilings, left, right) <= true).all())
@@ -411,19 +438,20 @@ def test_shapes_on_meta():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    table = torch.randn(20, 6).to(dtype)
+def test_opcheck(dtype, backend):
+    table = torch.randn(20, 6, device=DEVICE).to(dtype)
     op = torch.ops.ngrpo.nearest_neighbors.default
-    torch.library.opcheck(op, (table, 3, "cosine", None, None))
-    torch.library.opcheck(op, (table.T.contiguous().T, 3, "l2", torch.tensor([3, 1]), torch.arange(20) % 2 == 0))
+    torch.library.opcheck(op, (table, 3, "cosine", None, None, backend))
+    strided, odd = table.T.contiguous().T, torch.arange(20, device=DEVICE) % 2 == 1
+    torch.library.opcheck(op, (strided, 3, "l2", torch.tensor([3, 1], device=DEVICE), odd, backend))
 
 
 @pytest.mark.slow
-def test_compiles():
+def test_compiles(backend):
     torch._dynamo.reset()
-    call = lambda x, q: nearest_neighbors(x, 2, queries=q)  # noqa: E731
+    call = lambda x, q: nearest_neighbors(x, 2, queries=q, backend=backend)  # noqa: E731
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for v, q in ((20, 5), (31, 9)):
-        table, queries = torch.randn(v, 6), torch.randint(v, (q,))
-        got, want = compiled(table, queries), ngrpo_ops.nearest_neighbors(table, 2, queries=queries)
+        table, queries = torch.randn(v, 6, device=DEVICE), torch.randint(v, (q,), device=DEVICE)
+        got, want = compiled(table, queries), call(table, queries)
         assert torch.equal(got.ids, want.ids) and torch.equal(got.scores, want.scores)

@@ -1,0 +1,193 @@
+"""The kernels behind nearest_neighbors against float64: the best of a tile, both sides of a tile, scores of pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ngrpo_ops.kernels import nearest_neighbors as kernels
+from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.testing import (
+    DEVICE,
+    METRICS,
+    assert_within,
+    generators,
+    integers,
+    lay_out,
+    layouts,
+    tables,
+    unit_roundoff,
+)
+
+U = unit_roundoff(torch.float32)
+_sizes = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 127, 128, 129, 300]))
+
+
+@st.composite
+def prepared(draw: st.DrawFn, rows: int) -> Tensor:
+    """bfloat16 rows of small integers, so that every order of summation gives the same: ties are real ones."""
+    generator = draw(generators)
+    bound = draw(st.sampled_from([1, 3]))
+    width = kernels.STEP * draw(st.integers(1, 3))
+    x = torch.randint(-bound, bound + 1, (rows, width), generator=generator)
+    x[:, draw(st.sampled_from([2, 8, width])) :] = 0
+    if draw(st.booleans()):
+        x[torch.rand(rows, generator=generator) < 0.5] = x[0].clone()
+    return x.bfloat16().to(DEVICE)
+
+
+def best_of_tiles(scores: Tensor, tiles: int, best: int) -> tuple[Tensor, Tensor]:
+    """Scores and columns [q, tiles, best] of the highest of each tile of columns, ties to the lower; -inf and -1."""
+    q, c = scores.shape
+    size = -(-c // tiles)
+    size = 1 << (size - 1).bit_length()  # tiles are powers of two
+    assert -(-c // size) == tiles
+    values = scores.new_full((q, tiles, best), -torch.inf)
+    places = torch.full((q, tiles, best), -1, device=scores.device)
+    for t, part in enumerate(scores.split(size, dim=1)):
+        found, order = part.sort(dim=1, descending=True, stable=True)
+        n = min(best, part.shape[1])
+        values[:, t, :n] = found[:, :n]
+        places[:, t, :n] = torch.where(found[:, :n] > -torch.inf, order[:, :n] + t * size, -1)
+    return values, places
+
+
+def assert_best(found: tuple[Tensor, Tensor], scores: Tensor, best: int) -> None:
+    values, places = best_of_tiles(scores, found[0].shape[1], best)
+    assert torch.equal(found[1].long(), places)
+    assert torch.equal(found[0].double(), values) and found[0].dtype == torch.float32
+
+
+def rows_per_tile(kernel: object, monkeypatch: pytest.MonkeyPatch, **blocks: int) -> None:
+    """Small tiles under the interpreter, so that small inputs have several in both directions."""
+    name = kernel.__name__  # type: ignore[attr-defined]
+    monkeypatch.setitem(kernels.configs._INTERPRETED, name, {**kernels.configs._INTERPRETED[name], **blocks})
+
+
+@pytest.fixture(params=[False, True], ids=["wide tiles", "small tiles"])
+def tile_sizes(request, monkeypatch):
+    if request.param:
+        for kernel in (kernels.tile_best_kernel, kernels.tile_best_symmetric_kernel):
+            rows_per_tile(kernel, monkeypatch, BLOCK_N=32, BLOCK_M=16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tile_sizes")
+@given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), int64=st.booleans())
+def test_tile_best_kernel_against_oracle(data, q, c, best, int64):
+    x, y = data.draw(prepared(q)), data.draw(prepared(c))
+    x = torch.nn.functional.pad(x, (0, max(0, y.shape[1] - x.shape[1])))[:, : y.shape[1]]
+    own = integers(data.draw(generators), c + 1, q).int() - 1
+    scores = x.double() @ y.double().T
+    scores[own >= 0, own[own >= 0].long()] = -torch.inf
+    if int64:
+        with forced_int64():
+            found = kernels.tile_best(x, y, own, best)
+    else:
+        found = kernels.tile_best(x, y, own, best)
+    assert_best(found, scores, best)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tile_sizes")
+@given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), diagonal=st.booleans(), int64=st.booleans())
+def test_tile_best_symmetric_kernel_against_oracle(data, q, c, best, diagonal, int64):
+    """On the diagonal every pair once, from its row's side and from its column's; off it all pairs."""
+    x = data.draw(prepared(q))
+    y = x if diagonal else data.draw(prepared(c))
+    x = torch.nn.functional.pad(x, (0, max(0, y.shape[1] - x.shape[1])))[:, : y.shape[1]]
+    scores = x.double() @ y.double().T
+    if diagonal:
+        scores[torch.ones_like(scores, dtype=torch.bool).tril()] = -torch.inf
+    if int64:
+        with forced_int64():
+            found = kernels.tile_best_symmetric(x, y, best, diagonal=diagonal)
+    else:
+        found = kernels.tile_best_symmetric(x, y, best, diagonal=diagonal)
+    assert_best(found[:2], scores, best)
+    assert_best(found[2:], scores.T, best)
+
+
+def _pairs(table: Tensor, generator: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
+    return integers(generator, len(table), n), integers(generator, len(table), n)
+
+
+def _inverse_norms(table: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(table.double(), dim=1)
+    return torch.where(norms > 0, 1.0 / norms, 0.0).float()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=15)
+@given(data=st.data(), n=st.integers(1, 2100), generator=generators)
+def test_pair_scores_kernel_against_oracle(metric, data, n, generator):
+    table = data.draw(tables(st.integers(1, 40), st.sampled_from([1, 2, 64, 129, 300])))
+    table = table.float() if table.dtype == torch.float64 else table
+    scales = _inverse_norms(table) if metric == "cosine" else None
+    rows, columns = _pairs(table, generator, n)
+    got = kernels.pair_scores(table, scales, rows, table, scales, columns, metric)
+    x, y = table.double()[rows], table.double()[columns]
+    if scales is not None:
+        x, y = x * scales[rows, None].double(), y * scales[columns, None].double()
+    terms = {"l1": lambda: -(x - y).abs(), "l2": lambda: -((x - y) ** 2)}.get(metric, lambda: x * y)()
+    # Sums of d products, differences among them rounded; cosine scales both sides first.
+    budget = (table.shape[1] + 8) * U * terms.abs().sum(1)
+    if metric in ("l1", "l2"):
+        budget += 2 * U * (x.abs() + y.abs()).pow(2 if metric == "l2" else 1).sum(1)
+    assert_within(got, terms.sum(1), budget + 1e-44)
+    assert not bool(((got == 0) & got.signbit()).any())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", METRICS)
+@given(layout=layouts, generator=generators, int64=st.booleans())
+@settings(max_examples=5)
+def test_the_bits_of_a_pair_are_its_own(metric, layout, generator, int64):
+    """Whatever other pairs are scored with it, in whatever layout the table lies, and from either side."""
+    table = torch.randn(50, 130, generator=generator).bfloat16().float().to(DEVICE)
+    scales = _inverse_norms(table) if metric == "cosine" else None
+    rows, columns = _pairs(table, generator, 1500)
+    first = kernels.pair_scores(table, scales, rows, table, scales, columns, metric)
+    order = torch.randperm(1500, generator=generator)[:700].to(DEVICE)
+    strided = lay_out(table.bfloat16(), layout)
+
+    def again() -> Tensor:
+        return kernels.pair_scores(strided, scales, columns[order], strided, scales, rows[order], metric)
+
+    if int64:
+        with forced_int64():
+            assert torch.equal(again(), first[order])
+    else:
+        assert torch.equal(again(), first[order])
+
+
+def test_nothing_to_score():
+    table = torch.randn(3, 4, device=DEVICE)
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    assert kernels.pair_scores(table, None, none, table, None, none, "dot").shape == (0,)
+
+
+def test_offsets_of_64_bits_where_rows_need_them():
+    """A table of more than 2^31 elements, and tiles whose results are as many."""
+
+    def launched(run):
+        with recording() as launches:
+            run()
+        return [launch.arguments["INT64"] for launch in launches]
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids = meta(10, dtype=torch.int64)
+    for rows, wide in ((2**18, False), (2**21, True)):
+        table, prepared = meta(rows, 2048), meta(rows, 2048)
+        assert launched(lambda t=table: kernels.pair_scores(t, None, ids, t, None, ids, "dot")) == [wide]
+        few, own = meta(16, 2048), meta(16, dtype=torch.int32)
+        assert launched(lambda p=prepared: kernels.tile_best(few, p, own, 2)) == [wide]  # noqa: B023
+        assert launched(lambda p=prepared: kernels.tile_best_symmetric(few, p, 2, diagonal=False)) == [wide]  # noqa: B023
+    strided = torch.empty(1, device="meta").as_strided((1000, 8), (2**22, 1))
+    assert launched(lambda: kernels.pair_scores(strided, None, ids, strided, None, ids, "dot")) == [True]
