@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import Metric
 from .random import bernoulli, philox, uniform
 from .scoring import ScoredRows
-from .search import Progress, search
+from .search import Progress, search, usual_candidates
 
 _ROW_BLOCK_ELEMENTS = 2**19  # logits handled at a time: their float32 copy stays in a core's cache
 
@@ -52,7 +52,7 @@ def nearest_neighbors(
     found = search(
         ScoredRows(embedding, metric, backend=backend),
         k,
-        max(24, 2 * k),
+        usual_candidates(k),
         queries=queries,
         allowed=allowed,
         progress=progress,

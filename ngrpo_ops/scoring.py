@@ -18,9 +18,9 @@ from .config import Metric
 _COLUMN_TILE = 8192
 _TILE_ELEMENTS = 2**23  # of one tile of rows, float32
 _CAST_ELEMENTS = 2**20  # of rows on their way to a tile
-_PAIR_ELEMENTS = 2**21  # of one block of re-scored pairs
+_PAIR_ELEMENTS = 2**19  # of one block of re-scored pairs
 _LOW_PRECISION_FROM = 2**22  # elements of a table; for less the casts are not worth it
-_LOW_PRECISION_QUERIES = 256  # and for fewer queries the table's trip through memory is what takes the time
+_LOW_PRECISION_QUERIES = 32  # and for fewer queries the table's trip through memory is what takes the time
 _KERNELS_FROM = 2**13  # rows to search: with fewer tiles, the best few of each leave too loose a bound
 _UNIT_ROUNDOFF = 2.0**-24  # float32
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .config import Metric
 from .scoring import ScoredRows
-from .search import Progress, ranked, search
+from .search import Progress, ranked, search, usual_candidates
 
 _VISITORS = 2**14  # rows sent at once
 _VISITING_ELEMENTS = 2**24
@@ -79,7 +79,7 @@ def nearest_neighbors(
                 found = search(
                     local,
                     k,
-                    max(24, 2 * k),
+                    usual_candidates(k),
                     columns=ScoredRows(visitors, metric, backend=backend),
                     offset=firsts[me] - first,
                     allowed=None if allowed is None else allowed[first : first + len(visitors)],

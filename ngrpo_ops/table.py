@@ -15,7 +15,7 @@ from .config import Metric
 from .functional import nearest_neighbors
 from .reference import require_enough_allowed
 from .scoring import ScoredRows
-from .search import Progress, improve, ranked, rescore, search
+from .search import Progress, improve, ranked, rescore, search, usual_candidates
 from .validation import require_choice, require_embedding, require_ids, require_mask
 
 # Recomputing more rows than this share one by one is no cheaper than a rebuild, which also restores the certificates.
@@ -80,7 +80,7 @@ class NeighborTable:
     Args:
         k: neighbours a row, at least 1.
         metric: "cosine", "dot", "l2" or "l1", as in `nearest_neighbors`.
-        candidates: rows kept for the certificate, more than k; default max(16, 2 k).
+        candidates: rows kept for the certificate, more than k; default 8 + 4 k.
         allowed: bool [V], rows that may be returned; None: all.
 
     Raises:
@@ -94,7 +94,7 @@ class NeighborTable:
             raise ValueError(f"k must be an integer of at least 1, got {k!r}")
         require_choice(metric, get_args(Metric), "metric")
         if candidates is None:
-            candidates = max(16, 2 * k)
+            candidates = usual_candidates(k)
         if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates <= k:
             raise ValueError(f"candidates must be an integer of more than k = {k}, got {candidates!r}")
         self.k = k
