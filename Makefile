@@ -2,13 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full lint bench resources mutations gpu clean
+.PHONY: help venv demo test test-full lint bench scaling resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make test-full  lint, types and every test"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
+	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
 	@echo "make resources  compile every kernel for four GPUs; registers, stack, spills and shared memory of each"
 	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
 	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
@@ -39,6 +40,9 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+scaling: venv
+	$(BIN)/python benchmarks/search_scaling.py
 
 resources: venv
 	$(BIN)/python benchmarks/resources.py

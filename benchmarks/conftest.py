@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import DEVICES, environment, keep_freed_memory
+from harness import DEVICES, file_name, keep_freed_memory
 from peers import NOT_THE_SAME
 
 keep_freed_memory()
@@ -66,7 +66,7 @@ def _keep(folder: Path, rows: list[dict[str, Any]]) -> None:
     for device in DEVICES:
         mine = [row for row in rows if row["device"] == device]
         if mine:
-            with (folder / f"{environment(device)}.csv").open("w", newline="") as file:
+            with (folder / f"{file_name(device)}.csv").open("w", newline="") as file:
                 table = csv.DictWriter(file, COLUMNS)
                 table.writeheader()
                 table.writerows(mine)

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = ("mix_embeddings", "group_advantages", "log_softmax")
-TESTS = [f"tests/test_{name}.py" for name in OPERATIONS]
+OPERATIONS = ("mix_embeddings", "group_advantages", "log_softmax", "nearest_neighbors")
+TESTS = [str(path.relative_to(ROOT)) for name in OPERATIONS for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))]
 LIMIT = {"tests": 240, "sanitizer": 70, "benchmarks": 190}  # seconds; 500 together
 
 

@@ -104,8 +104,13 @@ class _peak_memory:
             return float("nan")
 
 
+def file_name(device: str) -> str:
+    """Of the figures measured here."""
+    return re.sub(r"\W+", "-", environment(device))
+
+
 def environment(device: str) -> str:
-    """Device and versions, as a file name."""
+    """Device and versions."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -116,5 +121,5 @@ def environment(device: str) -> str:
     with suppress(ImportError):
         import triton
 
-        return re.sub(r"\W+", "-", f"{name} torch {torch.__version__} triton {triton.__version__}")
-    return re.sub(r"\W+", "-", f"{name} torch {torch.__version__}")
+        return f"{name} torch {torch.__version__} triton {triton.__version__}"
+    return f"{name} torch {torch.__version__}"

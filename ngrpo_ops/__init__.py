@@ -15,7 +15,7 @@ from .functional import (
 from .record import MixRecord
 from .table import NeighborTable, RefreshReport
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ADVANTAGE_PRESETS",

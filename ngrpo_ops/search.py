@@ -20,7 +20,7 @@ from .scoring import OptimisticScores, ScoredRows
 
 _QUERY_TILE = 2048
 _COLUMN_TILE = 8192
-_TILE_ELEMENTS = 2**23  # of one tile of rows; half of it for the queries
+_TILE_ELEMENTS = 2**23  # of one tile of rows, and of queries
 _SQUARE = 3072  # rows of a square tile
 _TILE_BYTES = 2**27  # of one tile of scores
 _PAIRS_AT_ONCE = 2**18  # sorted together where many rows are as near as the k-th
@@ -209,7 +209,7 @@ class _Search:
         self.progress = progress
         d = rows.embedding.shape[1]
         self.column_tile = max(1, min(_COLUMN_TILE, _TILE_ELEMENTS // d))
-        self.query_tile = max(1, min(_QUERY_TILE, _TILE_ELEMENTS // (2 * d)))
+        self.query_tile = max(1, min(_QUERY_TILE, _TILE_ELEMENTS // d))
         self.kernel_rows = max(1, min(_KERNEL_ROWS, _KERNEL_ELEMENTS // d))
         # Kept of each tile of the kernels. The k nearest are rarely in few of the hundreds of tiles; the bound tells.
         self.of_tile = 2 if k <= 3 else 4

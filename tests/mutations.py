@@ -57,6 +57,19 @@ MUTATIONS = [
     Mutation("advantages backward: no centring", "group_advantages", "shared -= sum_direct / tl.maximum(weight, 1.0)", "shared -= 0.0 * sum_direct"),
     Mutation("advantages backward: no spread", "group_advantages", "value += w * ((x - top[:, None]) - mean[:, None]) * slope[:, None]", "value += 0.0 * w * slope[:, None]"),
     Mutation("advantages backward: spread's gradient", "group_advantages", "to_spread = to_divisor + tl.load(grad_spreads + group * columns + column, mask=group < groups, other=0.0)", "to_spread = to_divisor"),
+    # nearest_neighbors
+    Mutation("best of a tile: the row itself", "nearest_neighbors", "(n < c)[None, :] & (n[None, :] != itself[:, None])", "(n < c)[None, :]"),
+    Mutation("best of a tile: past the end", "nearest_neighbors", "(n < c)[None, :] & (n[None, :] != itself[:, None])", "(n[None, :] != itself[:, None])"),
+    Mutation("best of a tile: the same again", "nearest_neighbors", 'scores = tl.where(index == tl.expand_dims(at, AXIS), float("-inf"), scores)', "scores = scores"),
+    Mutation("best of a tile: an index where there is none", "nearest_neighbors", 'tl.where(best > float("-inf"), at, -1)', "at"),
+    Mutation("best of a tile: the last columns", "nearest_neighbors", "for _ in range(0, d, BLOCK_K):", "for _ in range(0, d - BLOCK_K, BLOCK_K):"),
+    Mutation("best of a tile: the last group of tiles", "nearest_neighbors", "rows = tl.minimum(n_m - group * GROUP_M, GROUP_M)", "rows = GROUP_M"),
+    Mutation("symmetric: the diagonal", "nearest_neighbors", "((n + ahead)[None, :] > m[:, None])", "((n + ahead)[None, :] >= m[:, None])"),
+    Mutation("symmetric: a tile too many left out", "nearest_neighbors", "if tile_n * BLOCK_N + BLOCK_N - 1 + ahead <= tile_m * BLOCK_M:", "if tile_n * BLOCK_N + ahead <= tile_m * BLOCK_M:"),
+    Mutation("symmetric: the other side's place", "nearest_neighbors", "out = (widen(n, INT64) * n_m + tile_m) * T", "out = (widen(n, INT64) * n_n + tile_m) * T"),
+    Mutation("pair scores: column stride", "nearest_neighbors", "widen(k, INT64)[None, :] * y_d", "widen(k, INT64)[None, :]"),
+    Mutation("pair scores: a scale", "nearest_neighbors", "(a * x_scale) * (b * y_scale)", "(a * x_scale) * b"),
+    Mutation("pair scores: one block of columns", "nearest_neighbors", "for start in range(0, d, BLOCK_D):", "for start in range(0, BLOCK_D, BLOCK_D):"),
 ]  # fmt: skip
 
 
@@ -81,7 +94,11 @@ def survives(mutation: Mutation) -> bool:
             "--hypothesis-profile",
             "unshrunk",
         ]
-        tests = [f"tests/test_{mutation.module}.py", "-k", "triton or kernel or long_segments or deterministic"]
+        tests = [
+            *map(str, copy.glob(f"tests/test_{mutation.module}*.py")),
+            "-k",
+            "triton or kernel or long_segments or deterministic",
+        ]
         return subprocess.run([*command, *tests], cwd=copy, capture_output=True).returncode == 0
 
 

@@ -74,7 +74,6 @@ def tile_sizes(request, monkeypatch):
             rows_per_tile(kernel, monkeypatch, BLOCK_N=32, BLOCK_M=16)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("tile_sizes")
 @given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), int64=st.booleans())
 def test_tile_best_kernel_against_oracle(data, q, c, best, int64):
@@ -91,7 +90,6 @@ def test_tile_best_kernel_against_oracle(data, q, c, best, int64):
     assert_best(found, scores, best)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("tile_sizes")
 @given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), diagonal=st.booleans(), int64=st.booleans())
 def test_tile_best_symmetric_kernel_against_oracle(data, q, c, best, diagonal, int64):
@@ -120,7 +118,6 @@ def _inverse_norms(table: Tensor) -> Tensor:
     return torch.where(norms > 0, 1.0 / norms, 0.0).float()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @settings(max_examples=15)
 @given(data=st.data(), n=st.integers(1, 2100), generator=generators)
@@ -142,7 +139,6 @@ def test_pair_scores_kernel_against_oracle(metric, data, n, generator):
     assert not bool(((got == 0) & got.signbit()).any())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @given(layout=layouts, generator=generators, int64=st.booleans())
 @settings(max_examples=5)
