@@ -17,7 +17,7 @@ from .config import Metric
 # With these a search stays below 256 MiB beyond its inputs and outputs, and the matrix multiplications stay large.
 _COLUMN_TILE = 8192
 _TILE_ELEMENTS = 2**23  # of one tile of rows, float32
-_CAST_ELEMENTS = 2**20  # of rows on their way to a tile
+_CAST_ELEMENTS = 2**19  # of rows on their way to a tile
 _PAIR_ELEMENTS = 2**19  # of one block of re-scored pairs
 _LOW_PRECISION_FROM = 2**22  # elements of a table; for less the casts are not worth it
 _LOW_PRECISION_QUERIES = 32  # and for fewer queries the table's trip through memory is what takes the time

@@ -95,20 +95,18 @@ class _Best:
         if int(hits.max()) > 4 * c or int(hits.sum()) > n * c:
             top = best.topk(min(c, groups), dim=dim, sorted=False).indices
             hit &= torch.zeros_like(hit).scatter_(dim, top, True)
-        member = groups * torch.arange(_GROUP, device=tile.device)
+        members = tile.unflatten(dim, (_GROUP, groups))
         if dim == 1:
             row, group = hit.nonzero(as_tuple=True)
-            place = group[:, None] + member
-            scores = tile[row[:, None], place]
+            scores = members.transpose(1, 2)[row, group]
             pair, m = (scores > threshold[row, None]).nonzero(as_tuple=True)
             scores = scores[pair, m]
         else:
             group, row = hit.nonzero(as_tuple=True)
-            place = group + member[:, None]  # in the order of the tile in memory
-            scores = tile[place, row]
+            scores = members[:, group, row]  # in the order of the tile in memory
             m, pair = (scores > threshold[row]).nonzero(as_tuple=True)
             scores = scores[m, pair]
-        row, place = row[pair], group[pair] + member[m]
+        row, place = row[pair], group[pair] + groups * m
         if not row.numel():
             return
         if dim == 0:
