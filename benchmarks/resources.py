@@ -82,11 +82,12 @@ def _group_advantages(
     group_advantages.backward(out, spread, rewards, *options)
 
 
-def _tile_best(q: int, best: int) -> None:
-    x, y = (_meta(n, 960, dtype=torch.bfloat16) for n in (q, 16_384))
-    nearest_neighbors.tile_best(x, y, _meta(q, dtype=torch.int32), best)
+def _tile_best(dtype: torch.dtype, q: int, best: int) -> None:
+    metric, width = ("l1", 896) if dtype == torch.float32 else ("cosine", 960)
+    x, y = (_meta(n, width, dtype=dtype) for n in (q, 16_384))
+    nearest_neighbors.tile_best(x, y, metric, _meta(q, dtype=torch.int32), best)
     if q > 64:
-        nearest_neighbors.tile_best_symmetric(x, y, best, diagonal=False)
+        nearest_neighbors.tile_best_symmetric(x, y, metric, best, diagonal=False)
 
 
 def _pair_scores(dtype: torch.dtype, d: int, metric: str) -> None:
@@ -114,7 +115,8 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
         for metric in ("cosine", "dot", "l2", "l1"):
             yield dtype, lambda dtype=dtype, m=metric: _pair_scores(dtype, 896, m)
     for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):
-        yield torch.bfloat16, lambda q=q, best=best: _tile_best(q, best)
+        for dtype in (torch.bfloat16, torch.float32):
+            yield dtype, lambda dtype=dtype, q=q, best=best: _tile_best(dtype, q, best)
 
 
 class Case(NamedTuple):
@@ -283,9 +285,9 @@ def faults(row: dict[str, Any]) -> list[str]:
     found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name]]
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
-    # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it.
-    few = "BLOCK_M=16" in row.get("config", "")
-    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"] and not few:
+    # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it. l1 has no product.
+    without = any(constant in row.get("config", "") for constant in ("BLOCK_M=16", "L1=True"))
+    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"] and not without:
         found.append("no wgmma")
     return found
 

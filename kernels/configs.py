@@ -60,12 +60,15 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (128, _config(4, registers=64, BLOCK_G=4, BLOCK_R=128)),
         (2**31, _config(8, registers=64, BLOCK_G=1, BLOCK_R=2048)),
     ),
-    # The width is the number of queries.
+    # The width is the number of queries, and 0 for l1, which has no matrix product and so no use for large tiles.
     "tile_best_kernel": (
         (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
         (2**31, _config(16, 3, BLOCK_N=256, BLOCK_K=64, BLOCK_M=128)),
     ),
-    "tile_best_symmetric_kernel": ((2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),),
+    "tile_best_symmetric_kernel": (
+        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
+        (2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
+    ),
     "pair_scores_kernel": ((2**31, _config(4, BLOCK_P=8, BLOCK_D=256)),),
 }
 

@@ -1,8 +1,8 @@
 """The best pairs of a tile of scores, without the scores leaving the chip; and the scores of given pairs.
 
 The rows come prepared: bfloat16, with the columns that make their inner product an optimistic score (see
-`ngrpo_ops.scoring`). One program multiplies BLOCK_M rows of x by BLOCK_N rows of y; T rounds of a masked maximum then
-write the T best of each of its rows, and in the symmetric kernel of each of its columns too. There is no running list:
+`ngrpo_ops.scoring`); for l1, which has no inner product, float32 as they are. One program scores BLOCK_M rows of x
+against BLOCK_N rows of y; T rounds of a masked maximum then write the T best of each of its rows, and in the symmetric kernel of each of its columns too. There is no running list:
 merging what the tiles wrote is a small fraction of the work, and programs depend on nothing but their tile. Few queries
 are so split over the vocabulary by themselves.
 """
@@ -25,22 +25,29 @@ STEP = 64  # columns multiplied at once: what the width of prepared rows is a mu
 @triton.jit
 def _tile(
     x, y, m, n, q, c, d, x_m, y_n,
-    UPCAST: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Rows past the end are read from the last one, and never returned: no mask in the loop.
-    k = tl.arange(0, BLOCK_K)
-    x_at = x + widen(tl.minimum(m, q - 1), INT64)[:, None] * x_m + k[None, :]
-    y_at = y + widen(tl.minimum(n, c - 1), INT64)[None, :] * y_n + k[:, None]
+    x_row = x + widen(tl.minimum(m, q - 1), INT64) * x_m
+    y_row = y + widen(tl.minimum(n, c - 1), INT64) * y_n
     scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(0, d, BLOCK_K):
-        a = tl.load(x_at)
-        b = tl.load(y_at)
-        if UPCAST:  # the interpreter multiplies bfloat16 wrongly
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        scores = tl.dot(a, b, scores)
-        x_at += BLOCK_K
-        y_at += BLOCK_K
+    if L1:
+        for k in range(0, d):
+            scores -= tl.abs(tl.load(x_row + k)[:, None] - tl.load(y_row + k)[None, :])
+    else:
+        column = tl.arange(0, BLOCK_K)
+        x_at = x_row[:, None] + column[None, :]
+        y_at = y_row[None, :] + column[:, None]
+        for _ in range(0, d, BLOCK_K):
+            a = tl.load(x_at)
+            b = tl.load(y_at)
+            if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            scores = tl.dot(a, b, scores)
+            x_at += BLOCK_K
+            y_at += BLOCK_K
     return scores
 
 
@@ -68,13 +75,13 @@ def _store_best(scores, index, first, values, places, mask, AXIS: tl.constexpr, 
 @triton.jit(do_not_specialize=["q", "c", "n_m", "n_n"])
 def tile_best_kernel(
     x, y, own, values, places, q, c, d, n_m, n_n, x_m, y_n,
-    T: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
+    T: tl.constexpr, L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _place(n_m, n_n, 8)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    scores = _tile(x, y, m, n, q, c, d, x_m, y_n, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
+    scores = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
     itself = tl.load(own + m, mask=m < q, other=-1)
     scores = tl.where((n < c)[None, :] & (n[None, :] != itself[:, None]), scores, float("-inf"))
     out = (widen(m, INT64) * n_n + tile_n) * T
@@ -84,7 +91,7 @@ def tile_best_kernel(
 @triton.jit(do_not_specialize=["q", "c", "n_m", "n_n"])
 def tile_best_symmetric_kernel(
     x, y, x_values, x_places, y_values, y_places, q, c, d, n_m, n_n, ahead, x_m, y_n,
-    T: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
+    T: tl.constexpr, L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _place(n_m, n_n, 8)
@@ -92,7 +99,7 @@ def tile_best_symmetric_kernel(
         return
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    scores = _tile(x, y, m, n, q, c, d, x_m, y_n, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
+    scores = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
     valid = (m < q)[:, None] & (n < c)[None, :] & ((n + ahead)[None, :] > m[:, None])
     scores = tl.where(valid, scores, float("-inf"))
     out = (widen(m, INT64) * n_n + tile_n) * T
@@ -131,48 +138,53 @@ def pair_scores_kernel(
     tl.store(out + p, tl.sum(total, axis=1), mask=p < pairs)
 
 
-def _operands(x: Tensor, y: Tensor, kernel: Any) -> dict[str, Any]:
-    blocks = configs.pinned(kernel.__name__, x.shape[0], interpreted=primitives.interpreted(kernel)).kwargs
+def _operands(x: Tensor, y: Tensor, metric: str, kernel: Any) -> dict[str, Any]:
+    width = 0 if metric == "l1" else x.shape[0]
+    blocks = configs.pinned(kernel.__name__, width, interpreted=primitives.interpreted(kernel)).kwargs
     return {
+        "width": width,
         "x": x, "y": y, "q": x.shape[0], "c": y.shape[0], "d": x.shape[1], "x_m": x.stride(0), "y_n": y.stride(0),
         "n_m": triton.cdiv(x.shape[0], blocks["BLOCK_M"]), "n_n": triton.cdiv(y.shape[0], blocks["BLOCK_N"]),
-        "UPCAST": primitives.interpreted(kernel),
+        "L1": metric == "l1", "UPCAST": primitives.interpreted(kernel),
     }  # fmt: skip
 
 
 @launcher("x", "y", "own")
-def tile_best(x: Tensor, y: Tensor, own: Tensor, best: int) -> tuple[Tensor, Tensor]:
+def tile_best(x: Tensor, y: Tensor, metric: str, own: Tensor, best: int) -> tuple[Tensor, Tensor]:
     """Of each row of x the `best` rows of y in every tile of y.
 
     Args:
-        x, y: bfloat16 [q, w] and [c, w], w a multiple of `STEP`: rows whose inner product is the score.
+        x, y: rows [q, w] and [c, w], their last dimension dense. For l1 float32, their distance the score negated;
+            else bfloat16 with w a multiple of `STEP`, their inner product the score.
         own: int32 [q]: the place in y of the row itself, which is left out, or -1.
 
     Returns:
         Scores float32 and places in y int32 [q, tiles, best], best first, equal scores by the lower place; -inf and -1
         where a tile has fewer.
     """
-    operands = _operands(x, y, tile_best_kernel)
+    operands = _operands(x, y, metric, tile_best_kernel)
     values = torch.empty(x.shape[0], operands["n_n"], best, dtype=torch.float32, device=x.device)
     places = torch.empty(values.shape, dtype=torch.int32, device=x.device)
     launch(
-        tile_best_kernel, lambda meta: (operands["n_m"] * operands["n_n"],), width=x.shape[0],
+        tile_best_kernel, lambda meta: (operands["n_m"] * operands["n_n"],),
         int64_for=(x, y, values), **operands, own=own, values=values, places=places, T=best,
     )  # fmt: skip
     return values, places
 
 
 @launcher("x", "y")
-def tile_best_symmetric(x: Tensor, y: Tensor, best: int, *, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tile_best_symmetric(
+    x: Tensor, y: Tensor, metric: str, best: int, *, diagonal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both sides of all pairs of x and y, or of a block with itself (`diagonal`) of the pairs above the diagonal: what
     `tile_best` returns for x, [q, tiles of y, best], and the same for y, [c, tiles of x, best], with places in x."""
-    operands = _operands(x, y, tile_best_symmetric_kernel)
+    operands = _operands(x, y, metric, tile_best_symmetric_kernel)
     shapes = ((x.shape[0], operands["n_n"], best), (y.shape[0], operands["n_m"], best))
     # Programs below the diagonal leave at once.
     x_values, y_values = (torch.full(s, -torch.inf, dtype=torch.float32, device=x.device) for s in shapes)
     x_places, y_places = (torch.full(s, -1, dtype=torch.int32, device=x.device) for s in shapes)
     launch(
-        tile_best_symmetric_kernel, lambda meta: (operands["n_m"] * operands["n_n"],), width=x.shape[0],
+        tile_best_symmetric_kernel, lambda meta: (operands["n_m"] * operands["n_n"],),
         int64_for=(x, y, x_values, y_values), **operands, ahead=0 if diagonal else x.shape[0], T=best,
         x_values=x_values, x_places=x_places, y_values=y_values, y_places=y_places,
     )  # fmt: skip

@@ -166,7 +166,8 @@ class OptimisticScores:
     - Tensor cores may cut where float32 arithmetic rounds: r is twice that for the kernels.
 
     A tile is stored in `dtype`; bfloat16 rounds its results once more, which `ceiling` and `below` account for. For
-    the kernels, which keep their tiles in float32 registers, the rows are bfloat16 and padded to their step.
+    the kernels, which keep their tiles in float32 registers, the rows are bfloat16 and padded to their step, but
+    float32 for l1.
     """
 
     def __init__(self, queries: ScoredRows, columns: ScoredRows, count: int) -> None:
@@ -174,12 +175,14 @@ class OptimisticScores:
         self.queries, self.columns = queries, columns
         self.metric = queries.metric
         d = queries.embedding.shape[1]
-        ordinary = self.metric != "l1" and all(
-            not bool(((rows.norms > 0) & (rows.norms < 1e-15)).any()) for rows in (queries, columns)
+        distances = self.metric == "l1"
+        ordinary = distances or not any(
+            bool(((rows.norms > 0) & (rows.norms < 1e-15)).any()) for rows in (queries, columns)
         )
         self.kernels = queries.kernels if ordinary and count and len(columns) >= _KERNELS_FROM else None
         low = (
             ordinary
+            and not distances
             and columns.embedding.device.type == "cpu"
             and _multiplies_bfloat16()
             and columns.embedding.numel() >= _LOW_PRECISION_FROM
@@ -187,7 +190,7 @@ class OptimisticScores:
         )
         fused = self.kernels is not None
         self.dtype = torch.bfloat16 if low and not fused else torch.float32
-        self.input_dtype = torch.bfloat16 if fused else self.dtype
+        self.input_dtype = torch.bfloat16 if fused and not distances else self.dtype
         self.step = self.kernels.STEP if self.kernels is not None else 1
         self.square_slack = (6.6 if fused else 3.3) * (d + 16) * _UNIT_ROUNDOFF
         if self.input_dtype == torch.bfloat16:
@@ -200,7 +203,7 @@ class OptimisticScores:
     def prepared_queries(self, index: slice | Tensor) -> Tensor:
         rows = self.queries
         if self.metric == "l1":
-            return rows[index]
+            return rows[index].contiguous()
         norm = rows.norms[index]
         extra = [_rounded_up((2.0 if self.metric == "l2" else 1.0) * self.slack * norm)]
         if self.metric == "dot":
@@ -213,7 +216,7 @@ class OptimisticScores:
     def prepared_columns(self, index: slice | Tensor) -> Tensor:
         rows = self.columns
         if self.metric == "l1":
-            return rows[index]
+            return rows[index].contiguous()
         norm = rows.norms[index]
         one = torch.ones_like(norm)
         extra = [_rounded_up(norm)]
@@ -247,6 +250,21 @@ class OptimisticScores:
                 out[part] = torch.cdist(queries[part], columns, p=1.0).mul_(self.square_slack - 1.0)
         else:
             torch.mm(queries, columns.T, out=out)
+
+    def tile_best(self, queries: Tensor, columns: Tensor, own: Tensor, best: int) -> tuple[Tensor, ...]:
+        """The kernels' `tile_best` of prepared rows, its scores optimistic."""
+        assert self.kernels is not None
+        values, places = self.kernels.tile_best(queries, columns, self.metric, own, best)
+        return self._optimistic(values), places
+
+    def tile_best_symmetric(self, rows: Tensor, columns: Tensor, best: int, *, diagonal: bool) -> tuple[Tensor, ...]:
+        """The kernels' `tile_best_symmetric` of prepared rows, its scores optimistic."""
+        assert self.kernels is not None
+        x, x_at, y, y_at = self.kernels.tile_best_symmetric(rows, columns, self.metric, best, diagonal=diagonal)
+        return self._optimistic(x), x_at, self._optimistic(y), y_at
+
+    def _optimistic(self, values: Tensor) -> Tensor:
+        return values.mul_(1.0 - self.square_slack) if self.metric == "l1" else values
 
     def ceiling(self, values: Tensor) -> Tensor:
         """float32: no score that was stored as `values` was above this before it was rounded to the nearest."""

@@ -208,7 +208,9 @@ class _Search:
         d = rows.embedding.shape[1]
         self.column_tile = max(1, min(_COLUMN_TILE, _TILE_ELEMENTS // d))
         self.query_tile = max(1, min(_QUERY_TILE, _TILE_ELEMENTS // d))
-        self.kernel_rows = max(1, min(_KERNEL_ROWS, _KERNEL_ELEMENTS // d))
+        # The kernels' rows are float32 for l1, and their tiles half as large.
+        part = 2 if rows.metric == "l1" else 1
+        self.kernel_rows = max(1, min(_KERNEL_ROWS, _KERNEL_ELEMENTS // d) // part)
         # Kept of each tile of the kernels. The k nearest are rarely in few of the hundreds of tiles; the bound tells.
         self.of_tile = 2 if k <= 3 else 4
 
@@ -235,15 +237,12 @@ class _Search:
     def fused_scan(self, queries: Tensor, floor: Tensor | None) -> _Best:
         """`scan` by the kernels, which leave of a tile only its best."""
         scores = self.scores
-        assert scores.kernels is not None
         prepared = scores.prepared_queries(queries)
         floor = None if floor is None else scores.below(floor)
         best = _Best(queries.numel(), self.candidates, floor, like=scores.columns.norms)
         for index, ids in self.column_tiles(self.kernel_rows):
             columns = scores.prepared_columns(index)
-            values, places = scores.kernels.tile_best(
-                prepared, columns, _places(ids, queries + self.offset), self.of_tile
-            )
+            values, places = scores.tile_best(prepared, columns, _places(ids, queries + self.offset), self.of_tile)
             best.merge(slice(0, queries.numel()), values, places, ids)
         return best
 
@@ -268,7 +267,7 @@ class _Search:
                     seen += 1
                     report(seen / total)
                     if tile is None:
-                        x, x_at, y, y_at = scores.kernels.tile_best_symmetric(  # type: ignore[union-attr]
+                        x, x_at, y, y_at = scores.tile_best_symmetric(
                             queries, prepared, self.of_tile, diagonal=diagonal
                         )
                         best.merge(rows, x, x_at, other_ids)

@@ -294,7 +294,7 @@ def test_optimistic_scores_are_optimistic(metric, precision, data):
     tile = torch.empty(len(rows), len(rows), dtype=scores.dtype, device=table.device)
     if scores.kernels is not None:  # which keep their tiles to themselves: all of their best, back in their places
         own = torch.full((len(rows),), -1, dtype=torch.int32, device=table.device)
-        values, places = scores.kernels.tile_best(queries, columns, own, len(rows))
+        values, places = scores.tile_best(queries, columns, own, len(rows))
         tile.scatter_(1, places[:, 0].long(), values[:, 0])
     else:
         scores.tile(queries, columns, tile)

@@ -27,16 +27,25 @@ _sizes = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 127, 128, 12
 
 
 @st.composite
-def prepared(draw: st.DrawFn, rows: int) -> Tensor:
-    """bfloat16 rows of small integers, so that every order of summation gives the same: ties are real ones."""
+def prepared(draw: st.DrawFn, rows: int, metric: str) -> Tensor:
+    """Rows of small integers, so that every order of summation gives the same: ties are real ones."""
     generator = draw(generators)
     bound = draw(st.sampled_from([1, 3]))
-    width = kernels.STEP * draw(st.integers(1, 3))
+    width = draw(st.integers(1, 20)) if metric == "l1" else kernels.STEP * draw(st.integers(1, 3))
     x = torch.randint(-bound, bound + 1, (rows, width), generator=generator)
     x[:, draw(st.sampled_from([2, 8, width])) :] = 0
     if draw(st.booleans()):
         x[torch.rand(rows, generator=generator) < 0.5] = x[0].clone()
-    return x.bfloat16().to(DEVICE)
+    return x.to(torch.float32 if metric == "l1" else torch.bfloat16).to(DEVICE)
+
+
+def every_score(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """float64 [q, c]"""
+    return -torch.cdist(x.double(), y.double(), p=1) if metric == "l1" else x.double() @ y.double().T
+
+
+def as_wide(x: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, max(0, y.shape[1] - x.shape[1])))[:, : y.shape[1]]
 
 
 def best_of_tiles(scores: Tensor, tiles: int, best: int) -> tuple[Tensor, Tensor]:
@@ -75,36 +84,38 @@ def tile_sizes(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("tile_sizes")
+@pytest.mark.parametrize("metric", ["dot", "l1"])
 @given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), int64=st.booleans())
-def test_tile_best_kernel_against_oracle(data, q, c, best, int64):
-    x, y = data.draw(prepared(q)), data.draw(prepared(c))
-    x = torch.nn.functional.pad(x, (0, max(0, y.shape[1] - x.shape[1])))[:, : y.shape[1]]
+def test_tile_best_kernel_against_oracle(metric, data, q, c, best, int64):
+    y = data.draw(prepared(c, metric))
+    x = as_wide(data.draw(prepared(q, metric)), y)
     own = integers(data.draw(generators), c + 1, q).int() - 1
-    scores = x.double() @ y.double().T
+    scores = every_score(x, y, metric)
     scores[own >= 0, own[own >= 0].long()] = -torch.inf
     if int64:
         with forced_int64():
-            found = kernels.tile_best(x, y, own, best)
+            found = kernels.tile_best(x, y, metric, own, best)
     else:
-        found = kernels.tile_best(x, y, own, best)
+        found = kernels.tile_best(x, y, metric, own, best)
     assert_best(found, scores, best)
 
 
 @pytest.mark.usefixtures("tile_sizes")
+@pytest.mark.parametrize("metric", ["dot", "l1"])
 @given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), diagonal=st.booleans(), int64=st.booleans())
-def test_tile_best_symmetric_kernel_against_oracle(data, q, c, best, diagonal, int64):
+def test_tile_best_symmetric_kernel_against_oracle(metric, data, q, c, best, diagonal, int64):
     """On the diagonal every pair once, from its row's side and from its column's; off it all pairs."""
-    x = data.draw(prepared(q))
-    y = x if diagonal else data.draw(prepared(c))
-    x = torch.nn.functional.pad(x, (0, max(0, y.shape[1] - x.shape[1])))[:, : y.shape[1]]
-    scores = x.double() @ y.double().T
+    x = data.draw(prepared(q, metric))
+    y = x if diagonal else data.draw(prepared(c, metric))
+    x = as_wide(x, y)
+    scores = every_score(x, y, metric)
     if diagonal:
         scores[torch.ones_like(scores, dtype=torch.bool).tril()] = -torch.inf
     if int64:
         with forced_int64():
-            found = kernels.tile_best_symmetric(x, y, best, diagonal=diagonal)
+            found = kernels.tile_best_symmetric(x, y, metric, best, diagonal=diagonal)
     else:
-        found = kernels.tile_best_symmetric(x, y, best, diagonal=diagonal)
+        found = kernels.tile_best_symmetric(x, y, metric, best, diagonal=diagonal)
     assert_best(found[:2], scores, best)
     assert_best(found[2:], scores.T, best)
 
@@ -183,7 +194,7 @@ def test_offsets_of_64_bits_where_rows_need_them():
         table, prepared = meta(rows, 2048), meta(rows, 2048)
         assert launched(lambda t=table: kernels.pair_scores(t, None, ids, t, None, ids, "dot")) == [wide]
         few, own = meta(16, 2048), meta(16, dtype=torch.int32)
-        assert launched(lambda p=prepared: kernels.tile_best(few, p, own, 2)) == [wide]  # noqa: B023
-        assert launched(lambda p=prepared: kernels.tile_best_symmetric(few, p, 2, diagonal=False)) == [wide]  # noqa: B023
+        assert launched(lambda p=prepared: kernels.tile_best(few, p, "dot", own, 2)) == [wide]  # noqa: B023
+        assert launched(lambda p=prepared: kernels.tile_best_symmetric(few, p, "dot", 2, diagonal=False)) == [wide]  # noqa: B023
     strided = torch.empty(1, device="meta").as_strided((1000, 8), (2**22, 1))
     assert launched(lambda: kernels.pair_scores(strided, None, ids, strided, None, ids, "dot")) == [True]
