@@ -285,7 +285,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name]]
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
-    # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it. l1 has no product.
+    # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it; l1 has none.
     without = any(constant in row.get("config", "") for constant in ("BLOCK_M=16", "L1=True"))
     if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"] and not without:
         found.append("no wgmma")

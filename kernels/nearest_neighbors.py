@@ -2,9 +2,9 @@
 
 The rows come prepared: bfloat16, with the columns that make their inner product an optimistic score (see
 `ngrpo_ops.scoring`); for l1, which has no inner product, float32 as they are. One program scores BLOCK_M rows of x
-against BLOCK_N rows of y; T rounds of a masked maximum then write the T best of each of its rows, and in the symmetric kernel of each of its columns too. There is no running list:
-merging what the tiles wrote is a small fraction of the work, and programs depend on nothing but their tile. Few queries
-are so split over the vocabulary by themselves.
+against BLOCK_N rows of y; T rounds of a masked maximum then write the T best of each of its rows, and in the symmetric
+kernel of each of its columns too. There is no running list: merging what the tiles wrote is a small fraction of the
+work, and programs depend on nothing but their tile. Few queries are so split over the vocabulary by themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _tile(
     y_row = y + widen(tl.minimum(n, c - 1), INT64) * y_n
     scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if L1:
-        for k in range(0, d):
+        for k in range(d):
             scores -= tl.abs(tl.load(x_row + k)[:, None] - tl.load(y_row + k)[None, :])
     else:
         column = tl.arange(0, BLOCK_K)

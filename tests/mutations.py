@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation("best of a tile: an index where there is none", "nearest_neighbors", 'tl.where(best > float("-inf"), at, -1)', "at"),
     Mutation("best of a tile: the last columns", "nearest_neighbors", "for _ in range(0, d, BLOCK_K):", "for _ in range(0, d - BLOCK_K, BLOCK_K):"),
     Mutation("best of a tile: the last group of tiles", "nearest_neighbors", "rows = tl.minimum(n_m - group * GROUP_M, GROUP_M)", "rows = GROUP_M"),
-    Mutation("best of a tile: l1's last column", "nearest_neighbors", "for k in range(0, d):", "for k in range(0, d - 1):"),
+    Mutation("best of a tile: l1's last column", "nearest_neighbors", "for k in range(d):", "for k in range(d - 1):"),
     Mutation("best of a tile: l1 as a sum", "nearest_neighbors", "scores -= tl.abs(", "scores += tl.abs("),
     Mutation("symmetric: the diagonal", "nearest_neighbors", "((n + ahead)[None, :] > m[:, None])", "((n + ahead)[None, :] >= m[:, None])"),
     Mutation("symmetric: a tile too many left out", "nearest_neighbors", "if tile_n * BLOCK_N + BLOCK_N - 1 + ahead <= tile_m * BLOCK_M:", "if tile_n * BLOCK_N + ahead <= tile_m * BLOCK_M:"),
