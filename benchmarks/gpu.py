@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = ("mix_embeddings", "group_advantages", "log_softmax", "nearest_neighbors")
+OPERATIONS = ("mix_embeddings", "group_advantages", "log_softmax", "nearest_neighbors", "decode_step")
 TESTS = [str(path.relative_to(ROOT)) for name in OPERATIONS for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))]
 LIMIT = {"tests": 240, "sanitizer": 70, "benchmarks": 190}  # seconds; 500 together
 

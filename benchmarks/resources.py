@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ngrpo_ops.kernels import configs, group_advantages, log_softmax, mix_embeddings, nearest_neighbors
+from ngrpo_ops.kernels import configs, decode_step, group_advantages, log_softmax, mix_embeddings, nearest_neighbors
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
 
 RESULTS = Path(__file__).parent / "results" / "resources.csv"
@@ -51,7 +51,7 @@ _NAMES |= {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", torch.uint8
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _mix(dtype: torch.dtype, d: int, k: int) -> None:
@@ -80,6 +80,26 @@ def _group_advantages(
     options = (weights, order, offsets, group_size, baseline, scale, 1, 1e-4, singles, ragged)
     out, spread = group_advantages.forward(rewards, *options)
     group_advantages.backward(out, spread, rewards, *options)
+
+
+def _decode_step(dtype: torch.dtype, v: int, k: int, strategy: str, **other: Any) -> None:
+    b, d = 64, 1536
+    rows = {name: _meta(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
+    cuts = {"top_k": _meta(b), "top_p": rows["top_p"], "min_p": rows["min_p"]} if other.get("cut") else {}
+    common = {
+        "neighbor_ids": _meta(v, k - 1) if strategy == "neighbor" else None, "k": k, "strategy": strategy,
+        "variant": other.get("variant", "paper"), "temperature": rows["temperature"], "seed": _meta(), "step": _meta(),
+        "mixing_temperature": other.get("tau"), "row_ids": _meta(b),
+    }  # fmt: skip
+    logits = _meta(b, v, dtype=dtype)
+    decode_step.mixing_candidates(logits, **common)
+    decode_step.decode_step(
+        logits, _meta(v, d, dtype=dtype), **common, mixing_rate=0.1, entropy_threshold=other.get("entropy"),
+        noise_scale=0.33, **dict.fromkeys(("top_k", "top_p", "min_p")) | cuts, enabled=_meta(b, dtype=torch.bool),
+    )  # fmt: skip
+    if strategy == "gaussian":
+        n = _meta(4096)
+        decode_step.gaussian_noise(_meta(4096, d, dtype=dtype), n.float(), n, n, n)
 
 
 def _tile_best(dtype: torch.dtype, q: int, best: int) -> None:
@@ -111,7 +131,17 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
             (4096, False, "mean", "std", "zero", torch.bool),
         ):
             yield dtype, lambda dtype=dtype, case=case: _group_advantages(dtype, *case)
-
+        for v, k, strategy, other in (
+            (151_936, 3, "neighbor", {}),
+            (8192, 3, "neighbor", {"cut": True, "entropy": 1.0}),
+            (262_144, 32, "neighbor", {"cut": True, "variant": "released"}),
+            (151_936, 1, "anchor", {}),
+            (151_936, 3, "topk", {"tau": 0.5}),
+            (151_936, 4, "gumbel", {"tau": 0.5, "cut": True}),
+            (262_144, 32, "gumbel", {}),
+            (151_936, 3, "gaussian", {}),
+        ):
+            yield dtype, lambda dtype=dtype, v=v, k=k, s=strategy, o=other: _decode_step(dtype, v, k, s, **o)
         for metric in ("cosine", "dot", "l2", "l1"):
             yield dtype, lambda dtype=dtype, m=metric: _pair_scores(dtype, 896, m)
     for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):

@@ -17,7 +17,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +30,47 @@ try:
 except ImportError as error:
     raise ImportError("this adapter needs transformers: pip install 'ngrpo-ops[transformers]'") from error
 
-from ngrpo_ops import MixingConfig, MixRecord, NeighborTable, RefreshReport, mix_embeddings, selective_log_softmax
+from ngrpo_ops import (
+    MixingConfig,
+    MixRecord,
+    NeighborTable,
+    RefreshReport,
+    decode_step,
+    gaussian_noise,
+    mix_embeddings,
+    mixing_candidates,
+    raise_faults,
+    selective_log_softmax,
+)
+from ngrpo_ops.config import NOISE_SCALE
 from ngrpo_ops.random import bernoulli, philox
-from ngrpo_ops.reference import candidate_weights, neighbor_candidates
 
 # The hook pair ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
+class _Noise:
+    """Arguments of `gaussian_noise`, each [M]."""
+
+    scale: Tensor
+    seed: Tensor
+    row_ids: Tensor
+    steps: Tensor
+
+    def add_to(self, mixed: Tensor) -> Tensor:
+        return gaussian_noise(mixed, self.scale, seed=self.seed, row_ids=self.row_ids, steps=self.steps)
+
+
+@dataclass
 class _Overlay:
-    """What a forward writes: the mix of `ids` [M, k] by `weights` [M, k] at flat `positions` [M], where `gate` [M]."""
+    """What a forward writes: the mix of `ids` [M, k] by `weights` [M, k], and its noise, at flat `positions` [M], where
+    `gate` [M]."""
 
     positions: Tensor
     ids: Tensor
     weights: Tensor
     gate: Tensor | None = None  # None: everywhere
+    noise: _Noise | None = None
 
 
 class EmbeddingMixer:
@@ -65,19 +91,24 @@ class EmbeddingMixer:
         for handle in self._handles:
             handle.remove()
 
-    def arm_step(self, ids: Tensor, weights: Tensor, gate: Tensor) -> None:
-        """The next forward is a decode step of one column: mix its gated rows."""
+    def arm_step(self, batch: int, mixed: _Overlay) -> None:
+        """The next forward is a decode step of one column, of `batch` rows: mix those of them at `mixed.positions`."""
 
         def overlay(input_ids: Tensor) -> _Overlay:
-            if input_ids.shape != (gate.shape[0], 1):
+            if input_ids.shape != (batch, 1):
                 raise RuntimeError(
-                    f"a mixed decode step expects input ids of shape {(gate.shape[0], 1)}, got "
-                    f"{tuple(input_ids.shape)}: mixing needs the key-value cache and one token a step"
+                    f"a mixed decode step expects input ids of shape {(batch, 1)}, got {tuple(input_ids.shape)}: "
+                    "mixing needs the key-value cache and one token a step"
                 )
             self._next = None
-            return _Overlay(torch.arange(gate.shape[0], device=gate.device), ids, weights, gate)
+            return mixed
 
         self._next = overlay
+
+    @property
+    def armed(self) -> bool:
+        """Whether there is a mix that no forward has embedded yet."""
+        return self._next is not None
 
     @contextmanager
     def replaying(self, record: MixRecord) -> Iterator[None]:
@@ -106,9 +137,12 @@ class EmbeddingMixer:
             row, column = part.gate.nonzero(as_tuple=True)
             if not row.numel():
                 return None
-            return _Overlay(
-                row * columns + record.prompt_length + column, part.ids[row, column], part.weights[row, column]
-            )
+            noise = None
+            if part.row_ids is not None:
+                assert part.noise_scale is not None and part.noise_seed is not None
+                noise = _Noise(part.noise_scale[row], part.noise_seed[row], part.row_ids[row], column)
+            positions = row * columns + record.prompt_length + column
+            return _Overlay(positions, part.ids[row, column], part.weights[row, column], noise=noise)
 
         self._next = overlay
         try:
@@ -143,6 +177,8 @@ class EmbeddingMixer:
         embedded, rows = output[0, : input_ids.numel()], output[0, input_ids.numel() :]
         local = torch.arange(rows.shape[0], device=rows.device).view(overlay.ids.shape)
         mixed = mix_embeddings(rows, local, overlay.weights)
+        if overlay.noise is not None:
+            mixed = overlay.noise.add_to(mixed)
         if overlay.gate is not None:
             mixed = torch.where(overlay.gate[:, None], mixed, embedded[overlay.positions])
         else:
@@ -156,73 +192,184 @@ class EmbeddingMixer:
 # The rollout ------------------------------------------------------------------------------------------------------
 
 
-class _Rollout(LogitsProcessor):
-    """Watches one `generate`: gates and forces anchors, arms the mixer, and keeps the record.
+_GATE_STEPS = 64  # drawn at a time
 
-    It is called after the repetition penalties and before temperature and filters; forcing the anchor is leaving it
-    alone above -inf, which no later filter undoes. torch's generator still draws once a step, as without it.
+
+class _Mixed(NamedTuple):
+    """A step's mixed rows [R], those drawn by the rate; `gate` [R] says which of them are mixed in the end."""
+
+    step: int
+    rows: Tensor
+    gate: Tensor
+    ids: Tensor
+    weights: Tensor
+    fault: Tensor
+
+
+class _Rollout(LogitsProcessor):
+    """Watches one `generate`: gates and forces anchors, arms the mixer, and keeps the record, on the device.
+
+    It is called after the repetition penalties and before temperature and filters; forcing a token is leaving it alone
+    above -inf, which no later filter undoes. With the native sampler only the rows that the rate has drawn are looked
+    at, and torch's generator still draws once a step, as without mixing.
     """
 
     def __init__(self, mixing: NeighborMixing, generation: GenerationConfig, rows: Tensor, prompt_length: int) -> None:
-        self.mixing, self.config, self.rows, self.prompt_length = mixing, mixing.config, rows, prompt_length
+        self.mixing, self.config, self.prompt_length = mixing, mixing.config, prompt_length
+        device = mixing.model.device
+        self.row_ids, self.device_row_ids = rows.cpu(), rows.to(device)
+        self.generation = generation
         # A greedy rollout has no temperature: generate does not read the setting then.
         temperature = generation.temperature if generation.do_sample else None
         self.temperature = 1.0 if temperature is None else float(temperature)
-        self.mixing_temperature = self.temperature if self.config.temperature is None else self.config.temperature
-        device = rows.device
         eos = generation.eos_token_id
         ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
         self.eos = torch.tensor(ends, dtype=torch.int64, device=device)
         self.stops = torch.tensor(self.config.stop_token_ids, dtype=torch.int64, device=device)
-        self.seed = torch.full((), self.config.seed, dtype=torch.int64, device=device)
-        self.ended = torch.zeros(rows.shape[0], dtype=torch.bool, device=device)
-        self.stopped = self.ended.clone()
-        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.stopped = torch.zeros(rows.shape[0], dtype=torch.bool, device=device)
+        self.step = 0
+        self.mixed: list[_Mixed] = []
         self.logprobs: list[Tensor] = []
         self.logits: Tensor  # the model's own, of the step under way
+        self.fresh_logits: Tensor  # of the last forward
+        self._drawn: list[Tensor] = []  # the rows that the rate has drawn, of each step of the block under way
 
     def watch(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook on the model: its logits before any processor, which is what a replay computes."""
         self.fresh_logits = output.logits[:, -1].detach()
 
     def _finish_step(self, tokens: Tensor) -> None:
-        logprobs = selective_log_softmax(self.logits, tokens, temperature=self.temperature).float()
-        self.logprobs.append(logprobs.masked_fill(self.ended, 0.0))
-        self.ended = self.ended | torch.isin(tokens, self.eos)
-        self.stopped = self.stopped | torch.isin(tokens, self.stops)
+        self.logprobs.append(selective_log_softmax(self.logits, tokens, temperature=self.temperature).float())
+        if self.stops.numel():
+            self.stopped = self.stopped | torch.isin(tokens, self.stops)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = len(self.steps)
-        if step:
-            if self.mixing.mixer._next is not None:
+        if self.step:
+            if self.mixing.mixer.armed:
                 raise RuntimeError(
                     "the last mix was not embedded: the model's input embeddings were replaced, or remove() was called"
                 )
             self._finish_step(input_ids[:, -1])
         self.logits = self.fresh_logits
-        ids = self.mixing._candidates(scores)
-        weights = candidate_weights(scores, ids, self.mixing_temperature, self.config.variant).float()
-        word = philox(self.seed, self.rows, torch.full_like(self.seed, step))[0]
-        gate = bernoulli(word, self.config.mixing_rate) & ~self.ended & ~self.stopped
-        self.steps.append((gate, ids, weights))
-        self.mixing.mixer.arm_step(ids, weights, gate)
-        anchor = ids[:, :1]
-        forced = torch.full_like(scores, -torch.inf).scatter(1, anchor, scores.gather(1, anchor))
-        return torch.where(gate[:, None], forced, scores)
+        self.mixing.require_vocabulary(scores)
+        scores = self._sample(scores) if self.config.sampler == "ngrpo" else self._force_anchors(scores)
+        self.step += 1
+        return scores
+
+    def _force_anchors(self, scores: Tensor) -> Tensor:
+        rows = self._rows_drawn()
+        if not rows.numel():
+            return scores
+        of_rows = scores[rows]
+        found = mixing_candidates(
+            of_rows, self.mixing.neighbor_ids, strategy=self.config.strategy, k=self.config.k,
+            temperature=self.temperature, mixing_temperature=self.config.temperature, variant=self.config.variant,
+            seed=self.config.seed, step=self.step, row_ids=self.device_row_ids[rows],
+        )  # fmt: skip
+        gate = (found.fault == 0) & ~self.stopped[rows]
+        if self.config.entropy_threshold is not None:
+            gate = gate & (found.entropy >= self.config.entropy_threshold)
+        self._keep(_Mixed(self.step, rows, gate, found.ids, found.weights, found.fault))
+        emitted = found.ids[:, :1]
+        forced = torch.full_like(of_rows, -torch.inf).scatter_(1, emitted, of_rows.gather(1, emitted))
+        # generate's scores are a copy of the logits, made for the processors; with output_logits it is returned too.
+        if self.generation.output_logits or _share_memory(scores, self.logits):
+            scores = scores.clone()
+        return scores.index_copy_(0, rows, torch.where(gate[:, None], forced, of_rows))
+
+    def _rows_drawn(self) -> Tensor:
+        """The rows that the rate draws at this step: known ahead, and so without asking the device for anything."""
+        place = self.step % _GATE_STEPS
+        if place == 0:
+            steps = torch.arange(self.step, self.step + _GATE_STEPS)[:, None]
+            gates = bernoulli(philox(torch.tensor(self.config.seed), self.row_ids, steps)[0], self.config.mixing_rate)
+            rows = gates.nonzero()[:, 1].to(self.stopped.device)
+            self._drawn = list(rows.split(gates.sum(1).tolist()))
+        return self._drawn[place]
+
+    def _sample(self, scores: Tensor) -> Tensor:
+        """Every token is ours, and generate, told to be greedy, finds it alone."""
+        out = decode_step(
+            scores, None, self.mixing.neighbor_ids, mixing_rate=self.config.mixing_rate,
+            temperature=self.temperature if self.generation.do_sample else 0.0, seed=self.config.seed, step=self.step,
+            row_ids=self.device_row_ids, enabled=~self.stopped, strategy=self.config.strategy, k=self.config.k,
+            mixing_temperature=self.config.temperature, entropy_threshold=self.config.entropy_threshold,
+            variant=self.config.variant, **_cuts(self.generation),
+        )  # fmt: skip
+        rows = torch.arange(scores.shape[0], device=scores.device)
+        self._keep(_Mixed(self.step, rows, out.gate, out.ids, out.weights, out.fault))
+        return torch.full_like(scores, -torch.inf).scatter_(1, out.token_ids[:, None], 0.0)
+
+    def _keep(self, mixed: _Mixed) -> None:
+        self.mixed.append(mixed)
+        noise = None
+        if self.config.strategy == "gaussian":
+            scale, seed = (x[mixed.rows] for x in self._noise())
+            row_ids = self.device_row_ids[mixed.rows]
+            noise = _Noise(scale, seed, row_ids, torch.full_like(row_ids, self.step))
+        overlay = _Overlay(mixed.rows, mixed.ids, mixed.weights, mixed.gate, noise)
+        self.mixing.mixer.arm_step(self.stopped.shape[0], overlay)
+
+    def _noise(self) -> tuple[Tensor, Tensor]:
+        """Scale and seed of every row."""
+        scale = NOISE_SCALE if self.config.noise_scale is None else self.config.noise_scale
+        return (
+            torch.full_like(self.device_row_ids, scale, dtype=torch.float32),
+            torch.full_like(self.device_row_ids, self.config.seed),
+        )
 
     def record(self, sequences: Tensor, pad: int | None) -> MixRecord:
         """The record of what was returned; `pad` is given where a criterion of the user's may have ended rows."""
         completion = sequences[:, self.prompt_length :]
         length = completion.shape[1]
-        self._finish_step(completion[:, len(self.steps) - 1])
-        gate, ids, weights = (torch.stack(part, dim=1)[:, :length] for part in zip(*self.steps, strict=True))
+        self._finish_step(completion[:, self.step - 1])
         logprobs = torch.stack(self.logprobs, dim=1)[:, :length]
+        ends = torch.isin(completion, self.eos)
+        ended = ends.cumsum(1) - ends.long() > 0
         if pad is not None:  # such a row ends in padding, as one with an end token does
-            ended = (completion == pad).flip(1).cumprod(1).flip(1).bool()
-            gate, logprobs = gate & ~ended, logprobs.masked_fill(ended, 0.0)
+            ended |= (completion == pad).flip(1).cumprod(1).flip(1).bool()
+
+        def filled(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
+            out = torch.zeros(shape, dtype=dtype, device=completion.device)
+            if mixed:
+                out[rows, steps] = torch.cat([getattr(step, name) for step in mixed]).to(dtype)
+            return out
+
+        mixed = [step for step in self.mixed if step.step < length]  # generate may have undone the last steps
+        if mixed:
+            rows = torch.cat([step.rows for step in mixed])
+            steps = torch.cat([torch.full_like(step.rows, step.step) for step in mixed])
+        shape = tuple(completion.shape)
+        gate = filled(shape, "gate", torch.bool) & ~ended
+        ids = filled((*shape, self.config.k), "ids", torch.int64)
+        weights = filled((*shape, self.config.k), "weights", torch.float32)
+        raise_faults(filled(shape, "fault", torch.int32).masked_fill(ended, 0), row_ids=self.row_ids)
+        unknown = (logprobs.isnan() & ~ended).nonzero().tolist()
+        if unknown:
+            row, step = min(unknown, key=lambda place: place[::-1])
+            raise RuntimeError(
+                f"the model's logits at row {int(self.row_ids[row])}, step {step} hold NaN or +inf, or are all -inf: "
+                "what was emitted there is no draw from the policy"
+            )
         if bool(((completion != ids[:, :, 0]) & gate).any()):
             raise RuntimeError("a mixed step did not emit its anchor: another logits processor overruled it")
-        return MixRecord(gate, ids, weights, self.prompt_length, logprobs)
+        noise = {}
+        if self.config.strategy == "gaussian":
+            noise = dict(zip(("noise_scale", "noise_seed"), self._noise(), strict=True))
+            noise["row_ids"] = self.device_row_ids
+        return MixRecord(gate, ids, weights, self.prompt_length, logprobs.masked_fill(ended, 0.0), **noise)
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+def _cuts(generation: GenerationConfig) -> dict[str, Any]:
+    """What of the distribution a sampled generation keeps, as `decode_step` takes it."""
+    if not generation.do_sample:
+        return {}
+    cuts = {"top_k": generation.top_k or None, "top_p": generation.top_p, "min_p": generation.min_p}
+    return {name: value for name, value in cuts.items() if value is not None}
 
 
 def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -> None:
@@ -257,6 +404,32 @@ def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -
     for name in ("inputs_embeds", "custom_generate", "inputs"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} cannot be mixed: pass the prompt as input_ids")
+
+
+# And the values that leave them off.
+_NATIVE_ONLY = {
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+    "watermarking_config": (None,),
+    "renormalize_logits": (None, False),
+}
+
+
+def refuse_native_cuts(generation: GenerationConfig) -> None:
+    """Refuse settings of a sampled generation that the sampler "ngrpo" does not have.
+
+    Raises:
+        ValueError: the setting and its value.
+    """
+    for name, off in _NATIVE_ONLY.items():
+        value = getattr(generation, name, None)
+        if generation.do_sample and value not in off:
+            raise ValueError(
+                f"{name}={value} is not supported by sampler 'ngrpo', which has temperature, top_k, top_p and min_p: "
+                "leave it out, or sample with sampler='native'"
+            )
 
 
 class NeighborMixing:
@@ -350,19 +523,25 @@ class NeighborMixing:
 
             return self.table.refresh(embedding, progress=progress)
 
-    def _candidates(self, scores: Tensor) -> Tensor:
+    @property
+    def neighbor_ids(self) -> Tensor | None:
+        """[V, k - 1], as `decode_step` takes them; None for a strategy that has no neighbours."""
+        if self.config.strategy != "neighbor":
+            return None
+        if self.table is None:
+            return torch.empty(self.vocabulary, 0, dtype=torch.int64, device=self._inner.device)
+        return self.table.ids
+
+    def require_vocabulary(self, scores: Tensor) -> None:
+        """
+        Raises:
+            ValueError: the model's head has another vocabulary than its embeddings.
+        """
         if scores.shape[1] != self.vocabulary:
             raise ValueError(
                 f"the model has {self.vocabulary} token embeddings but {scores.shape[1]} logits: two vocabularies that "
                 "differ cannot be mixed (resize_token_embeddings makes them equal)"
             )
-        if self.config.strategy == "topk":
-            # Raised, the anchor of the other strategies, the lowest id among equal maxima, comes first here too.
-            anchor = scores.argmax(-1, keepdim=True)
-            return scores.scatter(1, anchor, torch.inf).topk(self.config.k, dim=-1).indices
-        if self.table is None:
-            return neighbor_candidates(scores, scores.new_empty(self.vocabulary, 0, dtype=torch.int64))
-        return neighbor_candidates(scores, self.table.ids)
 
     @contextmanager
     def rollouts(self, row_ids: Tensor | None = None) -> Iterator[list[MixRecord]]:
@@ -415,7 +594,8 @@ class NeighborMixing:
         arguments = dict(kwargs)
         generation, _ = model._prepare_generation_config(arguments.pop("generation_config", None), **arguments)
         refuse_generation(generation, kwargs)
-        device = model.device
+        if self.config.sampler == "ngrpo":
+            refuse_native_cuts(generation)
         rows = input_ids.shape[0] * (generation.num_return_sequences or 1)
         if row_ids is None:
             row_ids = torch.arange(self.next_row, self.next_row + rows)
@@ -423,13 +603,18 @@ class NeighborMixing:
         if row_ids.shape != (rows,):
             raise ValueError(f"row_ids must be [{rows}], one for each returned sequence, got {tuple(row_ids.shape)}")
         self.refresh()
-        rollout = _Rollout(self, generation, row_ids.to(device), input_ids.shape[1])
+        rollout = _Rollout(self, generation, row_ids, input_ids.shape[1])
         processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), rollout])
+        changed: dict[str, Any] = {"disable_compile": True}
+        if self.config.sampler == "ngrpo":  # what generate itself samples by is ours
+            changed |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
         if kwargs.get("generation_config") is None:
-            kwargs["disable_compile"] = True
+            kwargs.update(changed)
         else:  # generate takes a configuration or settings, not both
             kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            kwargs["generation_config"].disable_compile = True
+            for name, value in changed.items():
+                setattr(kwargs["generation_config"], name, value)
+                kwargs.pop(name, None)
         watching = model.register_forward_hook(rollout.watch)
         try:
             output = generate(input_ids=input_ids, logits_processor=processors, **kwargs)

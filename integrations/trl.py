@@ -31,7 +31,7 @@ except ImportError as error:
 
 from ngrpo_ops import MixingConfig, MixRecord
 
-from .transformers import NeighborMixing, refuse_generation
+from .transformers import NeighborMixing, refuse_generation, refuse_native_cuts
 
 logger = logging.get_logger(__name__)
 
@@ -78,9 +78,12 @@ class NGRPOConfig(GRPOConfig):
         ValueError: a mixing field out of range, by name.
     """
 
-    mixing_k: int = field(
-        default=3,
-        metadata={"help": "Candidates a mixed step combines, the anchor counted. 1 only emits the anchor."},
+    mixing_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Candidates a mixed step combines, the anchor counted. 1 only emits the anchor. None: 3, or 1 for "
+            "strategy 'anchor'."
+        },
     )
     mixing_rate: float = field(
         default=0.1,
@@ -96,15 +99,33 @@ class NGRPOConfig(GRPOConfig):
     )
     mixing_strategy: str = field(
         default="neighbor",
-        metadata={"help": "Candidates: 'neighbor' (N-GRPO) or 'topk', the most likely tokens (Soft Thinking)."},
+        metadata={
+            "help": "What is mixed: 'neighbor' (N-GRPO), 'topk' (Soft Thinking), 'gumbel' (SofT-GRPO), 'gaussian' "
+            "(STHT) or 'anchor' (nothing: the control)."
+        },
     )
     mixing_variant: str = field(
         default="paper",
         metadata={"help": "Weights: 'paper', or 'released', those that the published code really applies."},
     )
+    mixing_entropy_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Mix only where the policy's entropy, in nats, is at least this. None: the rate alone."},
+    )
+    mixing_noise_scale: float | None = field(
+        default=None,
+        metadata={"help": "Of strategy 'gaussian': the noise's size over the mix's. None: 0.33."},
+    )
+    mixing_sampler: str = field(
+        default="native",
+        metadata={
+            "help": "Who samples what is not mixed: 'native', generate itself, or 'ngrpo', a generator keyed by seed, "
+            "row and step."
+        },
+    )
     mixing_seed: int | None = field(
         default=None,
-        metadata={"help": "Key of the generator that draws the gates. None: `seed`."},
+        metadata={"help": "Key of the generator that draws gates, noise and the samples of 'ngrpo'. None: `seed`."},
     )
     mixing_stop_token_ids: list[int] | None = field(
         default=None,
@@ -121,7 +142,7 @@ class NGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.mixing()
+        self.mixing_k = self.mixing().k
 
     def mixing(self) -> MixingConfig:
         """The fields as a `MixingConfig`."""
@@ -132,6 +153,9 @@ class NGRPOConfig(GRPOConfig):
             "metric": self.mixing_metric,
             "strategy": self.mixing_strategy,
             "variant": self.mixing_variant,
+            "entropy_threshold": self.mixing_entropy_threshold,
+            "noise_scale": self.mixing_noise_scale,
+            "sampler": self.mixing_sampler,
             "stop_token_ids": self.mixing_stop_token_ids or (),
             "allowed_token_ids": self.mixing_allowed_token_ids,
             "seed": self.seed if self.mixing_seed is None else self.mixing_seed,
@@ -193,6 +217,8 @@ class NGRPOTrainer(GRPOTrainer):
             )
         _refuse_absolute_positions(self.model)
         refuse_generation(self.generation_config, dict(self.generation_kwargs))
+        if args.mixing_sampler == "ngrpo":
+            refuse_native_cuts(self.generation_config)
         self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), args.mixing())
         if self.ref_model is not None:
             self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))

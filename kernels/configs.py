@@ -60,6 +60,14 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (128, _config(4, registers=64, BLOCK_G=4, BLOCK_R=128)),
         (2**31, _config(8, registers=64, BLOCK_G=1, BLOCK_R=2048)),
     ),
+    # How the vocabulary is cut: never by the batch. The choice goes by d, the filter by V.
+    "decode_partials_kernel": (
+        (16384, _config(4, BLOCK_V=1024)),
+        (2**31, _config(8, BLOCK_V=4096)),
+    ),
+    "decode_filter_kernel": ((2**31, _config(8, BLOCK_V=2048)),),
+    "decode_choice_kernel": ((2**31, _config(8, BLOCK_D=1024)),),
+    "gaussian_noise_kernel": ((2**31, _config(4, BLOCK_D=1024)),),
     # The width is the number of queries, and 0 for l1, which has no matrix product and so no use for large tiles.
     "tile_best_kernel": (
         (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
@@ -84,6 +92,10 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "log_softmax_backward_kernel": {"BLOCK_V": 1024},
     "group_advantages_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "group_advantages_backward_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
+    "decode_partials_kernel": {"BLOCK_V": 1024},
+    "decode_filter_kernel": {"BLOCK_V": 2048},
+    "decode_choice_kernel": {"BLOCK_D": 128},
+    "gaussian_noise_kernel": {"BLOCK_D": 128},
     "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "tile_best_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},

@@ -17,14 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, launcher, widen
-
-
-@triton.jit
-def _scale(z, inverse, residual):
-    """z / temperature, to the last bit or so, without a division: 1 / temperature is inverse + residual. -inf stays."""
-    scaled = z * inverse
-    return tl.where(scaled - scaled == 0.0, tl.fma(z, inverse, z * residual), scaled)
+from .primitives import launch, launcher, scale, widen
 
 
 @triton.jit(do_not_specialize=["n", "t"])
@@ -40,7 +33,7 @@ def log_softmax_forward_kernel(
     for start in range(0, v, BLOCK_V):
         columns = widen(start + tl.arange(0, BLOCK_V), INT64)
         z = tl.load(base + columns * stride_v, mask=columns < v, other=float("-inf")).to(tl.float32)
-        z = _scale(z, inverse, residual)
+        z = scale(z, inverse, residual)
         new_top = tl.maximum(top, tl.max(z, axis=0))
         # Nothing but -inf so far: any finite reference will do.
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -62,7 +55,7 @@ def log_softmax_forward_kernel(
     token = tl.load(ids + row * K + c, mask=c < K, other=-1)
     known = (token >= 0) & (token < v)
     z = tl.load(base + widen(token, INT64) * stride_v, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(logprobs + row * K + c, (_scale(z, inverse, residual) - top) - log_mass, mask=c < K)
+    tl.store(logprobs + row * K + c, (scale(z, inverse, residual) - top) - log_mass, mask=c < K)
 
 
 @triton.jit(do_not_specialize=["n", "t"])
@@ -75,7 +68,7 @@ def log_softmax_backward_kernel(
     columns = widen(tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V), INT64)
     where = (row // t) * stride_b + (row % t) * stride_t + columns * stride_v
     z = tl.load(logits + where, mask=columns < v, other=float("-inf")).to(tl.float32)
-    log_p = (_scale(z, inverse, residual) - tl.load(normalizer + row)) - tl.load(normalizer + n + row)
+    log_p = (scale(z, inverse, residual) - tl.load(normalizer + row)) - tl.load(normalizer + n + row)
     p = tl.exp(log_p)
     c = tl.arange(0, BLOCK_K)
     token = tl.load(ids + row * K + c, mask=c < K, other=-1)

@@ -1,4 +1,4 @@
-"""What every kernel shares: offsets that do not overflow, and the launch."""
+"""What the kernels share: offsets that do not overflow, division by a temperature, random words, and the launch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ _R = TypeVar("_R")
 def widen(index, INT64: tl.constexpr):
     """An index wide enough to be multiplied by a stride; 32 bits where every offset is known to fit."""
     return index.to(tl.int64) if INT64 else index.to(tl.int32)
+
+
+@triton.jit
+def scale(z, inverse, residual):
+    """z / temperature, to the last bit or so, without a division: 1 / temperature is inverse + residual. -inf stays."""
+    scaled = z * inverse
+    return tl.where(scaled - scaled == 0.0, tl.fma(z, inverse, z * residual), scaled)
+
+
+@triton.jit
+def random_words(seed, step, row_id, stream):
+    """The four words of `ngrpo_ops.random.philox`, uint32."""
+    key = seed ^ ((stream.to(tl.int64) * 0x85EBCA6B) << 32)
+    return tl.philox(
+        key, step.to(tl.uint32), (step >> 32).to(tl.uint32), row_id.to(tl.uint32), (row_id >> 32).to(tl.uint32)
+    )
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:

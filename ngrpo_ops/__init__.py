@@ -4,23 +4,28 @@ from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
 from .functional import (
     DecodeStep,
+    MixingCandidates,
     NearestNeighbors,
     candidate_weights,
     decode_step,
+    gaussian_noise,
     group_advantages,
     mix_embeddings,
+    mixing_candidates,
     nearest_neighbors,
+    raise_faults,
     selective_log_softmax,
 )
 from .record import MixRecord
 from .table import NeighborTable, RefreshReport
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "ADVANTAGE_PRESETS",
     "DecodeStep",
     "MixRecord",
+    "MixingCandidates",
     "MixingConfig",
     "NearestNeighbors",
     "NeighborTable",
@@ -28,8 +33,11 @@ __all__ = [
     "Whitening",
     "candidate_weights",
     "decode_step",
+    "gaussian_noise",
     "group_advantages",
     "mix_embeddings",
+    "mixing_candidates",
     "nearest_neighbors",
+    "raise_faults",
     "selective_log_softmax",
 ]

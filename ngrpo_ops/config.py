@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Metric = Literal["cosine", "dot", "l2", "l1"]
-Strategy = Literal["neighbor", "topk"]
+Strategy = Literal["neighbor", "topk", "gumbel", "gaussian", "anchor"]
 Variant = Literal["paper", "released"]
+Sampler = Literal["native", "ngrpo"]
+
+NOISE_SCALE = 0.33  # of STHT
 
 
 @dataclass(frozen=True)
@@ -18,46 +21,72 @@ class MixingConfig:
 
     Args:
         k: candidates a mixed step combines, the anchor counted (the paper's k). ``k=1`` only emits the anchor: the
-            control that separates "argmax on a fraction of the steps" from mixing; it needs no neighbour table.
+            control that separates "argmax on a fraction of the steps" from mixing; it needs no neighbour table. None:
+            3, or 1 for strategy "anchor".
         mixing_rate: probability rho in [0, 1] that a step is mixed, drawn for every sequence and step (section 3.3).
         temperature: tau of the mixing weights (equations 2 and 9); ``None`` takes the rollout's own temperature
-            (1.0 for a greedy rollout).
+            (1.0 for a greedy rollout). For "gumbel" it divides the noised log-probabilities, which themselves are those
+            of the rollout's temperature.
         metric: similarity by which the neighbours are chosen: "cosine" (the paper), "dot", "l2", "l1".
-        strategy: where the candidates come from: "neighbor", the anchor and its nearest neighbours in the input
-            embedding table (the paper), or "topk", the k most likely tokens (Soft Thinking, arXiv 2505.15778).
+        strategy: what is mixed, and what a mixed step emits. "neighbor": the anchor and its nearest neighbours in the
+            input embedding table (the paper). "topk": the k most likely tokens (Soft Thinking, arXiv 2505.15778).
+            "gumbel": the same, their weights softmax((log p + Gumbel noise) / tau) (SofT-GRPO, arXiv 2511.06411); the
+            heaviest is emitted, which is a draw from the policy's top k. "gaussian": "topk" and Gaussian noise on the
+            mix (STHT, arXiv 2509.19170). "anchor": k = 1, the control. All but "gumbel" emit the argmax.
         variant: "paper", or "released": the weights the published code really applies, a softmax over the candidates'
             *probabilities* where the paper takes their logits. Only the weights follow it; the rest is the paper's.
+        entropy_threshold: a step is mixed only where the entropy of the policy, at the rollout's temperature and in
+            nats, is at least this; with ``mixing_rate=1`` it is the whole gate. None: the rate alone.
+        noise_scale: of "gaussian": the noise's size over the mix's (root mean square); None: 0.33, STHT's.
+        sampler: who draws the tokens of steps that are not mixed: "native", the trainer's or engine's own sampler, so
+            that a rate of 0 is stock GRPO bit for bit, or "ngrpo", `decode_step`'s, keyed (seed, row, step) too.
         stop_token_ids: once one of these has been emitted (``</think>``, say) a sequence is no longer mixed.
         allowed_token_ids: tokens that may be returned as neighbours; ``None`` allows the whole table.
         loss_on_mixed_steps: ``False`` leaves the gated steps out of the loss: a forced anchor is not a draw from the
             policy. The paper keeps them.
-        seed: key of the counter-based generator that draws the gates.
+        seed: key of the counter-based generator that draws the gates, the noise, and the tokens of sampler "ngrpo".
 
     Raises:
         ValueError: a value outside what is stated above; the message names the field.
     """
 
-    k: int = 3
+    k: int = None  # type: ignore[assignment]  # an int from __post_init__ on
     mixing_rate: float = 0.1
     temperature: float | None = None
     metric: Metric = "cosine"
     strategy: Strategy = "neighbor"
     variant: Variant = "paper"
+    entropy_threshold: float | None = None
+    noise_scale: float | None = None
+    sampler: Sampler = "native"
     stop_token_ids: Sequence[int] = ()
     allowed_token_ids: Sequence[int] | None = None
     loss_on_mixed_steps: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.k is None:
+            object.__setattr__(self, "k", 1 if self.strategy == "anchor" else 3)
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"k must be an integer of at least 1 (the anchor counts), got {self.k!r}")
         if not 0.0 <= self.mixing_rate <= 1.0:
             raise ValueError(f"mixing_rate must be within [0, 1], got {self.mixing_rate!r}")
         if self.temperature is not None and not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be positive and finite, or None, got {self.temperature!r}")
-        for name, allowed in (("metric", Metric), ("strategy", Strategy), ("variant", Variant)):
+        choices = {"metric": Metric, "strategy": Strategy, "variant": Variant, "sampler": Sampler}
+        for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
+        if self.strategy == "anchor" and self.k != 1:
+            raise ValueError(f"k must be 1 for strategy 'anchor', or left out, got {self.k!r}")
+        if self.strategy == "gumbel" and self.variant == "released":
+            raise ValueError("variant must be 'paper' for strategy 'gumbel', got 'released'")
+        for name in ("entropy_threshold", "noise_scale"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a finite number of at least 0, or None, got {value!r}")
+        if self.noise_scale is not None and self.strategy != "gaussian":
+            raise ValueError(f"noise_scale is read by strategy 'gaussian' alone, got {self.noise_scale!r}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             tokens = getattr(self, name)
             if tokens is None and name == "allowed_token_ids":
@@ -65,6 +94,8 @@ class MixingConfig:
             if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
                 raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")
             object.__setattr__(self, name, tuple(tokens))
+        if self.allowed_token_ids is not None and self.strategy != "neighbor":
+            raise ValueError(f"allowed_token_ids is read by strategy 'neighbor' alone, got strategy {self.strategy!r}")
         if self.allowed_token_ids is not None and len(set(self.allowed_token_ids)) < self.k:
             raise ValueError(
                 f"allowed_token_ids must name at least k = {self.k} tokens, got {self.allowed_token_ids!r}"

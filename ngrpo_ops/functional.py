@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args, overload
 
 import torch
@@ -9,12 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from . import advantages, backends, ops, reference, sharded
+from . import advantages, backends, decoding, ops, reference, sharded
 from .advantages import Whitening
-from .config import Metric, Variant
+from .config import NOISE_SCALE, Metric, Strategy, Variant
 from .search import Progress
 from .validation import (
-    require_backend,
     require_choice,
     require_embedding,
     require_flag,
@@ -48,6 +48,17 @@ class DecodeStep(NamedTuple):
     weights: Tensor
     embeddings: Tensor
     logprobs: Tensor
+    entropy: Tensor
+    fault: Tensor
+
+
+class MixingCandidates(NamedTuple):
+    """What a step of each row would mix; see `mixing_candidates`."""
+
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+    fault: Tensor
 
 
 def nearest_neighbors(
@@ -148,7 +159,7 @@ def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, 
         )
     require_positive(temperature, "temperature")
     require_choice(variant, get_args(Variant), "variant")
-    return reference.candidate_weights(logits, ids, temperature, variant)
+    return decoding.candidate_weights(logits, ids, temperature, variant)
 
 
 def mix_embeddings(
@@ -211,97 +222,327 @@ def mix_embeddings(
     return ops.mix_embeddings(embedding, ids, weights, padding_id, deterministic, backend).view(*shape, d)
 
 
+def mixing_candidates(
+    logits: Tensor,
+    neighbor_ids: Tensor | None = None,
+    *,
+    strategy: Strategy = "neighbor",
+    k: int | None = None,
+    temperature: float | Tensor = 1.0,
+    mixing_temperature: float | None = None,
+    variant: Variant = "paper",
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> MixingCandidates:
+    """What a step would mix, for a trainer or an engine that samples by itself: `decode_step` without gate and sample.
+
+    Args:
+        logits, neighbor_ids, strategy, k, temperature, mixing_temperature, variant, seed, step, row_ids, backend: as in
+            `decode_step`. seed, step and row_ids are what the noise of strategy "gumbel" is drawn by; no other reads
+            them.
+
+    Returns:
+        MixingCandidates: ids [B, k] int64, the first the one that a mixed step emits; weights [B, k] float32; entropy
+        [B] float32 of softmax(logits / temperature), in nats; fault [B] int32. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: as `decode_step`.
+    """
+    batch = _require_logits(logits)
+    k = _require_strategy(logits, neighbor_ids, strategy, k, variant, mixing_temperature)
+    found = ops.mixing_candidates(
+        logits.detach(), neighbor_ids, k, strategy, variant, _temperature(temperature, logits),
+        mixing_temperature, _counter(seed, "seed"), _counter(step, "step"), _require_rows(row_ids, batch, logits),
+        backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+    )  # fmt: skip
+    return MixingCandidates(*found)
+
+
 def decode_step(
     logits: Tensor,
-    embedding: Tensor,
-    neighbor_ids: Tensor,
+    embedding: Tensor | None,
+    neighbor_ids: Tensor | None = None,
     *,
     mixing_rate: float = 0.1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     seed: int | Tensor,
     step: int | Tensor,
     row_ids: Tensor | None = None,
+    enabled: Tensor | None = None,
+    strategy: Strategy = "neighbor",
+    k: int | None = None,
+    mixing_temperature: float | None = None,
+    noise_scale: float | None = None,
+    entropy_threshold: float | None = None,
     variant: Variant = "paper",
     backend: str | None = None,
 ) -> DecodeStep:
     """One decode step of an N-GRPO rollout: sample, anchor, gate, weights, mix (section 3, equations 2 to 10).
 
     Args:
-        logits: [B, V], floating point.
-        embedding: the input table E [V, d].
-        neighbor_ids: int64 [V, k - 1], the neighbours of every token (`NeighborTable.ids`); [V, 0] is k = 1.
+        logits: [B, V], floating point, any strides.
+        embedding: the input table E [V, d]; None where the model embeds ids and weights by itself: embeddings is then
+            [B, 0].
+        neighbor_ids: int64 [V, k - 1], the neighbours of every token (`NeighborTable.ids`), for strategy "neighbor";
+            [V, 0] is k = 1.
         mixing_rate: probability rho that a row is mixed at this step.
-        temperature: tau > 0; sample, weights and log-probabilities use logits / tau.
-        top_k, top_p: cut the *sampled* distribution (top_k first; equal logits by the lower id); the weights and the
-            log-probabilities do not see them. None: no cut.
-        seed, step: int or 0-d int64 tensor; with `row_ids` int64 [B] (default 0 .. B - 1) they are all that gate and
-            sample depend on: a Philox generator keyed (seed, row id, step). torch's generators are not touched.
-        variant: weights of the "paper" or of the "released" code.
-        backend: None or "eager".
+        temperature: tau >= 0, for all rows or [B]; sample, weights and log-probabilities use logits / tau. 0 is greedy:
+            such a row emits its argmax, and its weights and log-probabilities are those of tau = 1.
+        top_k, top_p, min_p: cut the *sampled* distribution, in this order, for all rows or [B] (int64 for top_k; below
+            1, 1 and 0 are no cut); equal logits are kept by the lower id. The weights, the log-probabilities and the
+            entropy do not see them. min_p is relative to the largest probability. None: no cut.
+        seed, step: int or 0-d int64 tensor; with `row_ids` int64 [B] (default 0 .. B - 1) they are all that gate,
+            sample and noise depend on: a Philox generator keyed (seed, row id, step). torch's generators are not
+            touched. As tensors on the GPU they are read there: a captured CUDA graph goes on with what they then hold.
+        enabled: bool [B]; a row that is False (ended, past its stop token, being evaluated) is sampled and not mixed.
+        strategy: the candidates and their weights, see `MixingConfig`: "neighbor", "topk", "gumbel" or "gaussian", over
+            the k most likely tokens, or "anchor", k = 1. Only "neighbor" reads `neighbor_ids`.
+        k: candidates of a row, the anchor counted, for "topk", "gumbel" and "gaussian".
+        mixing_temperature: tau of the weights alone; None: `temperature`.
+        noise_scale: of "gaussian": the noise's size over the mix's own (root mean square). None: 0.33.
+        entropy_threshold: a row is mixed only where the entropy of softmax(logits / tau), in nats, is at least this.
+            The gate is then the rate's and the entropy's; with mixing_rate=1 the entropy's alone.
+        variant: weights of the "paper", or "released": those the published code really applies.
+        backend: None, "eager" or "triton"; None is "triton" on a GPU for k <= 32 and up to float32, or under
+            TRITON_INTERPRET=1.
 
     Returns:
-        DecodeStep: token_ids [B] int64; gate [B] bool; ids [B, k] int64, ids[:, 0] being the argmax; weights [B, k]
-        float32; embeddings [B, d] in E's dtype; logprobs [B] float32. ids and weights are valid on every row: gated
-        rows emit ids[:, 0] and embed the mix, the others emit the sample and embed E[sample]. logprobs: log-softmax of
-        logits / tau at the emitted token, before top_k and top_p. Not differentiable. A row of NaN logits yields NaN.
+        DecodeStep: token_ids [B] int64; gate [B] bool; ids [B, k] int64, ids[:, 0] being the argmax (for "gumbel" that
+        of the noised logits); weights [B, k] float32; embeddings [B, d] in E's dtype; logprobs [B] float32; entropy [B]
+        float32; fault [B] int32. ids and weights are valid on every row: gated rows emit ids[:, 0] and embed the mix,
+        the others emit the sample and embed E[sample]. logprobs: log-softmax of logits / tau at the emitted token,
+        before the cuts. Not differentiable.
+
+        fault is 0, or not 0 for a row whose logits hold NaN or +inf, or are all -inf, or whose anchor's neighbours are
+        not tokens. Such a row is not gated, emits token 0, and has NaN for all that is floating point. Nothing is
+        raised here, which would make the host wait at every step: collect the faults and give them to `raise_faults`.
 
     Raises:
-        TypeError, ValueError: an argument of another dtype, shape or range, by name; tables of another vocabulary.
+        TypeError, ValueError: an argument of another dtype, shape or range, by name; tables of another vocabulary; a
+            setting that the strategy would not read; a backend that cannot be used.
     """
+    batch = _require_logits(logits)
+    if embedding is None:
+        embedding = logits.new_empty(logits.shape[1], 0)
+    else:
+        require_embedding(embedding)
+    if embedding.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"embedding has {embedding.shape[0]} rows but logits {logits.shape[1]} columns: two vocabularies that "
+            "differ"
+        )
+    require_same_device("embedding", embedding, "logits", logits)
+    k = _require_strategy(logits, neighbor_ids, strategy, k, variant, mixing_temperature)
+    require_number(mixing_rate, "mixing_rate", least=0)
+    if not mixing_rate <= 1.0:
+        raise ValueError(f"mixing_rate must be within [0, 1], got {mixing_rate!r}")
+    if noise_scale is not None:
+        require_number(noise_scale, "noise_scale", least=0)
+        if strategy != "gaussian":
+            raise ValueError(f"noise_scale is read by strategy 'gaussian' alone, got {noise_scale} with {strategy!r}")
+    if entropy_threshold is not None:
+        require_number(entropy_threshold, "entropy_threshold", least=0)
+    if enabled is not None:
+        require_mask(enabled, (batch,), "enabled", "[B]")
+        require_same_device("enabled", enabled, "logits", logits)
+    out = ops.decode_step(
+        logits.detach(), embedding.detach(), neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold,
+        NOISE_SCALE if noise_scale is None else noise_scale, _temperature(temperature, logits), mixing_temperature,
+        _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits), _cut(min_p, "min_p", logits),
+        _counter(seed, "seed"), _counter(step, "step"), _require_rows(row_ids, batch, logits), enabled,
+        backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+    )  # fmt: skip
+    return DecodeStep(*out)
+
+
+def gaussian_noise(
+    mixed: Tensor,
+    noise_scale: float | Tensor,
+    *,
+    seed: int | Tensor,
+    row_ids: Tensor,
+    steps: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Mixed embeddings with the noise of strategy "gaussian" (STHT, arXiv 2509.19170), drawn again from its counters.
+
+    Args:
+        mixed: [M, d], floating point, of `mix_embeddings`.
+        noise_scale: the noise's size over that of each row of `mixed` (root mean square), for all rows or [M].
+        seed: int or int64, 0-d or [M]. row_ids, steps: int64 [M]. As they were in the decode step.
+        backend: None, "eager" or "triton".
+
+    Returns:
+        [M, d] in the dtype of `mixed`: mixed + noise. Differentiable in `mixed`, the noise being a constant.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype or shape, by name; a backend that cannot be used.
+    """
+    require_floating(mixed, "mixed")
+    if mixed.dim() != 2:
+        raise ValueError(f"mixed must be [M, d], got shape {tuple(mixed.shape)}")
+    rows = mixed.shape[:1]
+    for name, tensor in (("row_ids", row_ids), ("steps", steps)):
+        require_ids(tensor, name)
+        require_shape(tensor, tuple(rows), name, "[M]")
+        require_same_device(name, tensor, "mixed", mixed)
+    if isinstance(noise_scale, Tensor):
+        require_floating(noise_scale, "noise_scale")
+        require_shape(noise_scale, tuple(rows), "noise_scale", "[M]")
+        require_same_device("noise_scale", noise_scale, "mixed", mixed)
+    else:
+        require_number(noise_scale, "noise_scale", least=0)
+        noise_scale = torch.full(rows, noise_scale, dtype=torch.float32, device=mixed.device)
+    if not isinstance(seed, Tensor) or seed.dim() == 0:
+        seed = _counter(seed, "seed").to(mixed.device).expand(rows)
+    require_ids(seed, "seed")
+    require_shape(seed, tuple(rows), "seed", "[M]")
+    if not mixed.numel():
+        return mixed
+    noise = ops.gaussian_noise(mixed.detach(), noise_scale, seed, row_ids, steps, backends.choose(backend, mixed))
+    return (mixed.to(noise.dtype) + noise).to(mixed.dtype)
+
+
+def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
+    """Raises if a decode step met logits that nothing can be sampled from. Reads `fault` once: the host waits here.
+
+    Args:
+        fault: int32 [B] or [B, T], the faults of one step or of all steps of a generation.
+        row_ids: int64 [B], to name the rows by; None: their place.
+
+    Raises:
+        RuntimeError: the first faulty row and step of those there are, and what is wrong with it.
+    """
+    require_tensor(fault, "fault")
+    steps = fault[:, None] if fault.dim() == 1 else fault
+    faulty = steps.nonzero().tolist()
+    if not faulty:
+        return
+    row, step = min(faulty, key=lambda place: place[::-1])
+    reasons = "; ".join(text for bit, text in decoding.FAULTS.items() if int(steps[row, step]) & bit)
+    where = f"row {row if row_ids is None else int(row_ids[row])}" + (f", step {step}" if fault.dim() == 2 else "")
+    more = f" (and {len(faulty) - 1} more)" if len(faulty) > 1 else ""
+    raise RuntimeError(f"nothing could be sampled at {where}{more}: {reasons}")
+
+
+def _require_logits(logits: Tensor) -> int:
+    """B of logits [B, V]."""
     require_tensor(logits, "logits")
     if logits.dim() != 2 or not logits.is_floating_point() or logits.numel() == 0:
         raise ValueError(
             f"logits must be a non-empty floating-point [B, V], got {logits.dtype} of shape {tuple(logits.shape)}"
         )
-    require_embedding(embedding)
-    require_ids(neighbor_ids, "neighbor_ids")
-    batch, vocabulary = logits.shape
-    if embedding.shape[0] != vocabulary:
-        raise ValueError(
-            f"embedding has {embedding.shape[0]} rows but logits {vocabulary} columns: two vocabularies that differ"
-        )
-    if neighbor_ids.dim() != 2 or neighbor_ids.shape[0] != vocabulary:
-        raise ValueError(f"neighbor_ids must be [V = {vocabulary}, k - 1], got shape {tuple(neighbor_ids.shape)}")
-    if not 0.0 <= mixing_rate <= 1.0:
-        raise ValueError(f"mixing_rate must be within [0, 1], got {mixing_rate!r}")
-    require_positive(temperature, "temperature")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None, got {top_k!r}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be within (0, 1], or None, got {top_p!r}")
+    return logits.shape[0]
+
+
+def _require_strategy(
+    logits: Tensor,
+    neighbor_ids: Tensor | None,
+    strategy: str,
+    k: int | None,
+    variant: str,
+    mixing_temperature: float | None,
+) -> int:
+    """The number of candidates."""
+    vocabulary = logits.shape[1]
+    require_choice(strategy, get_args(Strategy), "strategy")
     require_choice(variant, get_args(Variant), "variant")
-    require_backend(backend)
-    device = logits.device
-    if row_ids is None:
-        row_ids = torch.arange(batch, device=device)
-    require_ids(row_ids, "row_ids")
-    require_shape(row_ids, (batch,), "row_ids", "[B]")
-    for name, tensor in (("embedding", embedding), ("neighbor_ids", neighbor_ids), ("row_ids", row_ids)):
-        require_same_device(name, tensor, "logits", logits)
-    out = ops.decode_step(
-        logits.detach(),
-        embedding.detach(),
-        neighbor_ids,
-        mixing_rate,
-        temperature,
-        top_k,
-        top_p,
-        _scalar(seed, "seed", device),
-        _scalar(step, "step", device),
-        row_ids,
-        variant,
-    )
-    return DecodeStep(*out)
+    if mixing_temperature is not None:
+        require_positive(mixing_temperature, "mixing_temperature")
+    if strategy == "gumbel" and variant == "released":
+        raise ValueError("variant='released' has no strategy 'gumbel': its weights are the probabilities' own")
+    if strategy == "neighbor":
+        if neighbor_ids is None:
+            raise ValueError("neighbor_ids must be given for strategy 'neighbor'; got None")
+        require_ids(neighbor_ids, "neighbor_ids")
+        if neighbor_ids.dim() != 2 or neighbor_ids.shape[0] != vocabulary:
+            raise ValueError(f"neighbor_ids must be [V = {vocabulary}, k - 1], got shape {tuple(neighbor_ids.shape)}")
+        require_same_device("neighbor_ids", neighbor_ids, "logits", logits)
+        if k is not None and k != neighbor_ids.shape[1] + 1:
+            raise ValueError(f"k must be neighbor_ids' columns and 1 = {neighbor_ids.shape[1] + 1}, got {k!r}")
+        return neighbor_ids.shape[1] + 1
+    if neighbor_ids is not None:
+        raise ValueError(f"neighbor_ids are read by strategy 'neighbor' alone, got strategy {strategy!r}")
+    if strategy == "anchor":
+        if k not in (None, 1):
+            raise ValueError(f"k must be 1 for strategy 'anchor', got {k!r}")
+        return 1
+    require_integer(k, "k")
+    assert k is not None
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k must be within [1, V = {vocabulary}], got {k}")
+    return k
 
 
-def _scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor:
+def _unsupported_step(k: int, variant: str, mixing_temperature: float | None) -> str | None:
+    if k > _MAX_K:
+        return f"the kernel takes k <= {_MAX_K}, got {k}"
+    if variant == "released" and mixing_temperature is not None:
+        return "the kernel has the 'released' weights at the sampling temperature only"
+    return None
+
+
+def _temperature(value: float | Tensor, logits: Tensor) -> Tensor:
+    return _setting(value, "temperature", 0.0, math.inf, logits)
+
+
+def _cut(value: float | Tensor | None, name: str, logits: Tensor) -> Tensor | None:
+    """top_k, top_p or min_p, [B] or 0-d on the CPU."""
+    if value is None:
+        return None
+    if name == "top_k":
+        if isinstance(value, Tensor):
+            require_ids(value, name)
+            require_shape(value, (logits.shape[0],), name, "[B]")
+            require_same_device(name, value, "logits", logits)
+            return value
+        require_integer(value, name, least=1)
+        return torch.full((), value, dtype=torch.int64)
+    return _setting(value, name, 0.0, 1.0, logits, open_below=name == "top_p")
+
+
+def _setting(
+    value: float | Tensor, name: str, least: float, most: float, logits: Tensor, *, open_below: bool = False
+) -> Tensor:
+    """A floating-point setting, [B] where it differs from row to row and 0-d on the CPU where it does not. The values
+    of a tensor are looked at where that does not make the host wait."""
+    if isinstance(value, Tensor):
+        require_floating(value, name)
+        require_shape(value, (logits.shape[0],), name, "[B]")
+        require_same_device(name, value, "logits", logits)
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return value
+        low, high = (float(x) for x in value.aminmax())
+    else:
+        require_number(value, name, least=least)
+        low = high = value
+    if not (least <= low and high <= most) or (open_below and low == least) or high == math.inf:
+        bounds = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
+        raise ValueError(f"{name} must be within {bounds}, got {low if low == high else (low, high)!r}")
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64)
+
+
+def _require_rows(row_ids: Tensor | None, batch: int, logits: Tensor) -> Tensor | None:
+    if row_ids is not None:
+        require_ids(row_ids, "row_ids")
+        require_shape(row_ids, (batch,), "row_ids", "[B]")
+        require_same_device("row_ids", row_ids, "logits", logits)
+    return row_ids
+
+
+def _counter(value: int | Tensor, name: str) -> Tensor:
+    """A seed or step as a 0-d tensor; a Python number's is on the CPU, and no copy to a GPU."""
     if isinstance(value, Tensor):
         require_ids(value, name)
         require_shape(value, (), name, "0-d")
-        return value.to(device)
-    return torch.full((), value, dtype=torch.int64, device=device)
+        return value
+    require_integer(value, name)
+    return torch.full((), value, dtype=torch.int64)
 
 
 def group_advantages(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import cpu, reference
+from . import cpu, decoding, reference
 from .backends import kernels
 
 
@@ -141,40 +141,104 @@ _refuse_second_derivative(mix_embeddings_grad_embedding, "mix_embeddings")
 _refuse_second_derivative(mix_embeddings_grad_weights, "mix_embeddings")
 
 
+# Decode step ------------------------------------------------------------------------------------------------------
+
+
+@_Operation
+def mixing_candidates(
+    logits: Tensor,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    seed: Tensor,
+    step: Tensor,
+    row_ids: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    implementation = kernels("decode_step") if backend == "triton" else decoding
+    return implementation.mixing_candidates(
+        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, seed, step, row_ids
+    )
+
+
+@mixing_candidates.register_fake
+def _(
+    logits: Tensor,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    seed: Tensor,
+    step: Tensor,
+    row_ids: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, k, dtype=torch.int64),
+        logits.new_empty(rows, k, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.int32),
+    )
+
+
 @_Operation
 def decode_step(
     logits: Tensor,
     embedding: Tensor,
-    neighbor_ids: Tensor,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
     mixing_rate: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    entropy_threshold: float | None,
+    noise_scale: float,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     step: Tensor,
-    row_ids: Tensor,
-    variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return reference.decode_step(
-        logits, embedding, neighbor_ids, mixing_rate, temperature, top_k, top_p, seed, step, row_ids, variant
-    )
+    row_ids: Tensor | None,
+    enabled: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    implementation = kernels("decode_step") if backend == "triton" else cpu if logits.device.type == "cpu" else decoding
+    return implementation.decode_step(
+        logits, embedding, neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold, noise_scale,
+        temperature, mixing_temperature, top_k, top_p, min_p, seed, step, row_ids, enabled,
+    )  # fmt: skip
 
 
 @decode_step.register_fake
 def _(
     logits: Tensor,
     embedding: Tensor,
-    neighbor_ids: Tensor,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
     mixing_rate: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    entropy_threshold: float | None,
+    noise_scale: float,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     step: Tensor,
-    row_ids: Tensor,
-    variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, k = logits.shape[0], neighbor_ids.shape[1] + 1
+    row_ids: Tensor | None,
+    enabled: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),
         logits.new_empty(rows, dtype=torch.bool),
@@ -182,7 +246,20 @@ def _(
         logits.new_empty(rows, k, dtype=torch.float32),
         embedding.new_empty(rows, embedding.shape[1]),
         logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.int32),
     )
+
+
+@_Operation
+def gaussian_noise(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor, backend: str) -> Tensor:
+    implementation = kernels("decode_step") if backend == "triton" else decoding
+    return implementation.gaussian_noise(mixed, scale, seed, row_ids, steps)
+
+
+@gaussian_noise.register_fake
+def _(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor, backend: str) -> Tensor:
+    return mixed.new_empty(mixed.shape, dtype=reference.compute_dtype(mixed))
 
 
 # Group advantages -------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .validation import require_floating, require_ids, require_mask, require_shape, require_tensor
 
+_NOISE = ("noise_scale", "noise_seed", "row_ids")
+
 
 @dataclass
 class MixRecord:
@@ -25,9 +27,11 @@ class MixRecord:
         prompt_length: columns before the first completion token, padding included.
         logprobs: float32 [B, T] or None: the policy's log-softmax of logits / rollout temperature at each emitted
             token when it was emitted, 0 after a row has ended; what a replay is checked against.
+        noise_scale, noise_seed, row_ids: float32, int64, int64 [B], or all None: the noise on the mixed embeddings,
+            which is not stored but drawn again (`gaussian_noise`, with the column as the step).
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype or shape; a negative prompt_length.
+        TypeError, ValueError: a tensor of another dtype or shape; a negative prompt_length; noise given in part.
     """
 
     gate: Tensor
@@ -35,6 +39,9 @@ class MixRecord:
     weights: Tensor
     prompt_length: int
     logprobs: Tensor | None = None
+    noise_scale: Tensor | None = None
+    noise_seed: Tensor | None = None
+    row_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         require_tensor(self.gate, "gate")
@@ -51,6 +58,12 @@ class MixRecord:
         if self.logprobs is not None:
             require_floating(self.logprobs, "logprobs")
             require_shape(self.logprobs, tuple(self.gate.shape), "logprobs", "that of gate")
+        noise = {name: getattr(self, name) for name in _NOISE}
+        if all(tensor is None for tensor in noise.values()):
+            return
+        for name, tensor in noise.items():
+            (require_floating if name == "noise_scale" else require_ids)(tensor, name)
+            require_shape(tensor, (len(self),), name, "[B]")
 
     def __len__(self) -> int:
         return self.gate.shape[0]
@@ -83,8 +96,10 @@ class MixRecord:
         """
         if bool(self.gate[:, length:].any()):
             raise ValueError(f"length must keep every gated column, got {length} with T = {self.length}")
-        grown: dict[str, Tensor] = {}
-        for name, value in self.tensors().items():
+        grown = self.tensors()
+        for name, value in grown.items():
+            if name in _NOISE:
+                continue
             value = value[:, :length]
             blank = value.new_zeros(value.shape[0], length - value.shape[1], *value.shape[2:])
             grown[name] = torch.cat([value, blank], dim=1)
@@ -95,12 +110,12 @@ class MixRecord:
         """The rows of several records, one after the other, fitted to the longest.
 
         Raises:
-            ValueError: no records, or records of different prompt_length or k.
+            ValueError: no records, or records of different prompt_length, k or contents.
         """
         if not records:
             raise ValueError("records must not be empty")
-        if len({(r.prompt_length, r.ids.shape[2], r.logprobs is None) for r in records}) > 1:
-            raise ValueError("records must agree in prompt_length, k and in having logprobs")
+        if len({(r.prompt_length, r.ids.shape[2], *r.tensors()) for r in records}) > 1:
+            raise ValueError("records must agree in prompt_length, k and in having logprobs and noise")
         length = max(r.length for r in records)
         parts = [r.fit(length).tensors() for r in records]
         return records[0]._with({name: torch.cat([part[name] for part in parts]) for name in parts[0]})

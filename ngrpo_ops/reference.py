@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .config import Metric
-from .random import bernoulli, philox, uniform
 from .scoring import ScoredRows
 from .search import Progress, search, usual_candidates
 
-_ROW_BLOCK_ELEMENTS = 2**19  # logits handled at a time: their float32 copy stays in a core's cache
+ROW_BLOCK_ELEMENTS = 2**19  # logits handled at a time: their float32 copy stays in a core's cache
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -130,75 +129,6 @@ def mix_embeddings_grad_weights(
     known = torch.ones_like(ids, dtype=torch.bool) if padding_id is None else ids != padding_id
     columns = [(grad.to(dtype) * embedding[token].to(dtype)).sum(-1) for token in ids.where(known, 0).T]
     return torch.where(known, torch.stack(columns, dim=1), 0).contiguous().to(weights.dtype)
-
-
-# Decode step ------------------------------------------------------------------------------------------------------
-
-
-def candidate_weights(logits: Tensor, ids: Tensor, temperature: float, variant: str = "paper") -> Tensor:
-    scaled = logits.to(compute_dtype(logits)) / temperature
-    if variant == "released":
-        scaled = scaled.softmax(-1)
-    return scaled.gather(-1, ids).softmax(-1)
-
-
-def neighbor_candidates(logits: Tensor, neighbor_ids: Tensor) -> Tensor:
-    """[B, k]: the anchor, the lowest id among equal maxima, and its neighbours (equations 6 to 8)."""
-    anchor = logits.argmax(-1)
-    return torch.cat([anchor[:, None], neighbor_ids[anchor]], dim=1)
-
-
-def filter_logits(scaled: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """-inf for what top-k, then top-p, cut off; equal logits are kept by the lower id."""
-    if top_k is None and top_p is None:
-        return scaled
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ordered[:, top_k:] = -torch.inf
-    if top_p is not None:
-        probabilities = ordered.softmax(-1)
-        mass_before = probabilities.cumsum(-1) - probabilities
-        keep = mass_before < top_p
-        keep[:, 0] = True
-        ordered = ordered.masked_fill(~keep, -torch.inf)
-    return torch.empty_like(scaled).scatter_(1, order, ordered)
-
-
-def sample(scaled: Tensor, u: Tensor) -> Tensor:
-    """Inverse cumulative distribution: the token at which the mass, in id order, first exceeds u times the total."""
-    mass = (scaled.double() - scaled.amax(-1, keepdim=True)).exp()
-    cumulative = mass.cumsum(-1)
-    token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    # u * total may round up to the total: the last token of non-zero probability ends the range.
-    last = scaled.shape[1] - 1 - (mass > 0).flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(token, last)
-
-
-def decode_step(
-    logits: Tensor,
-    embedding: Tensor,
-    neighbor_ids: Tensor,
-    mixing_rate: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: Tensor,
-    step: Tensor,
-    row_ids: Tensor,
-    variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    word, high, low, _ = philox(seed, row_ids, step)
-    gate = bernoulli(word, mixing_rate)
-    require_ids_in_range(neighbor_ids, logits.shape[1], "neighbor_ids")
-    ids = neighbor_candidates(logits, neighbor_ids)
-    weights = candidate_weights(logits, ids, temperature, variant).float()
-    scaled = logits.to(compute_dtype(logits)) / temperature
-    sampled = sample(filter_logits(scaled, top_k, top_p), uniform(high, low))
-    token_ids = torch.where(gate, ids[:, 0], sampled)
-    mixed = mix_embeddings(embedding, ids, weights)
-    embeddings = torch.where(gate[:, None], mixed, embedding[token_ids])
-    logprobs = scaled.log_softmax(-1).gather(1, token_ids[:, None]).squeeze(1).float()
-    return token_ids, gate, ids, weights, embeddings, logprobs
 
 
 # Group advantages -------------------------------------------------------------------------------------------------
@@ -396,7 +326,7 @@ def _blocks(logits: Tensor, temperature: float, log: bool) -> Iterator[tuple[sli
     numbers in [b t], their place in [b, t], and their (log-)probabilities, to be used before the next come."""
     b, t, v = logits.shape
     threads = torch.get_num_threads()
-    size = -(-max(1, _ROW_BLOCK_ELEMENTS // v) // threads) * threads  # as many rows for every thread
+    size = -(-max(1, ROW_BLOCK_ELEMENTS // v) // threads) * threads  # as many rows for every thread
     scaled = torch.empty(min(size, t), v, dtype=compute_dtype(logits), device=logits.device)
     result = torch.empty_like(scaled)
     softmax = torch.log_softmax if log else torch.softmax

@@ -104,7 +104,3 @@ def require_positive(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 1e-30 <= value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def require_backend(backend: str | None) -> None:
-    require_choice("eager" if backend is None else backend, ("eager",), "backend")

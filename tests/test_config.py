@@ -55,7 +55,7 @@ def test_frozen():
         ("temperature", math.inf),
         ("temperature", math.nan),
         ("metric", "euclid"),
-        ("strategy", "gumbel"),
+        ("strategy", "nearest"),
         ("variant", "official"),
         ("stop_token_ids", [-1]),
         ("allowed_token_ids", [5, -1, 2]),

@@ -6,16 +6,30 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from torch import Tensor
 
-from ngrpo_ops import candidate_weights, decode_step, reference
-from ngrpo_ops.random import bernoulli, philox, uniform
+from ngrpo_ops import (
+    candidate_weights,
+    decode_step,
+    decoding,
+    gaussian_noise,
+    mix_embeddings,
+    mixing_candidates,
+    raise_faults,
+)
+from ngrpo_ops.backends import kernels
+from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.random import bernoulli, gumbel, normal, philox, uniform
 from ngrpo_ops.testing import (
+    DEVICE,
+    FLOATS,
     assert_within,
     compute_roundoff,
     dtypes,
+    for_backend,
     generators,
     lay_out,
     layouts,
@@ -76,7 +90,7 @@ def test_a_draw_at_the_edge_of_a_token():
     scaled = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     draws = {0.0: 1, 0.5 - 2.0**-53: 1, 0.5: 3, 1 - 2.0**-53: 3, 1.0: 3}
     for u, token in draws.items():
-        assert reference.sample(scaled, torch.tensor([u], dtype=torch.float64)).tolist() == [token]
+        assert decoding.sample(scaled.exp(), torch.tensor([u], dtype=torch.float64)).tolist() == [token]
 
 
 def assert_binomial(count: int, n: int, p: float) -> None:
@@ -111,8 +125,9 @@ def test_gate_rate_over_rows_and_steps():
         assert_binomial(int((gates[:, 1:] & gates[:, :-1]).sum()), (n - 1) * steps, rate**2)
 
 
-def cut_by_hand(p: list[float], top_k: int | None, top_p: float | None) -> list[float]:
-    """Top-k, then top-p of what is left: the fewest tokens that hold a mass of top_p; equal ones by the lower id."""
+def cut_by_hand(p: list[float], top_k: int | None, top_p: float | None, min_p: float | None = None) -> list[float]:
+    """Top-k, then top-p of what is left: the fewest tokens that hold a mass of top_p; equal ones by the lower id. Then
+    what has at least min_p of the largest probability."""
     order = sorted(range(len(p)), key=lambda i: (-p[i], i))[:top_k]
     total, kept, mass = math.fsum(p[i] for i in order), [], 0.0
     for i in order:
@@ -120,6 +135,9 @@ def cut_by_hand(p: list[float], top_k: int | None, top_p: float | None) -> list[
             break
         kept.append(i)
         mass += p[i]
+    if min_p is not None:
+        kept = [i for i in kept if p[i] >= min_p * max(p)]
+        mass = math.fsum(p[i] for i in kept)
     return [p[i] / mass if i in kept else 0.0 for i in range(len(p))]
 
 
@@ -128,33 +146,73 @@ TIED = [1.0, 2.0, 2.0, 2.0, 0.0, 2.0, 1.0, -1.0]
 
 
 @pytest.mark.parametrize(
-    ("logits", "temperature", "top_k", "top_p"),
+    ("logits", "temperature", "top_k", "top_p", "min_p"),
     [
-        (SKEWED, 1.0, None, None),
-        (SKEWED, 2.0, None, None),
-        (SKEWED, 2.0, 4, None),
-        (SKEWED, 2.0, None, 0.7),
-        (SKEWED, 3.0, 5, 0.6),
-        ([0.0] * 16, 1.0, None, None),
-        ([0.0] * 16, 1.0, 5, None),
-        (TIED, 1.0, 2, None),
-        (TIED, 1.0, 5, None),
-        (TIED, 1.0, None, 0.5),
-        (SKEWED, 1.0, 1, None),
-        (SKEWED, 1.0, None, 1e-9),
-        (SKEWED, 2.0, 100, 1.0),
+        (SKEWED, 1.0, None, None, None),
+        (SKEWED, 2.0, None, None, None),
+        (SKEWED, 2.0, 4, None, None),
+        (SKEWED, 2.0, None, 0.7, None),
+        (SKEWED, 3.0, 5, 0.6, None),
+        (SKEWED, 2.0, None, None, 0.3),
+        (SKEWED, 3.0, 6, 0.9, 0.5),
+        ([0.0] * 16, 1.0, None, None, None),
+        ([0.0] * 16, 1.0, 5, None, None),
+        ([0.0] * 16, 1.0, 5, 0.55, None),
+        (TIED, 1.0, 2, None, None),
+        (TIED, 1.0, 5, None, None),
+        (TIED, 1.0, None, 0.5, None),
+        (SKEWED, 1.0, 1, None, None),
+        (SKEWED, 1.0, None, 1e-9, None),
+        (SKEWED, 1.0, None, None, 1.0),
+        (SKEWED, 2.0, 100, 1.0, 0.0),
     ],
 )
-def test_sampling_distribution(logits, temperature, top_k, top_p):
-    """200,000 rows of one distribution, none mixed; the tokens' counts are those of the cut distribution."""
-    n, v = 200_000, len(logits)
+def test_sampling_distribution(logits, temperature, top_k, top_p, min_p):
+    """A million rows of one distribution, none mixed; the tokens' counts are those of the cut distribution."""
+    n, v = 1_000_000, len(logits)
     out = decode_step(
-        torch.tensor(logits).expand(n, v), torch.zeros(v, 1), torch.zeros(v, 0).long(),
-        mixing_rate=0.0, temperature=temperature, top_k=top_k, top_p=top_p, seed=11, step=5,
+        torch.tensor(logits, device=DEVICE).expand(n, v), None, strategy="anchor", mixing_rate=0.0,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=11, step=5,
     )  # fmt: skip
     p = torch.tensor(logits, dtype=torch.float64).div(temperature).softmax(0).tolist()
-    want = torch.tensor(cut_by_hand(p, top_k, top_p), dtype=torch.float64)
-    assert_distributed(out.token_ids.bincount(minlength=v), want)
+    want = torch.tensor(cut_by_hand(p, top_k, top_p, min_p), dtype=torch.float64)
+    assert_distributed(out.token_ids.cpu().bincount(minlength=v), want)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize(
+    ("v", "cuts"), [(400, {}), (60, {"top_k": 40, "top_p": 0.9, "min_p": 1e-3})], ids=["whole", "cut"]
+)
+def test_sampling_distribution_function(scale, v, cuts):
+    """A million draws from ten thousand distributions: where a token lies in its distribution function, spread over the
+    token's own share, is uniform (Kolmogorov and Smirnov)."""
+    n, repeats = 10_000, 100
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(n, v, generator=generator) * scale).to(DEVICE)
+    p = [cut_by_hand(row, *cuts.values()) for row in logits.double().softmax(1).tolist()] if cuts else None
+    p = logits.double().softmax(1) if p is None else torch.tensor(p, dtype=torch.float64, device=DEVICE)
+    ends = p.cumsum(1)
+    ranks = []
+    for step in range(repeats):
+        out = decode_step(logits, None, strategy="anchor", mixing_rate=0.0, seed=step % 7, step=step, **cuts)
+        share = p.gather(1, out.token_ids[:, None])
+        assert (share > 0).all()
+        u = torch.rand(n, 1, generator=generator, dtype=torch.float64).to(DEVICE)
+        ranks.append(ends.gather(1, out.token_ids[:, None]) - share * u)
+    assert kstest(torch.cat(ranks).flatten().cpu().numpy(), "uniform").pvalue > 1e-6
+
+
+@pytest.mark.parametrize(("draw", "name"), [(normal, "norm"), (gumbel, "gumbel_r")])
+def test_noise_distribution(draw, name):
+    x = draw(torch.tensor(3), torch.arange(1000), torch.tensor(5), 1001)
+    assert x.dtype == torch.float32 and x.shape == (1000, 1001) and x.isfinite().all()
+    assert kstest(x.flatten().numpy(), name).pvalue > 1e-6
+    # Columns, rows, steps and seeds are independent.
+    others = [x[:, 1:].flatten(), x[1:].flatten(), draw(torch.tensor(3), torch.arange(1000), torch.tensor(6), 1001)]
+    others.append(draw(torch.tensor(4), torch.arange(1000), torch.tensor(5), 1001))
+    first = [x[:, :-1].flatten(), x[:-1].flatten(), x.flatten(), x.flatten()]
+    for one, other in zip(first, others, strict=True):
+        assert abs(torch.corrcoef(torch.stack([one, other.flatten()]))[0, 1]) < 6e-3
 
 
 def test_steps_and_seeds_are_draws_too_and_the_gate_is_no_hint():
@@ -199,8 +257,16 @@ def steps(draw: st.DrawFn) -> dict:
     }
 
 
+def on(backend: str, arguments: dict) -> dict:
+    """The arguments where and as the backend takes them."""
+    move = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    move |= {name: for_backend(move[name], backend) for name in ("logits", "embedding") if name in move}
+    return {**move, "backend": backend}
+
+
 @given(arguments=steps())
-def test_contract(arguments):
+def test_contract(backend, arguments):
+    arguments = on(backend, arguments)
     logits, table, neighbors = arguments["logits"], arguments["embedding"], arguments["neighbor_ids"]
     b, v = logits.shape
     state = torch.get_rng_state()
@@ -227,7 +293,9 @@ def test_contract(arguments):
             terms = (out.weights[row].double()[:, None] * table[out.ids[row]].double()).abs().sum(0)
             assert token == anchor
             assert_within(
-                out.embeddings[row], mix, 8 * unit_roundoff(torch.float32) * terms + rounding(mix, table.dtype)
+                out.embeddings[row],
+                mix,
+                8 * unit_roundoff(torch.float32) * terms + rounding(mix, table.dtype, backend),
             )
         else:
             assert torch.equal(out.embeddings[row], table[token])
@@ -237,27 +305,28 @@ def test_contract(arguments):
 
 
 @given(arguments=steps(), generator=generators, size=st.integers(1, 4))
-def test_a_row_does_not_know_its_batch(arguments, generator, size):
+def test_a_row_does_not_know_its_batch(backend, arguments, generator, size):
     """Order, batch size and the other rows leave a row's result as it is; the gate ignores even its own logits."""
+    arguments = on(backend, arguments)
     b = arguments["logits"].shape[0]
     whole = decode_step(**arguments)
-    rows = torch.randperm(b, generator=generator)[:size]
+    rows = torch.randperm(b, generator=generator)[:size].to(DEVICE)
     part = decode_step(**{**arguments, "logits": arguments["logits"][rows], "row_ids": arguments["row_ids"][rows]})
     for name in ("token_ids", "gate", "ids"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     for name in ("weights", "embeddings", "logprobs"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[rows])
-    other = torch.randn(arguments["logits"].shape, generator=generator)
+    other = torch.randn(arguments["logits"].shape, generator=generator).to(DEVICE)
     assert torch.equal(decode_step(**{**arguments, "logits": other}).gate, whole.gate)
     tensors = {name: torch.tensor(arguments[name]) for name in ("seed", "step")}
     assert all(torch.equal(x, y) for x, y in zip(decode_step(**{**arguments, **tensors}), whole, strict=True))
 
 
-def plain(b: int = 4, v: int = 5, k: int = 3, **change: object) -> dict:
+def plain(b: int = 4, v: int = 5, **change: object) -> dict:
     generator = torch.Generator().manual_seed(0)
     return {
         "logits": torch.randn(b, v, generator=generator), "embedding": torch.randn(v, 3, generator=generator),
-        "neighbor_ids": torch.randint(v, (v, k - 1), generator=generator), "seed": 0, "step": 0, **change,
+        "neighbor_ids": torch.randint(v, (v, 2), generator=generator), "seed": 0, "step": 0, **change,
     }  # fmt: skip
 
 
@@ -363,7 +432,7 @@ def test_candidate_weights_bad_input_is_named(change, error, name):
         ({"mixing_rate": -0.1}, ValueError, "mixing_rate"),
         ({"mixing_rate": 1.5}, ValueError, "mixing_rate"),
         ({"mixing_rate": math.nan}, ValueError, "mixing_rate"),
-        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"temperature": -0.1}, ValueError, "temperature"),
         ({"temperature": math.inf}, ValueError, "temperature"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"top_p": 0.0}, ValueError, "top_p"),
@@ -371,6 +440,32 @@ def test_candidate_weights_bad_input_is_named(change, error, name):
         ({"top_p": math.nan}, ValueError, "top_p"),
         ({"variant": "official"}, ValueError, "variant"),
         ({"backend": "cuda"}, ValueError, "backend"),
+        ({"temperature": -0.1}, ValueError, "temperature"),
+        ({"temperature": torch.ones(3)}, ValueError, "temperature"),
+        ({"temperature": torch.tensor([1.0, 1.0, -1.0, 1.0])}, ValueError, "temperature"),
+        ({"temperature": torch.ones(4).long()}, TypeError, "temperature"),
+        ({"temperature": "1"}, TypeError, "temperature"),
+        ({"top_k": 1.5}, TypeError, "top_k"),
+        ({"top_k": torch.ones(4)}, TypeError, "top_k"),
+        ({"top_p": torch.tensor([0.5, 0.5, 1.5, 0.5])}, ValueError, "top_p"),
+        ({"min_p": -0.1}, ValueError, "min_p"),
+        ({"min_p": 1.1}, ValueError, "min_p"),
+        ({"enabled": torch.ones(4)}, TypeError, "enabled"),
+        ({"enabled": torch.ones(3, dtype=torch.bool)}, ValueError, "enabled"),
+        ({"strategy": "neighbour"}, ValueError, "strategy"),
+        ({"strategy": "topk", "k": 2}, ValueError, "neighbor_ids"),
+        ({"neighbor_ids": None}, ValueError, "neighbor_ids"),
+        ({"neighbor_ids": None, "strategy": "topk"}, TypeError, "k must"),
+        ({"neighbor_ids": None, "strategy": "topk", "k": 6}, ValueError, "k must"),
+        ({"neighbor_ids": None, "strategy": "anchor", "k": 2}, ValueError, "k must"),
+        ({"neighbor_ids": None, "strategy": "gumbel", "k": 2, "variant": "released"}, ValueError, "variant"),
+        ({"k": 2}, ValueError, "k must"),
+        ({"mixing_temperature": 0.0}, ValueError, "mixing_temperature"),
+        ({"noise_scale": 0.1}, ValueError, "noise_scale"),
+        ({"entropy_threshold": -1.0}, ValueError, "entropy_threshold"),
+        ({"seed": 1.5}, TypeError, "seed"),
+        ({"seed": 2**64}, ValueError, "seed"),
+        ({"step": "0"}, TypeError, "step"),
         ({"seed": torch.tensor(1.0)}, TypeError, "seed"),
         ({"seed": torch.tensor([1])}, ValueError, "seed"),
         ({"step": torch.tensor(1).int()}, TypeError, "step"),
@@ -397,26 +492,41 @@ def test_neighbors_out_of_range_are_refused(neighbor):
 def test_shapes_on_meta():
     arguments = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in plain().items()}
     out = decode_step(**{**arguments, "embedding": arguments["embedding"].half()})
-    assert [tuple(x.shape) for x in out] == [(4,), (4,), (4, 3), (4, 3), (4, 3), (4,)]
-    want = [torch.int64, torch.bool, torch.int64, torch.float32, torch.float16, torch.float32]
+    assert [tuple(x.shape) for x in out] == [(4,), (4,), (4, 3), (4, 3), (4, 3), (4,), (4,), (4,)]
+    want = [torch.int64, torch.bool, torch.int64, *[torch.float32, torch.float16], *[torch.float32] * 2, torch.int32]
     assert [x.dtype for x in out] == want
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, implementation):
     a = plain()
-    tensors = (a["logits"].to(dtype).T.contiguous().T, a["embedding"].to(dtype), a["neighbor_ids"])
-    keys = (torch.tensor(3), torch.tensor(4), torch.arange(4))
-    op = torch.ops.ngrpo.decode_step.default
-    torch.library.opcheck(op, (*tensors, 0.5, 0.7, 3, 0.9, *keys, "paper"))
-    torch.library.opcheck(op, (*tensors[:2], torch.zeros(5, 0).long(), 1.0, 1.0, None, None, *keys, "released"))
+    logits, table = a["logits"].to(dtype).T.contiguous().T, a["embedding"].to(dtype)
+    counter = (torch.tensor(3), torch.tensor(4), torch.arange(4))
+    t, k, p, m = torch.tensor(0.7), torch.tensor([1, 3, 9, 0]), torch.tensor(0.9), torch.tensor([0.0, 0.1, 0.5, 1.0])
+    step, candidates = torch.ops.ngrpo.decode_step.default, torch.ops.ngrpo.mixing_candidates.default
+    cut = (t.expand(4).clone(), 0.5, k, p, m, *counter, torch.ones(4, dtype=torch.bool))
+    torch.library.opcheck(
+        step, (logits, table, a["neighbor_ids"], 3, "neighbor", "paper", 0.5, 0.1, 0.3, *cut, implementation)
+    )
+    whole = (t, None, None, None, None, *counter[:2], None, None)
+    torch.library.opcheck(
+        step, (logits, table, None, 2, "gaussian", "released", 1.0, None, 0.3, *whole, implementation)
+    )
+    torch.library.opcheck(candidates, (logits, None, 2, "gumbel", "paper", t, 0.5, *counter, implementation))
+    noise = (table[:4], torch.ones(4), *(torch.arange(4) for _ in range(3)), implementation)
+    torch.library.opcheck(torch.ops.ngrpo.gaussian_noise.default, noise)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "mixing_rate": 0.5, "top_k": 3, "top_p": 0.9}])
-def test_compiles(options):
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "mixing_rate": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.01}]
+)
+def test_compiles(options, implementation):
     torch._dynamo.reset()
+    options = {**options, "backend": implementation}
 
     def call(logits: Tensor, table: Tensor, neighbors: Tensor, step: Tensor) -> tuple[Tensor, ...]:
         return (*decode_step(logits, table, neighbors, seed=1, step=step, **options), step)
@@ -436,3 +546,371 @@ def test_candidate_weights_compiles():
         logits, ids = torch.randn(b, v), torch.randint(v, (b, 2))
         got = compiled(logits, ids, temperature=temperature)
         torch.testing.assert_close(got, candidate_weights(logits, ids, temperature=temperature))
+
+
+# Strategies, settings by row, faults ------------------------------------------------------------------------------
+
+
+def exact_weights(z: Tensor, ids: Tensor) -> Tensor:
+    return z.double().gather(1, ids).softmax(1)
+
+
+@pytest.mark.parametrize("mixing_temperature", [None, 0.4])
+def test_topk_mixes_the_likeliest(backend, mixing_temperature):
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0, -torch.inf]], device=DEVICE)
+    table = torch.eye(5, device=DEVICE)
+    out = decode_step(
+        logits, table, strategy="topk", k=3, mixing_rate=1.0, temperature=0.5, mixing_temperature=mixing_temperature,
+        seed=0, step=0, backend=backend,
+    )  # fmt: skip
+    assert out.ids.tolist() == [[1, 3, 4], [0, 1, 2]] and out.token_ids.tolist() == [1, 0]
+    want = exact_weights(logits.double() / (mixing_temperature or 0.5), out.ids)
+    assert_within(out.weights, want, 1e-6)
+    mixed = torch.zeros(2, 5, device=DEVICE).scatter(1, out.ids, want.float())
+    assert_within(out.embeddings, mixed, 1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["topk", "gumbel", "gaussian"])
+def test_fewer_tokens_than_candidates(backend, strategy):
+    """What is not there weighs nothing and is never NaN."""
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, -torch.inf]], device=DEVICE)
+    out = decode_step(
+        logits, torch.eye(5, device=DEVICE), strategy=strategy, k=4, mixing_rate=1.0, seed=0, step=0, backend=backend
+    )
+    assert sorted(out.ids[0, :2].tolist()) == [1, 3] and not out.weights[0, 2:].any() and out.fault.item() == 0
+    assert_within(out.weights.sum(1), torch.ones(1), 1e-6)
+    assert out.embeddings.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_gumbel_weights_are_those_of_the_noised_logits(backend, temperature):
+    generator = torch.Generator().manual_seed(0)
+    b, v, k, tau = 40, 2100, 5, 0.3
+    logits = (2 * torch.randn(b, v, generator=generator)).to(DEVICE)
+    rows = torch.randint(2**62, (b,), generator=generator).to(DEVICE)
+    out = mixing_candidates(
+        logits, strategy="gumbel", k=k, temperature=temperature, mixing_temperature=tau, seed=5, step=9, row_ids=rows,
+        backend=backend,
+    )  # fmt: skip
+    likeliest = logits.topk(k).indices
+    noise = gumbel(torch.tensor(5), rows.cpu(), torch.tensor(9), k).to(DEVICE).double()
+    weights = ((logits.double().gather(1, likeliest) / temperature + noise) / tau).softmax(1)
+    where = (out.ids[:, :, None] == likeliest[:, None, :]).to(torch.uint8).argmax(2)
+    assert torch.equal(likeliest.gather(1, where), out.ids)
+    assert_within(out.weights, weights.gather(1, where), 3e-5)
+    assert (out.weights.argmax(1) == 0).all() and (where[:, 0] != 0).any()
+
+
+def test_gumbel_emits_draws_from_the_top_of_the_policy():
+    n = 200_000
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], device=DEVICE)
+    out = decode_step(logits.expand(n, 5), None, strategy="gumbel", k=3, mixing_rate=1.0, seed=3, step=4)
+    p = torch.tensor(cut_by_hand(logits.double().softmax(0).tolist(), 3, None), dtype=torch.float64)
+    assert_distributed(out.token_ids.cpu().bincount(minlength=5), p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gaussian_noise_is_drawn_again(backend, dtype):
+    """The embedding of a step and the same noise put on its mix: what a replay does."""
+    generator = torch.Generator().manual_seed(0)
+    b, v, d, scale = 6, 50, 301, 0.5
+    table = torch.randn(v, d, generator=generator).to(dtype).to(DEVICE)
+    rows = torch.arange(b, device=DEVICE) + 2**40
+    out = decode_step(
+        torch.randn(b, v, generator=generator).to(DEVICE), table, strategy="gaussian", k=3, mixing_rate=0.6,
+        noise_scale=scale, seed=-3, step=7, row_ids=rows, backend=backend,
+    )  # fmt: skip
+    gate = out.gate
+    assert gate.any() and not gate.all() and torch.equal(out.embeddings[~gate], table[out.token_ids[~gate]])
+    mixed = mix_embeddings(table, out.ids, out.weights, backend=backend)[gate]
+    steps = torch.full_like(rows[gate], 7)
+    again = gaussian_noise(mixed, scale, seed=-3, row_ids=rows[gate], steps=steps, backend=backend)
+    by_hand = normal(torch.tensor(-3), rows[gate].cpu(), steps.cpu(), d).to(DEVICE).double()
+    by_hand = mixed.double() + scale * mixed.double().square().mean(1, keepdim=True).sqrt() * by_hand
+    for embedded in (out.embeddings[gate], again):
+        assert_within(embedded, by_hand, 4e-6 + 2 * rounding(by_hand, dtype, backend))
+    shifted = gaussian_noise(mixed, scale, seed=-3, row_ids=rows[gate], steps=steps + 1, backend=backend)
+    assert (shifted != again).float().mean() > 0.9
+
+
+def test_gaussian_noise_is_a_constant_to_the_gradient(backend):
+    mixed = torch.randn(3, 7, device=DEVICE, requires_grad=True)
+    ids = torch.arange(3, device=DEVICE)
+    scales, seeds = torch.tensor([0.0, 0.5, 1.0], device=DEVICE), torch.tensor([1, 2, 3], device=DEVICE)
+    out = gaussian_noise(mixed, scales, seed=seeds, row_ids=ids, steps=ids, backend=backend)
+    assert torch.equal(out[0], mixed[0]) and not torch.equal(out[1], mixed[1])
+    out.sum().backward()
+    assert torch.equal(mixed.grad, torch.ones_like(mixed))
+    assert gaussian_noise(mixed[:0], 1.0, seed=0, row_ids=ids[:0], steps=ids[:0]).shape == (0, 7)
+
+
+def test_the_anchor_alone(backend):
+    a = on(backend, plain(8, mixing_rate=0.5))
+    control = decode_step(**{**a, "neighbor_ids": None, "strategy": "anchor"})
+    one = decode_step(**{**a, "neighbor_ids": a["neighbor_ids"][:, :0]})
+    assert all(torch.equal(x, y) for x, y in zip(control, one, strict=True))
+    assert torch.equal(control.token_ids[control.gate], a["logits"].argmax(1)[control.gate])
+    assert torch.equal(control.embeddings, a["embedding"][control.token_ids]) and (control.weights == 1).all()
+
+
+def test_settings_by_row_are_those_of_each_row_alone(backend):
+    b, v = 12, 1500
+    generator = torch.Generator().manual_seed(3)
+    arguments = on(backend, {**plain(b, v), "logits": torch.randn(b, v, generator=generator) * 2, "mixing_rate": 0.3})
+    settings = {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 2.0] * 3),
+        "top_k": torch.tensor([0, 1, 5, v, v + 3, 40] * 2),
+        "top_p": torch.tensor([1.0, 0.9, 0.5, 1e-6] * 3),
+        "min_p": torch.tensor([0.0, 0.01, 0.2, 1.0, 0.0, 0.5] * 2),
+    }
+    settings = {name: x.to(DEVICE) for name, x in settings.items()}
+    rows = torch.arange(b, device=DEVICE)
+    whole = decode_step(**arguments, row_ids=rows, **settings)
+    for row in range(b):
+        alone = {name: x[row].item() for name, x in settings.items()}
+        alone["top_k"] = alone["top_k"] or None
+        part = {**arguments, "logits": arguments["logits"][row : row + 1], "row_ids": rows[row : row + 1], **alone}
+        for x, y in zip(decode_step(**part), whole, strict=True):
+            assert torch.equal(x[0], y[row])
+    greedy = settings["temperature"] == 0
+    assert torch.equal(whole.token_ids[greedy], arguments["logits"][greedy].argmax(1))
+    want = arguments["logits"][greedy].double().log_softmax(1).gather(1, whole.token_ids[greedy, None])[:, 0]
+    assert_within(whole.logprobs[greedy], want, 4e-6)
+
+
+def test_rows_switched_off_and_certain_rows_are_not_mixed(backend):
+    a = on(backend, plain(64, 7, mixing_rate=1.0))
+    enabled = (torch.arange(64) % 3 > 0).to(DEVICE)
+    out = decode_step(**a, enabled=enabled)
+    assert torch.equal(out.gate, enabled)
+    assert torch.equal(out.token_ids[~enabled], decode_step(**{**a, "mixing_rate": 0.0}).token_ids[~enabled])
+    entropy = -(a["logits"].double().softmax(1) * a["logits"].double().log_softmax(1)).sum(1)
+    assert_within(out.entropy, entropy, 4e-6)
+    threshold = float(entropy.sort().values[20:22].mean())
+    by_entropy = decode_step(**a, entropy_threshold=threshold)
+    assert torch.equal(by_entropy.gate, entropy >= threshold)
+    both = decode_step(**{**a, "mixing_rate": 0.5}, entropy_threshold=threshold)
+    assert torch.equal(both.gate, decode_step(**{**a, "mixing_rate": 0.5}).gate & by_entropy.gate)
+
+
+def test_faulty_rows_are_flagged_and_nothing_is_sampled_from_them(backend):
+    a = on(backend, plain(6, 2200, mixing_rate=1.0))
+    clean = decode_step(**a)
+    a["logits"][1, 2100] = torch.nan
+    a["logits"][2] = -torch.inf
+    a["logits"][4, 7] = torch.inf
+    anchor = int(a["logits"][5].argmax())
+    if backend == "triton":  # on the CPU plain torch raises at once
+        a["neighbor_ids"][anchor, 1] = 2200
+    for options in ({}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}, {"mixing_rate": 0.0}):
+        out = decode_step(**{**a, **options})
+        good = [0, 3] if backend == "triton" else [0, 3, 5]
+        assert out.fault.tolist() == [0, 1, 2, 0, 1, 4 if backend == "triton" else 0]
+        bad = out.fault != 0
+        assert not out.gate[bad].any() and not out.token_ids[bad].any() and not out.ids[bad].any()
+        for name in ("weights", "embeddings", "logprobs", "entropy"):
+            assert getattr(out, name)[bad].isnan().all() and getattr(out, name)[~bad].isfinite().all()
+        if not options:
+            assert all(torch.equal(x[good], y[good]) for x, y in zip(out, clean, strict=True))
+    found = mixing_candidates(a["logits"], a["neighbor_ids"], backend=backend)
+    assert torch.equal(found.fault, out.fault) and torch.equal(found.ids, out.ids)
+    for strategy in ("topk", "gumbel", "gaussian"):
+        step = decode_step(
+            a["logits"], a["embedding"], strategy=strategy, k=3, seed=0, step=0, mixing_rate=1.0, backend=backend
+        )
+        assert step.fault.tolist() == [0, 1, 2, 0, 1, 0] and step.embeddings[[0, 3, 5]].isfinite().all()
+
+
+def test_faults_are_raised_with_row_and_step():
+    raise_faults(torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=r"row 1: its logits hold NaN"):
+        raise_faults(torch.tensor([0, 1, 0]))
+    steps = torch.tensor([[0, 0, 2], [0, 4, 0]])
+    with pytest.raises(RuntimeError, match=r"row 70, step 1 \(and 1 more\): a neighbour of its anchor"):
+        raise_faults(steps, row_ids=torch.tensor([60, 70]))
+    with pytest.raises(RuntimeError, match=r"row 0, step 2: all of its logits are -inf"):
+        raise_faults(steps[:1])
+
+
+def test_candidates_are_those_of_the_step(backend):
+    a = on(backend, plain(9, 1300, temperature=0.7, variant="released"))
+    out = decode_step(**a)
+    for name in ("seed", "step", "embedding"):
+        a.pop(name)
+    found = mixing_candidates(**a)
+    assert all(torch.equal(x, getattr(out, name)) for name, x in found._asdict().items())
+
+
+# The kernels against the oracle -----------------------------------------------------------------------------------
+
+
+@st.composite
+def wide_steps(draw: st.DrawFn) -> dict:
+    """Steps over several pieces of the vocabulary, with ties at the cuts and every setting."""
+    generator, b, v, d = (
+        draw(generators),
+        draw(st.integers(1, 6)),
+        draw(st.integers(900, 3300)),
+        draw(st.integers(1, 150)),
+    )
+    k = draw(st.integers(1, 6))
+    strategy = draw(st.sampled_from(["neighbor", "topk", "gumbel", "gaussian", "anchor"]))
+    scale = draw(st.sampled_from([0.0, 0.3, 3.0, 30.0]))
+    logits = (torch.randn(b, v, generator=generator, dtype=torch.float64) * scale).round(
+        decimals=draw(st.integers(0, 3))
+    )
+    if draw(st.booleans()):
+        cut = torch.rand(b, v, generator=generator) < draw(st.sampled_from([0.3, 0.999]))
+        cut[:, draw(st.integers(0, v - 1))] = False
+        logits = logits.masked_fill(cut, -torch.inf)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    per_row = st.booleans()
+
+    def setting(values: list) -> object:
+        if draw(per_row):
+            chosen = [draw(st.sampled_from(values)) for _ in range(b)]
+            return None if None in chosen else torch.tensor(chosen)
+        return draw(st.sampled_from([None, *values]))
+
+    temperature, table = setting([1.0, 0.7, 2.5, 0.0]), torch.randn(v, d, generator=generator)
+    return {
+        "logits": lay_out(logits.to(dtype), draw(layouts)),
+        "embedding": lay_out(table.to(draw(st.sampled_from(FLOATS[1:]))), draw(layouts)),
+        "neighbor_ids": torch.randint(v, (v, k - 1), generator=generator) if strategy == "neighbor" else None,
+        "strategy": strategy,
+        "k": k if strategy in ("topk", "gumbel", "gaussian") else None,
+        "mixing_rate": draw(st.sampled_from([0.0, 0.3, 1.0])),
+        "temperature": 1.0 if temperature is None else temperature,
+        "mixing_temperature": draw(st.sampled_from([None, 0.5])),
+        "top_k": setting([1, 3, 50, v]),
+        "top_p": setting([0.3, 0.9, 1.0]),
+        "min_p": setting([0.001, 0.2]),
+        "enabled": torch.rand(b, generator=generator) < 0.8 if draw(per_row) else None,
+        "seed": draw(INT64),
+        "step": draw(st.integers(0, 2**40)),
+        "row_ids": torch.randint(2**62, (b,), generator=generator),
+    }  # fmt: skip
+
+
+near_a_boundary = [0, 0]  # draws whose token differs from the oracle's, and draws
+
+
+@pytest.mark.slow
+@given(arguments=wide_steps())
+@settings(max_examples=60)
+def test_kernel_against_oracle(arguments):
+    """Gates, candidates and faults the same; tokens too, unless the draw lies within rounding of a token's edge."""
+    ours, oracle = (decode_step(**on(backend, arguments)) for backend in ("triton", "eager"))
+    a = on("triton", arguments)
+    double = decode_step(**{**a, "backend": "eager", "logits": a["logits"].double()})
+    for name in ("gate", "ids", "fault"):
+        if name == "ids" and arguments["strategy"] == "gumbel":
+            continue  # two candidates may weigh the same to the last bit
+        assert torch.equal(getattr(ours, name), getattr(oracle, name)), name
+    same = ours.token_ids == oracle.token_ids
+    near_a_boundary[0] += int((~same).sum())
+    near_a_boundary[1] += same.numel()
+    assert near_a_boundary[0] <= 1 + near_a_boundary[1] // 100
+    for row in (~same).nonzero()[:, 0].tolist():
+        assert_neighbouring_draws(a, row, int(ours.token_ids[row]), int(oracle.token_ids[row]))
+    z = torch.where(a["logits"].isinf(), 0, a["logits"].double()).abs().amax(1).clamp(min=1)
+    roundoff = 4e-7 * z[same] / 0.3
+    if arguments["strategy"] != "gumbel":
+        assert_within(ours.weights[same], double.weights[same], 1e-6 + roundoff[:, None])
+    assert_within(ours.entropy[same], double.entropy[same], 2e-5 + 20 * roundoff)
+    assert_within(ours.logprobs[same], double.logprobs[same], 2e-5 + 2 * roundoff)
+    exact = torch.where(
+        ours.gate[:, None],
+        (ours.weights.double()[..., None] * a["embedding"].double()[ours.ids]).sum(1),
+        a["embedding"].double()[ours.token_ids],
+    )
+    if arguments["strategy"] != "gaussian":
+        assert_within(ours.embeddings, exact, 4e-6 + rounding(exact, a["embedding"].dtype, "triton"))
+
+
+def assert_neighbouring_draws(a: dict, row: int, one: int, other: int) -> None:
+    """Between the two tokens there is next to no mass, so either edge is within rounding of the draw."""
+    low, high = sorted((one, other))
+    t = a["temperature"]
+    t = float(t[row] if isinstance(t, Tensor) else t)
+    p = (a["logits"][row].double() / t).softmax(0)
+    assert p[low + 1 : high].sum() < 1e-4 and p[one] > 0 and p[other] > 0
+
+
+@pytest.mark.slow
+def test_words_of_the_kernel_are_philox():
+    """Through the gate: at every rate the same rows, for keys and counters of all 64 bits."""
+    generator = torch.Generator().manual_seed(0)
+    for seed, step in ((0, 0), (-1, 2**40 + 5), (2**63 - 1, 3), (-(2**63), -1)):
+        rows = torch.randint(-(2**63), 2**63 - 1, (64,), generator=generator)
+        word = philox(torch.tensor(seed), rows, torch.tensor(step))[0]
+        for rate in (0.1, 0.5, 0.9):
+            out = decode_step(
+                torch.zeros(64, 3, device=DEVICE), None, strategy="anchor", mixing_rate=rate, backend="triton",
+                seed=torch.tensor(seed, device=DEVICE), step=torch.tensor(step, device=DEVICE), row_ids=rows.to(DEVICE),
+            )  # fmt: skip
+            assert torch.equal(out.gate.cpu(), bernoulli(word, rate))
+
+
+@pytest.mark.slow
+@given(generator=generators, dtype=st.sampled_from(FLOATS[1:]), layout=layouts)
+def test_64_bit_kernels_agree(generator, dtype, layout):
+    a = plain(3, 1500, top_p=0.8)
+    a["logits"], a["embedding"] = (lay_out(a[name].to(dtype), layout) for name in ("logits", "embedding"))
+    a["seed"] = int(torch.randint(1000, (), generator=generator))
+    narrow = decode_step(**on("triton", a))
+    with forced_int64():
+        wide = decode_step(**on("triton", a))
+    assert all(torch.equal(x, y) for x, y in zip(wide, narrow, strict=True))
+
+
+def test_offsets_are_64_bits_wide_where_they_must_be():
+    """On meta tensors: too many logits, a table too large, a neighbour table too large."""
+
+    def launched(b: int = 4, v: int = 1000, d: int = 8, k: int = 3) -> list[bool]:
+        meta = {"device": "meta"}
+        zero = torch.tensor(0)
+        with recording() as launches:
+            kernels("decode_step").decode_step(
+                torch.empty(b, v, **meta), torch.empty(v, d, **meta), torch.empty(v, k - 1, dtype=torch.int64, **meta),
+                k, "neighbor", "paper", 0.1, None, 0.3, torch.tensor(1.0), None, zero + 5, None, None, zero, zero,
+                None, None,
+            )  # fmt: skip
+        return [launch.arguments["INT64"] for launch in launches]
+
+    assert launched() == [False, False, False]
+    assert launched(b=20_000, v=262_144) == [True, True, True]
+    assert launched(v=262_144, d=8200) == [False, False, True]
+
+
+@pytest.mark.slow
+def test_two_launches_three_with_a_cut_and_no_other_work():
+    """The launches of a step, and that nothing depends on the values: a CUDA graph could hold it."""
+    a = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in plain(4, 1000).items()}
+    tensors = {"seed": torch.empty((), dtype=torch.int64, device="meta")}
+    tensors["step"] = tensors["seed"]
+    for cut, names in (({}, ["partials", "choice"]), ({"top_k": 5, "top_p": 0.5}, ["partials", "filter", "choice"])):
+        with recording() as launches:
+            kernels("decode_step").decode_step(
+                a["logits"], a["embedding"], a["neighbor_ids"], 3, "neighbor", "paper", 0.1, None, 0.3,
+                torch.tensor(1.0), None, *(torch.tensor(x) for x in cut.values()), *[None] * (3 - len(cut)),
+                tensors["seed"], tensors["step"], None, None,
+            )  # fmt: skip
+        assert [launch.kernel.__name__ for launch in launches] == [f"decode_{name}_kernel" for name in names]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph needs a GPU (NGRPO_OPS_TEST_DEVICE=cuda)")
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}])
+def test_a_captured_graph_goes_on_with_its_step(cuts):
+    a = on("triton", plain(32, 5000, mixing_rate=0.3, **cuts))
+    a["seed"], a["step"] = (torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in range(2))
+    decode_step(**a)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_step(**a)
+    for step in range(5):
+        a["step"].fill_(step)
+        a["logits"].normal_()
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(out, decode_step(**a), strict=True))

@@ -10,10 +10,18 @@ import pytest
 import torch
 import triton
 
-from ngrpo_ops.kernels import configs, group_advantages, log_softmax, mix_embeddings, nearest_neighbors, primitives
+from ngrpo_ops.kernels import (
+    configs,
+    decode_step,
+    group_advantages,
+    log_softmax,
+    mix_embeddings,
+    nearest_neighbors,
+    primitives,
+)
 from ngrpo_ops.testing import poisoned_empty
 
-MODULES = (group_advantages, log_softmax, mix_embeddings, nearest_neighbors)
+MODULES = (decode_step, group_advantages, log_softmax, mix_embeddings, nearest_neighbors)
 KERNELS = {name: getattr(module, name) for module in MODULES for name in dir(module) if name.endswith("_kernel")}
 
 

@@ -290,7 +290,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
     ids = torch.randint(13, (11, 2))
     results = []
     for elements in (2**24, 30):
-        monkeypatch.setattr(reference, "_ROW_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(reference, "ROW_BLOCK_ELEMENTS", elements)
         out = selective_log_softmax(logits, ids, return_entropy=True)
         results.append((*out, *torch.autograd.grad((out[0].sum(), out[1].sum()), logits)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

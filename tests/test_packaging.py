@@ -64,7 +64,7 @@ def test_the_readme_names_what_exists() -> None:
     for target in re.findall(r"`make ([a-z-]+)`", readme):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
     for name in ngrpo_ops.__all__:
-        assert name in readme or name in ("DecodeStep", "NearestNeighbors", "RefreshReport"), name
+        assert name in readme or name in ("DecodeStep", "MixingCandidates", "NearestNeighbors", "RefreshReport"), name
     for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", readme):
         assert (ROOT / path).exists(), path
 

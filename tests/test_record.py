@@ -11,24 +11,35 @@ from ngrpo_ops import MixRecord
 from ngrpo_ops.testing import generators
 
 
+BY_ROW = ("noise_scale", "noise_seed", "row_ids")
+
+
 @st.composite
-def records(draw: st.DrawFn, k: int | None = None, logprobs: bool | None = None) -> MixRecord:
+def records(
+    draw: st.DrawFn, k: int | None = None, logprobs: bool | None = None, noise: bool | None = None
+) -> MixRecord:
     generator = draw(generators)
     b, t, k = draw(st.integers(1, 6)), draw(st.integers(0, 7)), k or draw(st.integers(1, 4))
     with_logprobs = draw(st.booleans()) if logprobs is None else logprobs
+    of_noise = {}
+    if draw(st.booleans()) if noise is None else noise:
+        of_noise = {"noise_scale": torch.rand(b, generator=generator)}
+        of_noise |= {name: torch.randint(9, (b,), generator=generator) for name in ("noise_seed", "row_ids")}
     return MixRecord(
         gate=torch.rand(b, t, generator=generator) < 0.3,
         ids=torch.randint(50, (b, t, k), generator=generator),
         weights=torch.rand(b, t, k, generator=generator),
         prompt_length=3,
         logprobs=-torch.rand(b, t, generator=generator) if with_logprobs else None,
+        **of_noise,
     )
 
 
 @given(record=records())
 def test_tensors(record):
     named = record.tensors()
-    assert set(named) == {"gate", "ids", "weights"} | ({"logprobs"} if record.logprobs is not None else set())
+    optional = {name for name in ("logprobs", *BY_ROW) if getattr(record, name) is not None}
+    assert set(named) == {"gate", "ids", "weights"} | optional
     assert all(value is getattr(record, name) and value.shape[0] == len(record) for name, value in named.items())
     assert record.length == record.gate.shape[1]
     rebuilt = MixRecord(**named, prompt_length=record.prompt_length)
@@ -60,19 +71,25 @@ def test_fit(record, length, prompt_length):
     common = min(length, record.length)
     for name, value in record.tensors().items():
         grown = getattr(fitted, name)
+        if name in BY_ROW:
+            assert torch.equal(grown, value)
+            continue
         assert grown.dtype == value.dtype and torch.equal(grown[:, :common], value[:, :common])
         assert not grown[:, common:].any()
 
 
-@given(k=st.integers(1, 3), logprobs=st.booleans(), data=st.data())
-def test_cat(k, logprobs, data):
-    parts = data.draw(st.lists(records(k=k, logprobs=logprobs), min_size=1, max_size=4))
+@given(k=st.integers(1, 3), logprobs=st.booleans(), noise=st.booleans(), data=st.data())
+def test_cat(k, logprobs, noise, data):
+    parts = data.draw(st.lists(records(k=k, logprobs=logprobs, noise=noise), min_size=1, max_size=4))
     joined = MixRecord.cat(parts)
     assert len(joined) == sum(map(len, parts)) and joined.length == max(p.length for p in parts)
     start = 0
     for part in parts:
         rows = joined[start : start + len(part)]
         for name, value in part.tensors().items():
+            if name in BY_ROW:
+                assert torch.equal(getattr(rows, name), value)
+                continue
             assert torch.equal(getattr(rows, name)[:, : part.length], value)
             assert not getattr(rows, name)[:, part.length :].any()
         start += len(part)
@@ -100,6 +117,8 @@ def test_to():
         ({"weights": [0]}, TypeError, "weights"),
         ({"weights": torch.ones(2, 3, 3)}, ValueError, "weights"),
         ({"weights": torch.ones(2, 3, 2).long()}, TypeError, "weights"),
+        ({"row_ids": torch.zeros(2).long()}, TypeError, "noise_scale"),
+        ({"noise_scale": torch.ones(3), "noise_seed": torch.ones(2).long()}, ValueError, "noise_scale"),
         ({"prompt_length": -1}, ValueError, "prompt_length"),
         ({"logprobs": torch.zeros(2, 4)}, ValueError, "logprobs"),
         ({"logprobs": [0.0]}, TypeError, "logprobs"),

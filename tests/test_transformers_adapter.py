@@ -80,14 +80,20 @@ def test_replay_equals_rollout_on_left_padded_prompts(family: str, tied: bool, s
     rate=st.sampled_from([0.2, 0.5, 1.0]),
     temperature=st.sampled_from([None, 0.4, 2.0]),
     metric=st.sampled_from(["cosine", "dot", "l2", "l1"]),
-    strategy=st.sampled_from(["neighbor", "topk"]),
+    strategy=st.sampled_from(["neighbor", "topk", "gumbel", "gaussian", "anchor"]),
     variant=st.sampled_from(["paper", "released"]),
+    sampler=st.sampled_from(["native", "ngrpo"]),
+    entropy_threshold=st.sampled_from([None, 4.1]),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
-@settings(max_examples=15)
+@settings(max_examples=30)
 def test_replay_equals_rollout_for_every_configuration(**fields: object) -> None:
     model = tiny_model()
     fields["mixing_rate"] = fields.pop("rate")
+    if fields["strategy"] == "anchor":
+        fields["k"] = None
+    if fields["strategy"] == "gumbel":
+        fields["variant"] = "paper"
     config = MixingConfig(**fields)  # type: ignore[arg-type]
     error, _ = replay_errors(NeighborMixing(model, config), model, left_padded(), do_sample=True)
     assert error <= PARITY
@@ -486,3 +492,151 @@ def test_k_of_one_emits_the_anchor_and_embeds_it_alone() -> None:
     sequences, record = mixing.generate(**batch, do_sample=True, max_new_tokens=8)
     assert mixing.table is None and record.ids.shape[2] == 1
     assert torch.equal(sequences, model.generate(**batch, do_sample=False, max_new_tokens=8))
+
+
+# Strategies and samplers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["topk", "gumbel", "gaussian", "anchor"])
+@pytest.mark.parametrize("sampler", ["native", "ngrpo"])
+def test_strategies_replay(strategy: str, sampler: str) -> None:
+    model = tiny_model()
+    config = MixingConfig(mixing_rate=0.5, strategy=strategy, sampler=sampler)  # type: ignore[arg-type]
+    mixing = NeighborMixing(model, config)
+    error, plain = replay_errors(mixing, model, left_padded(8), do_sample=True, temperature=0.8)
+    assert error <= PARITY
+    assert plain > 1e-2 or strategy == "anchor"  # whose input is its token's own
+    assert mixing.table is None
+
+
+def test_gaussian_noise_is_replayed_after_a_shuffle_and_is_what_the_mix_is_fed() -> None:
+    model, batch = tiny_model(), left_padded(6)
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5, strategy="gaussian", noise_scale=1.0))
+    sequences, record = mixing.generate(**batch, do_sample=True, max_new_tokens=10)
+    mask = full_mask(batch["attention_mask"], sequences)
+    order = torch.randperm(6)
+    shuffled = record[order].fit(record.length + 2)
+    assert torch.equal(shuffled.row_ids, record.row_ids[order])
+    ids = torch.cat([sequences[order], sequences.new_full((6, 2), PAD)], dim=1)
+    padded = torch.cat([mask[order], mask.new_zeros(6, 2)], dim=1)
+    live = shuffled.logprobs != 0
+    with mixing.replay(shuffled), torch.no_grad():
+        replayed = completion_logprobs(model, ids, padded, 6, 1.0)
+    assert (replayed - shuffled.logprobs)[live].abs().max() <= PARITY
+    without = MixRecord(record.gate, record.ids, record.weights, record.prompt_length, record.logprobs)
+    with mixing.replay(without), torch.no_grad():
+        silent = completion_logprobs(model, sequences, mask, 6, 1.0)
+    assert (silent - record.logprobs)[record.logprobs != 0].abs().max() > 1e-2
+
+
+def test_our_sampler_knows_no_batch_and_no_global_generator() -> None:
+    model, batch = tiny_model(), left_padded(16)
+    config = MixingConfig(mixing_rate=0.3, sampler="ngrpo", seed=4)
+    settings = {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.95, "max_new_tokens": 10}
+    rows = torch.arange(16) + 7
+    before = torch.get_rng_state()
+    sequences, record = NeighborMixing(model, config).generate(**batch, row_ids=rows, **settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    for row in (0, 5, 15):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        alone, part = NeighborMixing(model, config).generate(**one, row_ids=rows[row : row + 1], **settings)
+        length = alone.shape[1]
+        assert torch.equal(alone[0], sequences[row, :length]) and (sequences[row, length:] == PAD).all()
+        assert torch.equal(part.gate[0], record.gate[row, : part.length])
+    another = NeighborMixing(model, config).generate(**batch, row_ids=rows + 16, **settings)[0]
+    assert another.shape != sequences.shape or not torch.equal(another, sequences)
+
+
+def test_our_sampler_draws_from_the_policy() -> None:
+    model = tiny_model(scale=1.5)
+    batch = {name: value[1:2].expand(20_000, -1) for name, value in left_padded(2).items()}
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="ngrpo"))
+    sequences, _ = mixing.generate(**batch, do_sample=True, temperature=0.9, top_k=0, max_new_tokens=1)
+    with torch.no_grad():
+        one = {name: value[:1] for name, value in batch.items()}
+        p = (model(**one).logits[0, -1].double() / 0.9).softmax(0)
+    counts = sequences[:, -1].bincount(minlength=VOCABULARY).double()
+    likely = 20_000 * p > 5
+    statistic = ((counts - 20_000 * p) ** 2 / (20_000 * p))[likely].sum()
+    assert statistic < 2 * int(likely.sum()) + 40
+
+
+def test_our_sampler_is_greedy_where_generate_would_be() -> None:
+    model, batch = tiny_model(), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="ngrpo"))
+    assert torch.equal(mixing.generate(**batch, max_new_tokens=8)[0], model.generate(**batch, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("setting", [{"typical_p": 0.9}, {"epsilon_cutoff": 1e-3}, {"renormalize_logits": True}])
+def test_cuts_that_our_sampler_does_not_have_are_refused(setting: dict) -> None:
+    mixing = NeighborMixing(tiny_model(), MixingConfig(sampler="ngrpo"))
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        mixing.generate(**left_padded(), do_sample=True, **setting)
+    NeighborMixing(tiny_model(), MixingConfig()).generate(**left_padded(), do_sample=True, max_new_tokens=2, **setting)
+
+
+def test_only_uncertain_steps_are_mixed() -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0, entropy_threshold=4.13))
+    seen = _Seen()
+    _, record = mixing.generate(
+        **left_padded(8), max_new_tokens=10, min_new_tokens=10, do_sample=True,
+        logits_processor=LogitsProcessorList([seen]),
+    )  # fmt: skip
+    p = torch.stack(seen.scores, dim=1)[:, : record.length].double().softmax(-1)
+    entropy = -torch.where(p > 0, p * p.log(), 0).sum(-1)
+    assert torch.equal(record.gate, entropy >= 4.13) and record.gate.any() and not record.gate.all()
+
+
+class _Breaks(LogitsProcessor):
+    """Leaves the row 2 without a token, or with NaN, at the third step."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            scores = scores.clone()
+            scores[2] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("sampler", ["native", "ngrpo"])
+@pytest.mark.parametrize(("value", "reason"), [(torch.nan, "NaN"), (-torch.inf, "-inf")])
+def test_logits_that_nothing_can_be_sampled_from_stop_the_rollout_at_its_end(sampler, value, reason) -> None:
+    mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=1.0, sampler=sampler))
+    with pytest.raises(RuntimeError, match=f"row 102, step 2: .*{reason}"):
+        mixing.generate(
+            **left_padded(), row_ids=torch.arange(100, 104), max_new_tokens=6, min_new_tokens=6,
+            logits_processor=LogitsProcessorList([_Breaks(value)]),
+        )  # fmt: skip
+
+
+def test_a_model_of_nan_stops_the_rollout_at_its_end() -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0))
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(RuntimeError, match="row 0, step 0 hold NaN"):
+        mixing.generate(**left_padded(), max_new_tokens=3)
+
+
+def test_returned_logits_and_scores_are_those_of_generate() -> None:
+    """The anchors are forced in place, but not in what the user asked to have returned."""
+    model, batch = tiny_model(), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0, k=1))
+    output, record = mixing.generate(
+        **batch,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        output_logits=True,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    plain = model.generate(
+        **batch, max_new_tokens=4, min_new_tokens=4, output_logits=True, return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, plain.sequences)
+    assert all(torch.equal(x, y) for x, y in zip(output.logits, plain.logits, strict=True))
+    assert all(bool((x.isfinite().sum(1) == 1).all()) for x in output.scores)

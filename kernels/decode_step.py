@@ -1,0 +1,636 @@
+"""The decode step: sample, anchor, gate, weights, mix and record in two launches, three where the sample is cut.
+
+1. Partials: a program a row and a piece of the vocabulary reads its logits once and leaves their largest, the sum of
+   exp(z - largest) and its first moment. How the vocabulary is cut depends on V alone, so a row's bits do not depend on
+   its batch.
+2. Only with top-k, top-p or min-p: a program a row finds the last logit that is kept. Between the smallest and the
+   largest candidate for it a few pivots are tried at a time, each with the count and the mass above it; the ends then
+   move to logits that exist, so that the search ends with the exact one. It leaves what mass each piece keeps.
+3. Choice: a program a row merges the pieces, draws gate and sample from the row's counter, finds the piece in which the
+   mass first exceeds u times the total (in float64), reads that piece again and finds the token; then the candidates,
+   their weights, the mix and the record.
+
+Nothing is allocated but outputs and partials, whose shapes depend on those of the inputs alone, and the host waits for
+nothing: `seed` and `step` may be tensors on the GPU, and all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, primitives
+from .primitives import launch, launcher, random_words, scale, widen
+
+PIVOTS = 4
+
+# As `ngrpo_ops.decoding`'s.
+_NOT_A_NUMBER, _NO_TOKEN, _NO_SUCH_CANDIDATE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+_NO_ID = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _setting(value, row, PER_ROW: tl.constexpr):
+    if PER_ROW:
+        value = tl.load(value + row)
+    return tl.to_tensor(value)
+
+
+@triton.jit
+def _counter(value, IS_TENSOR: tl.constexpr):
+    if IS_TENSOR:
+        value = tl.load(value)
+    return tl.to_tensor(value).to(tl.int64)
+
+
+@triton.jit
+def _inverse(temperature):
+    """1 / temperature in two parts; of a greedy row, 0, as of 1."""
+    t = tl.to_tensor(temperature).to(tl.float32)
+    t = tl.where(t == 0.0, 1.0, t)
+    inverse = 1.0 / t
+    return inverse, tl.fma(-inverse, t, 1.0) * inverse
+
+
+@triton.jit
+def _load_logits(row_logits, columns, v, stride_v, INT64: tl.constexpr):
+    where = row_logits + widen(columns, INT64) * stride_v
+    return tl.load(where, mask=columns < v, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _open_uniform(word):
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+# 1. Partials ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def decode_partials_kernel(
+    logits, temperature, best_values, best_ids, mass, moment, v, splits, stride_b, stride_v,
+    BEST: tl.constexpr, PER_ROW_T: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row, split = pid // splits, pid % splits
+    columns = split * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = _load_logits(logits + widen(row, INT64) * stride_b, columns, v, stride_v, INT64)
+    bad = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0
+    inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
+    top_x = tl.max(x, axis=0)
+    last = top_x
+    last_id = tl.min(tl.where((x == top_x) & (columns < v), columns, _NO_ID), axis=0)
+    tl.store(best_values + pid * BEST, top_x)
+    tl.store(best_ids + pid * BEST, last_id)
+    for i in range(1, BEST):
+        after = (columns < v) & ((x < last) | ((x == last) & (columns > last_id)))
+        last = tl.max(tl.where(after, x, float("-inf")), axis=0)
+        last_id = tl.min(tl.where(after & (x == last), columns, _NO_ID), axis=0)
+        tl.store(best_values + pid * BEST + i, last)
+        tl.store(best_ids + pid * BEST + i, last_id)
+    # Nothing but -inf: any finite reference will do.
+    below = scale(x, inverse, residual) - tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
+    e = tl.exp(below)
+    total = tl.sum(e, axis=0)
+    tl.store(mass + pid, tl.where(bad, float("nan"), total))
+    tl.store(moment + pid, tl.sum(e * tl.where(e > 0.0, below, 0.0), axis=0))
+
+
+# 2. Filters -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _last_kept(
+    row_logits, smallest, largest, target, active, top, inverse, residual, v, stride_v,
+    BY_MASS: tl.constexpr, INT64: tl.constexpr, PIVOTS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The smallest logit above which there is less than `target` (tokens, or mass): the last one kept, in the order of
+    falling logits. Also the count and the mass above it. `smallest` is where the search begins, and a logit itself."""
+    first = tl.where(active, smallest, largest)
+    last = largest
+    count_above = 0
+    mass_above = 0.0
+    p = tl.arange(0, PIVOTS)
+    while first < last:
+        # The first pivot is the smallest candidate itself, so every round ends the search or moves past it.
+        pivots = tl.where(p == 0, first, first + (last - first) * (p.to(tl.float32) / PIVOTS))
+        pivots = tl.minimum(pivots, last)
+        counts = tl.zeros([PIVOTS], tl.int32)
+        masses = tl.zeros([PIVOTS], tl.float32)
+        at_most = tl.full([PIVOTS], float("-inf"), tl.float32)  # the largest logit that is no more than the pivot
+        beyond = tl.full([PIVOTS], float("inf"), tl.float32)  # the smallest that is more
+        for start in range(0, v, BLOCK_V):
+            x = _load_logits(row_logits, start + tl.arange(0, BLOCK_V), v, stride_v, INT64)
+            e = tl.exp(scale(x, inverse, residual) - top)
+            above = x[None, :] > pivots[:, None]
+            counts += tl.sum(above.to(tl.int32), axis=1)
+            masses += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
+            at_most = tl.maximum(at_most, tl.max(tl.where(above, float("-inf"), x[None, :]), axis=1))
+            beyond = tl.minimum(beyond, tl.min(tl.where(above, x[None, :], float("inf")), axis=1))
+        less = masses < target if BY_MASS else counts < target
+        found = tl.max(less.to(tl.int32), axis=0) > 0
+        count_above = tl.where(found, tl.max(tl.where(less, counts, 0), axis=0), count_above)
+        mass_above = tl.where(found, tl.max(tl.where(less, masses, 0.0), axis=0), mass_above)
+        last = tl.minimum(last, tl.min(tl.where(less, at_most, float("inf")), axis=0))
+        first = tl.maximum(first, tl.max(tl.where(less, float("-inf"), beyond), axis=0))
+    return last, count_above, mass_above
+
+
+@triton.jit
+def decode_filter_kernel(
+    logits, temperature, top_k, top_p, min_p, best_values, mass, kept_mass, ties_before, cuts, quotas, v, splits,
+    stride_b, stride_v,
+    BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, HAS_K: tl.constexpr, HAS_P: tl.constexpr,
+    HAS_M: tl.constexpr, PER_ROW_T: tl.constexpr, PER_ROW_K: tl.constexpr, PER_ROW_P: tl.constexpr,
+    PER_ROW_M: tl.constexpr, PIVOTS: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    row_logits = logits + widen(row, INT64) * stride_b
+    inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
+    s = tl.arange(0, BLOCK_S)
+    tops_x = tl.load(best_values + (row * splits + s) * BEST, mask=s < splits, other=float("-inf"))
+    masses = tl.load(mass + row * splits + s, mask=s < splits, other=0.0)
+    largest = tl.max(tops_x, axis=0)
+    usable = (tl.sum(masses, axis=0) > 0.0) & (largest < float("inf"))  # else nothing will be sampled
+    top = tl.where(largest == float("-inf"), 0.0, scale(largest, inverse, residual))
+    total = tl.sum(tl.where(masses > 0.0, masses * tl.exp(scale(tops_x, inverse, residual) - top), 0.0), axis=0)
+    smallest = largest
+    if HAS_K or HAS_P:  # noqa: SIM102 (the first is the compiler's, the second the row's)
+        if usable:
+            for start in range(0, v, BLOCK_V):
+                x = _load_logits(row_logits, start + tl.arange(0, BLOCK_V), v, stride_v, INT64)
+                smallest = tl.minimum(smallest, tl.min(tl.where(x == float("-inf"), largest, x), axis=0))
+    cut = float("-inf")
+    quota = v
+    if HAS_K:
+        k = _setting(top_k, row, PER_ROW_K).to(tl.int32)
+        active = usable & (k >= 1) & (k < v)
+        found, count_above, mass_above = _last_kept(
+            row_logits, smallest, largest, k, active, top, inverse, residual, v, stride_v, False, INT64, PIVOTS, BLOCK_V
+        )
+        if active:
+            ties = 0
+            for start in range(0, v, BLOCK_V):
+                x = _load_logits(row_logits, start + tl.arange(0, BLOCK_V), v, stride_v, INT64)
+                ties += tl.sum((x == found).to(tl.int32), axis=0)
+            cut = found
+            quota = tl.minimum(k - count_above, ties)
+            total = mass_above + quota * tl.exp(scale(found, inverse, residual) - top)
+            smallest = found
+    if HAS_P:
+        share = _setting(top_p, row, PER_ROW_P).to(tl.float32)
+        active = usable & (share < 1.0)
+        found, count_above, mass_above = _last_kept(
+            row_logits, smallest, largest, share * total, active, top, inverse, residual, v, stride_v, True, INT64,
+            PIVOTS, BLOCK_V,
+        )  # fmt: skip
+        if active:
+            # Of equal logits as many as begin below the target.
+            each = tl.exp(scale(found, inverse, residual) - top)
+            wanted = tl.minimum(tl.ceil((share * total - mass_above) / each), v * 1.0).to(tl.int32)
+            wanted = tl.maximum(wanted, 1)
+            quota = tl.minimum(wanted, quota) if found == cut else wanted
+            cut = found
+    least = float("-inf")
+    if HAS_M:
+        least = tl.log(_setting(min_p, row, PER_ROW_M).to(tl.float32))
+    tl.store(cuts + row * 2, cut)
+    tl.store(cuts + row * 2 + 1, least)
+    tl.store(quotas + row, quota)
+    ties = 0
+    for split in range(splits):
+        columns = split * SPLIT + tl.arange(0, SPLIT)
+        x = _load_logits(row_logits, columns, v, stride_v, INT64)
+        split_top = tl.load(best_values + (row * splits + split) * BEST)
+        e = _kept_mass(x, split_top, top, cut, quota, least, ties, inverse, residual)
+        tl.store(kept_mass + row * splits + split, tl.sum(e, axis=0))
+        tl.store(ties_before + row * splits + split, ties)
+        ties += tl.sum((x == cut).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _kept_mass(x, split_top, top, cut, quota, least, ties, inverse, residual):
+    """exp(z - the piece's largest) of what the filters keep; `ties` logits equal to the cut came before the piece."""
+    z = scale(x, inverse, residual)
+    tied = (x == cut).to(tl.int32)
+    keep = (x > cut) | ((x == cut) & (ties + tl.cumsum(tied, axis=0) - tied < quota))
+    keep = keep & (z - top >= least)
+    reference = tl.where(split_top == float("-inf"), 0.0, scale(split_top, inverse, residual))
+    return tl.where(keep, tl.exp(z - reference), 0.0)
+
+
+# 3. Choice --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _likeliest(best_values, best_ids, row, splits, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of the pieces' best the row's K best, equal ones by the lower id; where there are fewer, the first again."""
+    c = tl.arange(0, BLOCK_K)
+    s = tl.arange(0, BLOCK_S)
+    mask = (s < splits)[:, None] & (c < K)[None, :]
+    where = (row * splits + s)[:, None] * K + c[None, :]
+    values = tl.load(best_values + where, mask=mask, other=float("-inf"))
+    tokens = tl.load(best_ids + where, mask=mask, other=_NO_ID)
+    found = tl.zeros([BLOCK_K], tl.int32)
+    missing = tl.zeros([BLOCK_K], tl.int32)
+    last = float("inf")
+    last_id = -1
+    anchor = 0
+    for i in range(K):
+        after = (values < last) | ((values == last) & (tokens > last_id))
+        last = tl.max(tl.max(tl.where(after, values, float("-inf")), axis=1), axis=0)
+        last_id = tl.min(tl.min(tl.where(after & (values == last), tokens, _NO_ID), axis=1), axis=0)
+        anchor = tl.where(i == 0, last_id, anchor)
+        gone = (last == float("-inf")) & (i > 0)
+        found = tl.where(c == i, tl.where(gone, anchor, last_id), found)
+        missing = tl.where(c == tl.where(gone, i, -1), 1, missing)
+    return found, missing
+
+
+@triton.jit
+def _mixed(embedding, ids, weights, columns, d, stride_v, stride_d, K: tl.constexpr, BLOCK_K: tl.constexpr,
+           BLOCK_D: tl.constexpr, INT64: tl.constexpr):  # fmt: skip
+    c = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(K):
+        weight = tl.sum(tl.where(c == i, weights, 0.0), axis=0)
+        token = tl.sum(tl.where(c == i, ids, 0), axis=0)
+        where = embedding + widen(token, INT64) * stride_v + widen(columns, INT64) * stride_d
+        end = tl.where(weight != 0.0, d, 0)  # a row of weight 0 is not read
+        rows = tl.load(where, mask=columns < end, other=0.0).to(tl.float32)
+        total += tl.where(weight != 0.0, weight * rows, 0.0)
+    return total.to(embedding.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _inverse_erf(x):
+    """Of Giles, "Approximating the erfinv function" (GPU Computing Gems, 2012), good to float32's last bits."""
+    w = -tl.log((1.0 - x) * (1.0 + x))
+    near = w - 2.5
+    p = tl.full(x.shape, 2.81022636e-08, tl.float32)
+    p = tl.fma(p, near, 3.43273939e-07)
+    p = tl.fma(p, near, -3.5233877e-06)
+    p = tl.fma(p, near, -4.39150654e-06)
+    p = tl.fma(p, near, 0.00021858087)
+    p = tl.fma(p, near, -0.00125372503)
+    p = tl.fma(p, near, -0.00417768164)
+    p = tl.fma(p, near, 0.246640727)
+    p = tl.fma(p, near, 1.50140941)
+    far = tl.sqrt(tl.maximum(w, 5.0)) - 3.0
+    q = tl.full(x.shape, -0.000200214257, tl.float32)
+    q = tl.fma(q, far, 0.000100950558)
+    q = tl.fma(q, far, 0.00134934322)
+    q = tl.fma(q, far, -0.00367342844)
+    q = tl.fma(q, far, 0.00573950773)
+    q = tl.fma(q, far, -0.0076224613)
+    q = tl.fma(q, far, 0.00943887047)
+    q = tl.fma(q, far, 1.00167406)
+    q = tl.fma(q, far, 2.83297682)
+    return tl.where(w < 5.0, p, q) * x
+
+
+@triton.jit
+def _noise_uniform(seed, step, row_id, index):
+    """The uniform of each index: four to a stream."""
+    w0, w1, w2, w3 = random_words(seed, step, row_id, 1 + index // 4)
+    at = index % 4
+    return _open_uniform(tl.where(at == 0, w0, tl.where(at == 1, w1, tl.where(at == 2, w2, w3))))
+
+
+@triton.jit
+def _normal(seed, step, row_id, index):
+    return 1.4142135623730951 * _inverse_erf(2.0 * _noise_uniform(seed, step, row_id, index) - 1.0)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "threshold"])
+def decode_choice_kernel(
+    logits, embedding, neighbor_ids, temperature, mixing_temperature, seed, step, row_ids, enabled, threshold,
+    entropy_threshold, noise_scale, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts, quotas,
+    token_ids, gates, ids_out, weights_out, embeddings, logprobs, entropies, faults, v, d, splits,
+    stride_b, stride_v, stride_e, stride_d, stride_n, stride_k,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
+    NEIGHBOR: tl.constexpr, GUMBEL: tl.constexpr, GAUSSIAN: tl.constexpr, RELEASED: tl.constexpr,
+    SAMPLE: tl.constexpr, FILTER: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_ENABLED: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, OWN_TAU: tl.constexpr, PER_ROW_T: tl.constexpr, SEED_TENSOR: tl.constexpr,
+    STEP_TENSOR: tl.constexpr, INT64: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    row_logits = logits + widen(row, INT64) * stride_b
+    temperature = _setting(temperature, row, PER_ROW_T)
+    inverse, residual = _inverse(temperature)
+    seed = _counter(seed, SEED_TENSOR)
+    step = _counter(step, STEP_TENSOR)
+    row_id = tl.load(row_ids + row) if HAS_ROWS else row.to(tl.int64)
+
+    # The distribution, from its pieces.
+    s = tl.arange(0, BLOCK_S)
+    piece = row * splits + s
+    tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
+    tops = scale(tops_x, inverse, residual)
+    masses = tl.load(mass + piece, mask=s < splits, other=0.0)
+    moments = tl.load(moment + piece, mask=s < splits, other=0.0)
+    top_x = tl.max(tops_x, axis=0)
+    top = tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
+    empty = tops_x == float("-inf")
+    shift = tl.where(empty, 0.0, tops - top)
+    shrink = tl.exp(shift)
+    total = tl.sum(tl.where(empty & (masses == masses), 0.0, masses * shrink), axis=0)
+    log_total = tl.log(total)
+    entropy = log_total - tl.sum(tl.where(empty, 0.0, shrink * (moments + shift * masses)), axis=0) / total
+    fault = tl.where(total != total, _NOT_A_NUMBER, tl.where(total == 0.0, _NO_TOKEN, 0))
+
+    # Candidates, the first the anchor.
+    c = tl.arange(0, BLOCK_K)
+    missing = tl.zeros([BLOCK_K], tl.int32)
+    if BEST > 1:
+        ids, missing = _likeliest(best_values, best_ids, row, splits, K, BLOCK_K, BLOCK_S)
+    else:
+        firsts = tl.load(best_ids + piece, mask=s < splits, other=_NO_ID)
+        anchor = tl.min(tl.where(tops_x == top_x, firsts, _NO_ID), axis=0)
+        anchor = tl.where(fault == 0, anchor, 0)
+        ids = tl.zeros([BLOCK_K], tl.int32) + anchor
+        if NEIGHBOR:
+            where = neighbor_ids + widen(anchor, INT64) * stride_n + (c - 1) * stride_k
+            neighbors = tl.load(where, mask=(c >= 1) & (c < K), other=0)
+            known = (neighbors >= 0) & (neighbors < v)
+            outside = tl.max(((c >= 1) & (c < K) & (known == 0)).to(tl.int32), axis=0) > 0
+            fault = tl.where((fault == 0) & outside, _NO_SUCH_CANDIDATE, fault)
+            ids = tl.where((c >= 1) & known, neighbors.to(tl.int32), ids)
+    ids = tl.where(c < tl.where(fault == 0, K, 0), ids, 0)
+    greedy_token = tl.sum(tl.where(c == 0, ids, 0), axis=0)
+    x = tl.load(row_logits + widen(ids, INT64) * stride_v, mask=c < K, other=float("-inf")).to(tl.float32)
+    x = tl.where(missing > 0, float("-inf"), x)
+    z = scale(x, inverse, residual) - top
+    if RELEASED:
+        z = tl.where((c < K) & (missing == 0), tl.exp(z) / total, float("-inf"))
+    if GUMBEL:
+        z = z - tl.log(-tl.log(_noise_uniform(seed, step, row_id, c)))
+    if OWN_TAU:
+        inverse_m, residual_m = _inverse(mixing_temperature)
+        z = scale(z, inverse_m, residual_m) if GUMBEL else scale(x, inverse_m, residual_m)
+    elif GUMBEL:
+        z = scale(z, inverse, residual)
+    weights = tl.exp(z - tl.max(z, axis=0))
+    weights = weights / tl.sum(weights, axis=0)
+    emitted = greedy_token
+    if GUMBEL:  # the heaviest comes first, the others keep their order
+        heaviest = tl.min(tl.where((weights == tl.max(weights, axis=0)) & (c < K), c, BLOCK_K), axis=0)
+        emitted = tl.sum(tl.where(c == heaviest, ids, 0), axis=0)
+        place = tl.where(c == heaviest, 0, tl.where(c < heaviest, c + 1, c))
+    else:
+        place = c
+    bad = fault != 0
+    tl.store(ids_out + row * K + place, ids.to(tl.int64), mask=c < K)
+    tl.store(weights_out + row * K + place, tl.where(bad, float("nan"), weights), mask=c < K)
+    tl.store(entropies + row, tl.where(bad, float("nan"), entropy))
+    tl.store(faults + row, fault)
+
+    if SAMPLE:
+        gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
+        gate = (gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)) & (bad == 0)
+        if HAS_ENABLED:
+            gate = gate & (tl.load(enabled + row) != 0)
+        if HAS_ENTROPY:
+            gate = gate & (entropy >= entropy_threshold)
+        token = emitted
+        if (gate == 0) & (bad == 0):
+            token = greedy_token
+            if temperature != 0.0:
+                u = ((high.to(tl.uint64) << 21) | (low.to(tl.uint64) >> 11)).to(tl.float64) * 1.1102230246251565e-16
+                if FILTER:
+                    masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
+                    cut = tl.load(cuts + row * 2)
+                    least = tl.load(cuts + row * 2 + 1)
+                    quota = tl.load(quotas + row)
+                shares = (masses * shrink).to(tl.float64)
+                ends = tl.cumsum(shares, axis=0)
+                target = u * tl.sum(shares, axis=0)
+                chosen = tl.min(tl.where((ends > target) & (shares > 0.0), s, BLOCK_S), axis=0)
+                chosen = tl.where(chosen < BLOCK_S, chosen, tl.max(tl.where(shares > 0.0, s, 0), axis=0))
+                mine = s == chosen
+                before = tl.sum(tl.where(mine, ends - shares, 0.0), axis=0)
+                rest = ((target - before) / tl.sum(tl.where(mine, shrink, 0.0), axis=0).to(tl.float64)).to(tl.float32)
+                columns = chosen * SPLIT + tl.arange(0, SPLIT)
+                y = _load_logits(row_logits, columns, v, stride_v, INT64)
+                split_top = tl.load(best_values + (row * splits + chosen) * BEST)
+                if FILTER:
+                    ties = tl.load(ties_before + row * splits + chosen)
+                    e = _kept_mass(y, split_top, top, cut, quota, least, ties, inverse, residual)
+                else:
+                    e = tl.exp(scale(y, inverse, residual) - scale(split_top, inverse, residual))
+                crossed = (tl.cumsum(e, axis=0) > rest) & (e > 0.0)
+                token = tl.min(tl.where(crossed, columns, _NO_ID), axis=0)
+                token = tl.where(token == _NO_ID, tl.max(tl.where(e > 0.0, columns, 0), axis=0), token)
+        chosen_x = tl.load(row_logits + widen(token, INT64) * stride_v).to(tl.float32)
+        tl.store(logprobs + row, tl.where(bad, float("nan"), scale(chosen_x, inverse, residual) - top - log_total))
+        tl.store(token_ids + row, token.to(tl.int64))
+        tl.store(gates + row, gate)
+
+        # What is not mixed is a mix of the token alone.
+        ids = tl.where(gate, ids, token)
+        weights = tl.where(gate, weights, tl.where(c == 0, 1.0, 0.0))
+        size = 0.0
+        if GAUSSIAN:
+            for start in range(0, d, BLOCK_D):
+                columns = start + tl.arange(0, BLOCK_D)
+                value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)
+                size += tl.sum(value * value, axis=0)
+            size = tl.where(gate, noise_scale * tl.sqrt(size / d), 0.0)
+        for start in range(0, d, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)
+            if GAUSSIAN:
+                value += tl.where(size > 0.0, size * _normal(seed, step, row_id, columns), 0.0)
+            value = tl.where(bad, float("nan"), value)
+            where = embeddings + widen(row, INT64) * d + columns
+            tl.store(where, value.to(embeddings.dtype.element_ty), mask=columns < d)
+
+
+@triton.jit
+def gaussian_noise_kernel(
+    mixed, scales, seeds, row_ids, steps, out, d, stride_m, stride_d, INT64: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    row = tl.program_id(0)
+    base = mixed + widen(row, INT64) * stride_m
+    seed, step, row_id = tl.load(seeds + row), tl.load(steps + row), tl.load(row_ids + row)
+    size = 0.0
+    for start in range(0, d, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        value = tl.load(base + widen(columns, INT64) * stride_d, mask=columns < d, other=0.0).to(tl.float32)
+        size += tl.sum(value * value, axis=0)
+    size = tl.load(scales + row) * tl.sqrt(size / d)
+    for start in range(0, d, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        where = out + widen(row, INT64) * d + columns
+        tl.store(where, size * _normal(seed, step, row_id, columns), mask=columns < d)
+
+
+# Launchers --------------------------------------------------------------------------------------------------------
+
+
+def _number(setting: Tensor) -> float | int | Tensor:
+    """A 0-d tensor on the CPU is a number to the kernel, any other is read by it."""
+    return setting.item() if setting.dim() == 0 and setting.device.type == "cpu" else setting
+
+
+def _strided(setting: Tensor | None, rows: int) -> Any:
+    """A setting as the kernels take it: a number, or [B] contiguous."""
+    if setting is None:
+        return None
+    value = _number(setting)
+    return value.expand(rows).contiguous() if isinstance(value, Tensor) else value
+
+
+def _per_row(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+class _Partials:
+    """The first launch: what the others need of each row's pieces."""
+
+    def __init__(self, logits: Tensor, temperature: Any, best: int) -> None:
+        rows, v = logits.shape
+        kernel = decode_partials_kernel
+        config = configs.pinned(kernel.__name__, v, interpreted=primitives.interpreted(kernel))
+        self.split: int = config.kwargs["BLOCK_V"]
+        self.splits, self.best = triton.cdiv(v, self.split), best
+        floats = torch.empty(2 + best, rows * self.splits, dtype=torch.float32, device=logits.device)
+        self.mass, self.moment, self.values = floats[0], floats[1], floats[2:]
+        self.ids = torch.empty(rows * self.splits * best, dtype=torch.int32, device=logits.device)
+        launch(
+            kernel, lambda meta: (rows * self.splits,), width=v, int64_for=(logits,),
+            **self.row_arguments(logits, temperature), best_values=self.values, best_ids=self.ids, mass=self.mass,
+            moment=self.moment, BEST=best,
+        )  # fmt: skip
+
+    def row_arguments(self, logits: Tensor, temperature: Any) -> dict[str, Any]:
+        return {
+            "logits": logits, "temperature": temperature, "v": logits.shape[1], "splits": self.splits,
+            "stride_b": logits.stride(0), "stride_v": logits.stride(1), "PER_ROW_T": _per_row(temperature),
+        }  # fmt: skip
+
+
+def _filter(
+    logits: Tensor, temperature: Any, partials: _Partials, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    rows = logits.shape[0]
+    k, p, m = (_strided(setting, rows) for setting in (top_k, top_p, min_p))
+    like = partials.mass
+    kept: dict[str, Any] = {
+        "kept_mass": torch.empty_like(like), "ties_before": torch.empty_like(like, dtype=torch.int32),
+        "cuts": torch.empty(rows, 2, dtype=torch.float32, device=logits.device),
+        "quotas": torch.empty(rows, dtype=torch.int32, device=logits.device),
+    }  # fmt: skip
+    launch(
+        decode_filter_kernel, lambda meta: (rows,), width=logits.shape[1], int64_for=(logits,),
+        **partials.row_arguments(logits, temperature), top_k=k, top_p=p, min_p=m, best_values=partials.values,
+        mass=partials.mass, **kept, BEST=partials.best, BLOCK_S=triton.next_power_of_2(partials.splits),
+        SPLIT=partials.split, HAS_K=k is not None, HAS_P=p is not None, HAS_M=m is not None, PER_ROW_K=_per_row(k),
+        PER_ROW_P=_per_row(p), PER_ROW_M=_per_row(m), PIVOTS=PIVOTS,
+    )  # fmt: skip
+    return kept
+
+
+_NOTHING_KEPT: dict[str, Any] = dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
+
+
+def _choose(
+    logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Any,
+    mixing_temperature: float | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, partials: _Partials,
+    kept: dict[str, Any], outputs: dict[str, Any], sampling: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = logits.shape[0]
+    ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    fault = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    neighbors = neighbor_ids if k > 1 else None
+    embedding = sampling.get("embedding")
+    launch(
+        decode_choice_kernel, lambda meta: (rows,), width=0 if embedding is None else embedding.shape[1],
+        int64_for=(logits, embedding, neighbors, outputs.get("embeddings")),
+        **partials.row_arguments(logits, temperature), neighbor_ids=neighbors,
+        stride_n=0 if neighbors is None else neighbors.stride(0),
+        stride_k=0 if neighbors is None else neighbors.stride(1),
+        mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, seed=_number(seed),
+        step=_number(step), row_ids=row_ids, best_values=partials.values, best_ids=partials.ids, mass=partials.mass,
+        moment=partials.moment, **kept, **outputs, ids_out=ids, weights_out=weights, entropies=entropy, faults=fault,
+        **sampling, K=k, BLOCK_K=triton.next_power_of_2(k), BEST=partials.best,
+        BLOCK_S=triton.next_power_of_2(partials.splits), SPLIT=partials.split, NEIGHBOR=neighbors is not None,
+        GUMBEL=strategy == "gumbel", GAUSSIAN=strategy == "gaussian" and embedding is not None,
+        RELEASED=variant == "released", HAS_ROWS=row_ids is not None, OWN_TAU=mixing_temperature is not None,
+        SEED_TENSOR=_per_row(_number(seed)), STEP_TENSOR=_per_row(_number(step)),
+    )  # fmt: skip
+    return ids, weights, entropy, fault
+
+
+def _best(k: int, strategy: str) -> int:
+    return k if strategy in ("topk", "gumbel", "gaussian") else 1
+
+
+@launcher("row_ids")
+def mixing_candidates(
+    logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Tensor,
+    mixing_temperature: float | None, seed: Tensor, step: Tensor, row_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """ids [B, k], weights [B, k], entropy [B], fault [B]: two launches."""
+    t = _strided(temperature, logits.shape[0])
+    partials = _Partials(logits, t, _best(k, strategy))
+    nothing: dict[str, Any] = dict.fromkeys(("token_ids", "gates", "embeddings", "logprobs"))
+    no_sample = {
+        "embedding": None, "enabled": None, "threshold": 0, "entropy_threshold": 0.0, "noise_scale": 0.0, "d": 0,
+        "stride_e": 0, "stride_d": 0, "SAMPLE": False, "FILTER": False, "HAS_ENABLED": False, "HAS_ENTROPY": False,
+    }  # fmt: skip
+    return _choose(
+        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, seed, step, row_ids, partials,
+        _NOTHING_KEPT, nothing, no_sample,
+    )  # fmt: skip
+
+
+@launcher("row_ids", "enabled")
+def decode_step(
+    logits: Tensor, embedding: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str,
+    mixing_rate: float, entropy_threshold: float | None, noise_scale: float, temperature: Tensor,
+    mixing_temperature: float | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seed: Tensor,
+    step: Tensor, row_ids: Tensor | None, enabled: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """token_ids, gate, ids, weights, embeddings, logprobs, entropy, fault: two launches, three with a cut."""
+    rows, d = logits.shape[0], embedding.shape[1]
+    t = _strided(temperature, rows)
+    partials = _Partials(logits, t, _best(k, strategy))
+    cuts = any(setting is not None for setting in (top_k, top_p, min_p))
+    kept = _filter(logits, t, partials, top_k, top_p, min_p) if cuts else _NOTHING_KEPT
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    gates = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    embeddings = torch.empty(rows, d, dtype=embedding.dtype, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    outputs: dict[str, Any] = {"token_ids": tokens, "gates": gates, "embeddings": embeddings, "logprobs": logprobs}
+    sampling = {
+        "embedding": embedding, "enabled": enabled, "threshold": round(mixing_rate * 2**32),
+        "entropy_threshold": 0.0 if entropy_threshold is None else entropy_threshold, "noise_scale": noise_scale,
+        "d": d, "stride_e": embedding.stride(0), "stride_d": embedding.stride(1), "SAMPLE": True, "FILTER": cuts,
+        "HAS_ENABLED": enabled is not None, "HAS_ENTROPY": entropy_threshold is not None,
+    }  # fmt: skip
+    ids, weights, entropy, fault = _choose(
+        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, seed, step, row_ids, partials, kept,
+        outputs, sampling,
+    )  # fmt: skip
+    return tokens, gates, ids, weights, embeddings, logprobs, entropy, fault
+
+
+@launcher("scale", "seed", "row_ids", "steps")
+def gaussian_noise(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor) -> Tensor:
+    """[M, d] float32: scale times the root mean square of each row of `mixed`, times N(0, I)."""
+    rows, d = mixed.shape
+    out = torch.empty(rows, d, dtype=torch.float32, device=mixed.device)
+    launch(
+        gaussian_noise_kernel, lambda meta: (rows,), width=d, int64_for=(mixed, out),
+        mixed=mixed, scales=scale, seeds=seed, row_ids=row_ids, steps=steps, out=out, d=d, stride_m=mixed.stride(0),
+        stride_d=mixed.stride(1),
+    )  # fmt: skip
+    return out

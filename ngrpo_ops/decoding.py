@@ -1,0 +1,289 @@
+"""The decode step in plain torch, correct in float64: the oracle of its kernels, and what runs where there are none.
+
+Every row is a matter of its own logits, settings and counter alone. Settings are 0-d (the same for all rows) or [B].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .random import bernoulli, gumbel, normal, philox, uniform
+from .reference import compute_dtype, mix_embeddings, require_ids_in_range
+
+NOT_A_NUMBER, NO_TOKEN, NO_SUCH_CANDIDATE = 1, 2, 4
+FAULTS = {
+    NOT_A_NUMBER: "its logits hold NaN or +inf",
+    NO_TOKEN: "all of its logits are -inf: no token is left to choose",
+    NO_SUCH_CANDIDATE: "a neighbour of its anchor is outside the vocabulary",
+}
+
+_CHUNK = 1024  # tokens whose masses are summed first when one is drawn
+
+
+class Step(NamedTuple):
+    """The fields of `functional.DecodeStep`."""
+
+    token_ids: Tensor
+    gate: Tensor
+    ids: Tensor
+    weights: Tensor
+    embeddings: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    fault: Tensor
+
+
+class _Distribution(NamedTuple):
+    """softmax(logits / temperature) before it is normalised: below = z - max z, mass = exp(below)."""
+
+    below: Tensor
+    mass: Tensor
+    total: Tensor
+    entropy: Tensor
+    fault: Tensor
+
+
+def column(setting: Tensor, device: torch.device) -> Tensor:
+    """A setting, 0-d or [B], so that it broadcasts against [B, V]."""
+    return setting[:, None] if setting.dim() else setting.to(device)
+
+
+def own_temperature(temperature: Tensor) -> Tensor:
+    """That of the row's distribution: a greedy row's, 0, counts as 1."""
+    return torch.where(temperature == 0, 1, temperature)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    dtype = compute_dtype(logits)
+    return logits.to(dtype) / column(own_temperature(temperature), logits.device).to(dtype)
+
+
+def _distribution(scaled: Tensor) -> _Distribution:
+    top = scaled.amax(-1, keepdim=True)
+    below = scaled - torch.where(top == -torch.inf, 0, top)
+    mass = below.exp()
+    total = mass.sum(-1)
+    moment = (mass * below.clamp(min=torch.finfo(below.dtype).min)).sum(-1)  # exp(-inf) times it is 0
+    fault = torch.where(total.isnan(), NOT_A_NUMBER, torch.where(total == 0, NO_TOKEN, 0)).to(torch.int32)
+    return _Distribution(below, mass, total, total.log() - moment / total, fault)
+
+
+# Candidates -------------------------------------------------------------------------------------------------------
+
+
+def candidate_weights(logits: Tensor, ids: Tensor, temperature: float, variant: str = "paper") -> Tensor:
+    """Softmax over the candidates of their logits / temperature (equation 9), or of their probabilities, "released"."""
+    return _candidate_scores(logits.to(compute_dtype(logits)) / temperature, ids, variant).softmax(-1)
+
+
+def _candidate_scores(scaled: Tensor, ids: Tensor, variant: str) -> Tensor:
+    return (scaled.softmax(-1) if variant == "released" else scaled).gather(-1, ids)
+
+
+def _candidates(logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str) -> tuple[Tensor, Tensor]:
+    """ids [B, k], the argmax first, equal logits by the lower id; and which rows have one outside the vocabulary."""
+    anchor = logits.argmax(-1, keepdim=True)
+    if strategy == "neighbor" and neighbor_ids is not None:
+        neighbors = neighbor_ids[anchor.squeeze(-1)]
+        require_ids_in_range(neighbors, logits.shape[-1], "neighbor_ids")
+        outside = ((neighbors < 0) | (neighbors >= logits.shape[-1])).any(-1)
+        return torch.cat([anchor, neighbors.clamp(0, logits.shape[-1] - 1)], dim=-1), outside
+    found = [anchor]
+    rest = logits
+    for _ in range(k - 1):
+        rest = rest.scatter(-1, found[-1], -torch.inf)
+        best, token = rest.max(-1, keepdim=True)
+        # Where there are fewer than k tokens, the anchor again: like any of probability 0 it will weigh nothing.
+        found.append(torch.where(best == -torch.inf, anchor, token))
+    return torch.cat(found, dim=-1), torch.zeros_like(anchor.squeeze(-1), dtype=torch.bool)
+
+
+def _heaviest_first(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    order = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape).clone()
+    order.scatter_(-1, weights.argmax(-1, keepdim=True), -1)
+    order = order.argsort(dim=-1)
+    return ids.gather(-1, order), weights.gather(-1, order)
+
+
+def mixing_candidates(
+    logits: Tensor,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    seed: Tensor,
+    step: Tensor,
+    row_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids [B, k], weights [B, k], entropy [B], fault [B]."""
+    d = _distribution(_scaled(logits, temperature))
+    return *_weighted_candidates(
+        logits, d, neighbor_ids, k, strategy, variant, temperature, mixing_temperature,
+        *_counter(logits, seed, step, row_ids),
+    ),  # fmt: skip
+
+
+def _counter(logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.arange(logits.shape[0], device=logits.device) if row_ids is None else row_ids
+    return seed.to(logits.device), rows, step.to(logits.device)
+
+
+def _weighted_candidates(
+    logits: Tensor,
+    d: _Distribution,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    seed: Tensor,
+    row_ids: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids, outside = _candidates(logits, neighbor_ids, k, strategy)
+    dtype = compute_dtype(logits)
+    own = column(own_temperature(temperature), logits.device).to(dtype)
+    tau = own if mixing_temperature is None else mixing_temperature
+    if strategy == "gumbel":
+        scores = (d.below.gather(-1, ids) + gumbel(seed, row_ids, step, k).to(dtype)) / tau
+    else:
+        scores = _candidate_scores(d.below if mixing_temperature is None else logits.to(dtype) / tau, ids, variant)
+    if strategy != "neighbor":
+        scores = scores.masked_fill(_is_repeated(ids), -torch.inf)
+    weights = scores.softmax(-1)
+    if strategy == "gumbel":
+        ids, weights = _heaviest_first(ids, weights)
+    fault = torch.where(outside & (d.fault == 0), NO_SUCH_CANDIDATE, d.fault).to(torch.int32)
+    bad = fault != 0
+    weights = weights.float().masked_fill(bad[:, None], torch.nan)
+    return ids.masked_fill(bad[:, None], 0), weights, d.entropy.float().masked_fill(bad, torch.nan), fault
+
+
+def _is_repeated(ids: Tensor) -> Tensor:
+    """Where the anchor stands for a token that is not there."""
+    repeated = ids == ids[:, :1]
+    repeated[:, 0] = False
+    return repeated
+
+
+# Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def kept(
+    logits: Tensor, below: Tensor, mass: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor | None:
+    """bool [B, V]: what top-k, then top-p of what is left, then min-p leave; None: everything.
+
+    Equal logits are kept by the lower id. top_k below 1 or from V on, top_p from 1 on and min_p 0 cut nothing.
+    """
+    keep = None
+    if top_k is not None or top_p is not None:
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
+        held = torch.ones_like(logits, dtype=torch.bool)
+        if top_k is not None:
+            limit = column(top_k, logits.device)
+            held = (limit < 1) | (rank < limit)
+        if top_p is not None:
+            share = column(top_p, logits.device)
+            ordered = mass.gather(-1, order).double() * held
+            before = ordered.cumsum(-1) - ordered
+            held = held & ((share >= 1) | (before < share * ordered.sum(-1, keepdim=True)) | (rank == 0))
+        keep = torch.empty_like(held).scatter_(-1, order, held)
+    if min_p is not None:
+        likely = below >= column(min_p, logits.device).log().to(below.dtype)
+        keep = likely if keep is None else keep & likely
+    return keep
+
+
+def sample(mass: Tensor, u: Tensor) -> Tensor:
+    """Inverse cumulative distribution: the token at which the mass, in id order, first exceeds u times the total.
+
+    First the chunk of tokens is found, then the token in it; sums in float64.
+    """
+    v = mass.shape[1]
+    size = min(v, _CHUNK)
+    whole = v // size * size
+    sums = mass[:, :whole].unflatten(1, (-1, size)).sum(-1)
+    if whole < v:
+        sums = torch.cat([sums, mass[:, whole:].sum(-1, keepdim=True)], dim=1)
+    sums = sums.double()
+    ends = sums.cumsum(-1)
+    target = u[:, None] * ends[:, -1:]
+    chunk = _first_above(ends, sums, target)
+    tokens = chunk * size + torch.arange(size, device=mass.device)
+    inside = mass.gather(1, tokens.clamp(max=v - 1)).masked_fill(tokens >= v, 0).double()
+    rest = target - (ends - sums).gather(1, chunk)
+    return (chunk * size + _first_above(inside.cumsum(-1), inside, rest)).squeeze(1)
+
+
+def _first_above(ends: Tensor, mass: Tensor, target: Tensor) -> Tensor:
+    """[B, 1]: the first place with mass whose end lies above the target; the last one with mass where rounding has
+    moved the target past all of them."""
+    crossed = (ends > target) & (mass > 0)
+    places = torch.arange(mass.shape[1], device=mass.device)
+    last = torch.where(mass > 0, places, 0).amax(1, keepdim=True)
+    first = crossed.to(torch.uint8).argmax(1, keepdim=True)
+    return torch.where(crossed.any(1, keepdim=True), first, last)
+
+
+# The step ---------------------------------------------------------------------------------------------------------
+
+
+def decode_step(
+    logits: Tensor,
+    embedding: Tensor,
+    neighbor_ids: Tensor | None,
+    k: int,
+    strategy: str,
+    variant: str,
+    mixing_rate: float,
+    entropy_threshold: float | None,
+    noise_scale: float,
+    temperature: Tensor,
+    mixing_temperature: float | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seed: Tensor,
+    step: Tensor,
+    row_ids: Tensor | None,
+    enabled: Tensor | None,
+) -> Step:
+    seed, rows, step = _counter(logits, seed, step, row_ids)
+    word, high, low, _ = philox(seed, rows, step)
+    d = _distribution(_scaled(logits, temperature))
+    ids, weights, entropy, fault = _weighted_candidates(
+        logits, d, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, seed, rows, step
+    )
+    bad = fault != 0
+    gate = bernoulli(word, mixing_rate) & ~bad
+    if enabled is not None:
+        gate = gate & enabled
+    if entropy_threshold is not None:
+        gate = gate & (entropy >= entropy_threshold)
+    keep = kept(logits, d.below, d.mass, top_k, top_p, min_p)
+    sampled = sample(d.mass if keep is None else d.mass * keep, uniform(high, low))
+    greedy = (temperature == 0).to(logits.device)
+    sampled = torch.where(greedy, logits.argmax(-1), sampled)
+    token_ids = torch.where(gate, ids[:, 0], sampled).masked_fill(bad, 0)
+    mixed = mix_embeddings(embedding, ids, weights)
+    if strategy == "gaussian":
+        noise = gaussian_noise(mixed, torch.full_like(entropy, noise_scale), seed.expand(rows.shape), rows, step)
+        mixed = (mixed.to(noise.dtype) + noise).to(mixed.dtype)
+    embeddings = torch.where(gate[:, None], mixed, embedding[token_ids]).masked_fill(bad[:, None], torch.nan)
+    logprobs = d.below.gather(1, token_ids[:, None]).squeeze(1) - d.total.log()
+    return Step(token_ids, gate, ids, weights, embeddings, logprobs.float().masked_fill(bad, torch.nan), entropy, fault)
+
+
+def gaussian_noise(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor) -> Tensor:
+    """[M, d], float32 (float64 for float64): scale times the root mean square of each row of `mixed`, times N(0, I)."""
+    x = mixed.to(compute_dtype(mixed))
+    size = x.square().mean(-1, keepdim=True).sqrt() * scale[:, None]
+    return size.to(x.dtype) * normal(seed, row_ids, steps, mixed.shape[1]).to(x.dtype)
