@@ -82,6 +82,18 @@ def _group_advantages(
     group_advantages.backward(out, spread, rewards, *options)
 
 
+DECODE_STEPS: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
+    (151_936, 3, "neighbor", {"alone": True}),
+    (8192, 3, "neighbor", {"cut": True, "entropy": 1.0}),
+    (262_144, 32, "neighbor", {"cut": True, "variant": "released"}),
+    (151_936, 1, "anchor", {}),
+    (151_936, 3, "topk", {"tau": 0.5}),
+    (151_936, 4, "gumbel", {"tau": 0.5, "cut": True, "alone": True}),
+    (262_144, 32, "gumbel", {}),
+    (151_936, 3, "gaussian", {}),
+)
+
+
 def _decode_step(dtype: torch.dtype, v: int, k: int, strategy: str, **other: Any) -> None:
     b, d = 64, 1536
     rows = {name: _meta(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
@@ -92,7 +104,8 @@ def _decode_step(dtype: torch.dtype, v: int, k: int, strategy: str, **other: Any
         "mixing_temperature": other.get("tau"), "row_ids": _meta(b),
     }  # fmt: skip
     logits = _meta(b, v, dtype=dtype)
-    decode_step.mixing_candidates(logits, **common)
+    if other.get("alone"):
+        decode_step.mixing_candidates(logits, **common)
     decode_step.decode_step(
         logits, _meta(v, d, dtype=dtype), **common, mixing_rate=0.1, entropy_threshold=other.get("entropy"),
         noise_scale=0.33, **dict.fromkeys(("top_k", "top_p", "min_p")) | cuts, enabled=_meta(b, dtype=torch.bool),
@@ -131,16 +144,8 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
             (4096, False, "mean", "std", "zero", torch.bool),
         ):
             yield dtype, lambda dtype=dtype, case=case: _group_advantages(dtype, *case)
-        for v, k, strategy, other in (
-            (151_936, 3, "neighbor", {}),
-            (8192, 3, "neighbor", {"cut": True, "entropy": 1.0}),
-            (262_144, 32, "neighbor", {"cut": True, "variant": "released"}),
-            (151_936, 1, "anchor", {}),
-            (151_936, 3, "topk", {"tau": 0.5}),
-            (151_936, 4, "gumbel", {"tau": 0.5, "cut": True}),
-            (262_144, 32, "gumbel", {}),
-            (151_936, 3, "gaussian", {}),
-        ):
+        every = dtype == torch.bfloat16  # the logits' dtype changes a load and no more
+        for v, k, strategy, other in DECODE_STEPS if every else DECODE_STEPS[:2]:
             yield dtype, lambda dtype=dtype, v=v, k=k, s=strategy, o=other: _decode_step(dtype, v, k, s, **o)
         for metric in ("cosine", "dot", "l2", "l1"):
             yield dtype, lambda dtype=dtype, m=metric: _pair_scores(dtype, 896, m)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from ngrpo_ops import MixRecord
 from ngrpo_ops.testing import generators
 
-
 BY_ROW = ("noise_scale", "noise_seed", "row_ids")
 
 

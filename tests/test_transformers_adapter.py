@@ -626,7 +626,7 @@ def test_returned_logits_and_scores_are_those_of_generate() -> None:
     """The anchors are forced in place, but not in what the user asked to have returned."""
     model, batch = tiny_model(), left_padded()
     mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0, k=1))
-    output, record = mixing.generate(
+    output, _ = mixing.generate(
         **batch,
         max_new_tokens=4,
         min_new_tokens=4,

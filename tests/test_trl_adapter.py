@@ -132,9 +132,16 @@ MULTI_STEP = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumula
         },
         {"temperature": 0.7, "mixing_k": 1, "cache_implementation": "static"},
         {"mask_truncated_completions": True, "mixing_metric": "l2", "importance_sampling_level": "sequence"},
+        {"mixing_strategy": "topk", "mixing_sampler": "ngrpo", "top_p": 0.9},
+        {**MULTI_STEP, "mixing_strategy": "gumbel", "mixing_temperature": 0.5},
+        {**MULTI_STEP, "mixing_strategy": "gaussian", "mixing_noise_scale": 1.0},
+        {"mixing_strategy": "anchor", "mixing_entropy_threshold": 4.1, "mixing_sampler": "ngrpo"},
     ],
-    ids=["default", "multi-step", "reentrant", "non-reentrant", "padded-topk", "anchor-static", "truncated-gspo"],
-)
+    ids=[
+        "default", "multi-step", "reentrant", "non-reentrant", "padded-topk", "anchor-static", "truncated-gspo",
+        "topk-ngrpo", "gumbel", "gaussian", "anchor-ngrpo",
+    ],
+)  # fmt: skip
 def test_the_policy_scores_the_rollouts_own_history(train: Any, settings: dict) -> None:
     trainer = train(mixing_rate=0.5, **settings)
     errors = logged(trainer, "mix/replay_error")
@@ -328,6 +335,7 @@ def test_rows_go_on_after_a_resume(train: Any, tmp_path: Path) -> None:
         ({"cache_implementation": "paged"}, "paged"),
         ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs"),
         ({"generation_kwargs": {"eos_token_id": [5]}}, "generation_kwargs"),
+        ({"generation_kwargs": {"typical_p": 0.5}, "mixing_sampler": "ngrpo"}, "typical_p"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "peft_config"),
         ({"rollout_func": lambda prompts, trainer: {}}, "rollout_func"),
@@ -370,6 +378,9 @@ def tiny_larger() -> Any:
         ("mixing_metric", "euclid"),
         ("mixing_strategy", "random"),
         ("mixing_variant", "mine"),
+        ("mixing_sampler", "theirs"),
+        ("mixing_entropy_threshold", -1.0),
+        ("mixing_noise_scale", 0.5),
         ("mixing_stop_token_ids", [-1]),
         ("mixing_allowed_token_ids", [1]),
     ],
@@ -394,6 +405,11 @@ def test_a_plain_config_is_refused_and_none_makes_our_own(train: Any, checkpoint
     with pytest.raises(ZeroDivisionError):
         NGRPOTrainer(tiny_model(), distinct, None, prompts())
     assert isinstance(seen["positional"][2], NGRPOConfig)
+
+
+def test_the_number_of_candidates_follows_the_strategy(tmp_path: Path) -> None:
+    for strategy, k in (("neighbor", 3), ("anchor", 1)):
+        assert NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, mixing_strategy=strategy).mixing_k == k
 
 
 def test_the_seed_keys_the_gates_unless_one_is_given(tmp_path: Path) -> None:
