@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 #: Shown beside ours, but not the same function: they do not count as the best peer.
-NOT_THE_SAME = ("an empty launch", "F.embedding_bag, weights of 8 bits")
+NOT_THE_SAME = (
+    "an empty launch",
+    "F.embedding_bag, weights of 8 bits",
+    "softmax + multinomial, no mixing",
+    "transformers' warpers + multinomial, no mixing",
+    "plain generate",
+)
 
 
 def tiled_matmul_topk(embedding: Tensor, queries: Tensor, k: int, tile: int = 8192) -> Tensor:
@@ -110,3 +116,52 @@ def openrlhf_group_norm(rewards: Tensor, group_size: int) -> Tensor:
     """The formula of OpenRLHF's group_norm, which is inside its experience maker."""
     grouped = rewards.view(-1, group_size)
     return ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-9)).view(-1)
+
+
+def plain_step(logits: Tensor, embedding: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What a sampler without mixing does."""
+    tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(1)
+    return tokens, embedding[tokens]
+
+
+def warped_step(
+    logits: Tensor, embedding: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """The same after transformers' own top-k and top-p."""
+    warpers = pytest.importorskip("transformers")
+    scores = logits.float() / temperature
+    for warper in (warpers.TopKLogitsWarper(top_k), warpers.TopPLogitsWarper(top_p)):
+        scores = warper(None, scores)
+    tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+    return tokens, embedding[tokens]
+
+
+def mix_after_sampling(
+    logits: Tensor, embedding: Tensor, neighbor_ids: Tensor, rate: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """A step with the neighbours looked up in a table, as plain torch, its random numbers torch's own."""
+    scaled = logits.float() / temperature
+    anchor = scaled.argmax(-1)
+    return _mixed_step(scaled, embedding, anchor, neighbor_ids[anchor], rate)
+
+
+def search_every_step(
+    logits: Tensor, embedding: Tensor, normalized: Tensor, k: int, rate: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The same with the neighbours of every row searched in the whole table at every step, as the published code does;
+    but with the table normalised once, which that code does at every step."""
+    scaled = logits.float() / temperature
+    anchor = scaled.argmax(-1)
+    similarity = (normalized[anchor] @ normalized.T).scatter_(1, anchor[:, None], -torch.inf)
+    return _mixed_step(scaled, embedding, anchor, similarity.topk(k - 1).indices, rate)
+
+
+def _mixed_step(
+    scaled: Tensor, embedding: Tensor, anchor: Tensor, neighbors: Tensor, rate: float
+) -> tuple[Tensor, Tensor]:
+    sampled = torch.multinomial(scaled.softmax(-1), 1).squeeze(1)
+    ids = torch.cat([anchor[:, None], neighbors], dim=1)
+    weights = scaled.gather(1, ids).softmax(-1)
+    mixed = torch.einsum("bk,bkd->bd", weights.to(embedding.dtype), embedding[ids])
+    gate = torch.rand(len(ids), device=ids.device) < rate
+    return torch.where(gate, anchor, sampled), torch.where(gate[:, None], mixed, embedding[sampled])

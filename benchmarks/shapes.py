@@ -11,3 +11,6 @@ QUERIES = 2048
 POSITIONS = {"cpu": (4096, QWEN2_5_0_5B), "cuda": (131_072, QWEN2_5_1_5B)}
 LOGITS_ROWS = {"cpu": 64, "cuda": 8192}
 REWARDS = 65_536
+
+# Rows of a decode step.
+BATCHES = (1, 64, 256, 1024)

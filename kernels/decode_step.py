@@ -217,10 +217,11 @@ def _kept_mass(x, split_top, top, cut, quota, least, ties, inverse, residual):
     """exp(z - the piece's largest) of what the filters keep; `ties` logits equal to the cut came before the piece."""
     z = scale(x, inverse, residual)
     tied = (x == cut).to(tl.int32)
-    keep = (x > cut) | ((x == cut) & (ties + tl.cumsum(tied, axis=0) - tied < quota))
-    keep = keep & (z - top >= least)
+    # Beyond every quota where x is below the cut, below every one where it is above: one comparison is left.
+    place = tl.where(x == cut, ties + tl.cumsum(tied, axis=0) - tied, tl.where(x > cut, -1, _NO_ID))
     reference = tl.where(split_top == float("-inf"), 0.0, scale(split_top, inverse, residual))
-    return tl.where(keep, tl.exp(z - reference), 0.0)
+    e = tl.where(z - top >= least, tl.exp(z - reference), 0.0)
+    return tl.where(place < quota, e, 0.0)
 
 
 # 3. Choice --------------------------------------------------------------------------------------------------------
@@ -354,8 +355,8 @@ def decode_choice_kernel(
         anchor = tl.where(fault == 0, anchor, 0)
         ids = tl.zeros([BLOCK_K], tl.int32) + anchor
         if NEIGHBOR:
-            where = neighbor_ids + widen(anchor, INT64) * stride_n + (c - 1) * stride_k
-            neighbors = tl.load(where, mask=(c >= 1) & (c < K), other=0)
+            listed = neighbor_ids + widen(anchor, INT64) * stride_n + (c - 1) * stride_k
+            neighbors = tl.load(listed, mask=(c >= 1) & (c < K), other=0)
             known = (neighbors >= 0) & (neighbors < v)
             outside = tl.max(((c >= 1) & (c < K) & (known == 0)).to(tl.int32), axis=0) > 0
             fault = tl.where((fault == 0) & outside, _NO_SUCH_CANDIDATE, fault)
@@ -403,9 +404,6 @@ def decode_choice_kernel(
                 u = ((high.to(tl.uint64) << 21) | (low.to(tl.uint64) >> 11)).to(tl.float64) * 1.1102230246251565e-16
                 if FILTER:
                     masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
-                    cut = tl.load(cuts + row * 2)
-                    least = tl.load(cuts + row * 2 + 1)
-                    quota = tl.load(quotas + row)
                 shares = (masses * shrink).to(tl.float64)
                 ends = tl.cumsum(shares, axis=0)
                 target = u * tl.sum(shares, axis=0)
@@ -418,6 +416,9 @@ def decode_choice_kernel(
                 y = _load_logits(row_logits, columns, v, stride_v, INT64)
                 split_top = tl.load(best_values + (row * splits + chosen) * BEST)
                 if FILTER:
+                    cut = tl.load(cuts + row * 2)
+                    least = tl.load(cuts + row * 2 + 1)
+                    quota = tl.load(quotas + row)
                     ties = tl.load(ties_before + row * splits + chosen)
                     e = _kept_mass(y, split_top, top, cut, quota, least, ties, inverse, residual)
                 else:
