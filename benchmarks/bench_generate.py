@@ -12,7 +12,7 @@ from harness import Case, compare
 
 from ngrpo_ops import MixingConfig
 
-PROMPT, NEW = 32, 64
+PROMPT, NEW = 32, 32
 WHO = ("ours", "plain generate")
 
 
@@ -46,7 +46,7 @@ def _case(batch: int, device: str, who: str) -> Case:
 
     run = mixed if who == "ours" else partial(mixing.model.generate, **settings)
     moved = NEW * sum(p.numel() * p.itemsize for p in mixing.model.parameters())
-    return Case("generate", f"B={batch} new={NEW} V=32000 layers=4 d=512", "float32", moved, run, rounds=12)
+    return Case("generate", f"B={batch} new={NEW} V=32000 layers=4 d=512", "float32", moved, run, rounds=10)
 
 
 CASES = {f"B={batch}": (partial(_case, batch), WHO) for batch in (1, 16, 64)}

@@ -105,7 +105,7 @@ def _decode_step(dtype: torch.dtype, v: int, k: int, strategy: str, **other: Any
     }  # fmt: skip
     logits = _meta(b, v, dtype=dtype)
     if other.get("alone"):
-        decode_step.mixing_candidates(logits, **common)
+        decode_step.mixing_candidates(logits, **common, return_entropy=True)
     decode_step.decode_step(
         logits, _meta(v, d, dtype=dtype), **common, mixing_rate=0.1, entropy_threshold=other.get("entropy"),
         noise_scale=0.33, **dict.fromkeys(("top_k", "top_p", "min_p")) | cuts, enabled=_meta(b, dtype=torch.bool),

@@ -260,15 +260,17 @@ class _Rollout(LogitsProcessor):
         rows = self._rows_drawn()
         if not rows.numel():
             return scores
-        of_rows = scores[rows]
+        of_rows, threshold = scores[rows], self.config.entropy_threshold
         found = mixing_candidates(
             of_rows, self.mixing.neighbor_ids, strategy=self.config.strategy, k=self.config.k,
             temperature=self.temperature, mixing_temperature=self.config.temperature, variant=self.config.variant,
             seed=self.config.seed, step=self.step, row_ids=self.device_row_ids[rows],
+            return_entropy=threshold is not None,
         )  # fmt: skip
         gate = (found.fault == 0) & ~self.stopped[rows]
-        if self.config.entropy_threshold is not None:
-            gate = gate & (found.entropy >= self.config.entropy_threshold)
+        if threshold is not None:
+            assert found.entropy is not None
+            gate = gate & (found.entropy >= threshold)
         self._keep(_Mixed(self.step, rows, gate, found.ids, found.weights, found.fault))
         emitted = found.ids[:, :1]
         forced = torch.full_like(of_rows, -torch.inf).scatter_(1, emitted, of_rows.gather(1, emitted))

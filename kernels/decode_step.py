@@ -578,8 +578,9 @@ def _best(k: int, strategy: str) -> int:
 def mixing_candidates(
     logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Tensor,
     mixing_temperature: float | None, seed: Tensor, step: Tensor, row_ids: Tensor | None,
+    return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """ids [B, k], weights [B, k], entropy [B], fault [B]: two launches."""
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches."""
     t = _strided(temperature, logits.shape[0])
     partials = _Partials(logits, t, _best(k, strategy))
     nothing: dict[str, Any] = dict.fromkeys(("token_ids", "gates", "embeddings", "logprobs"))
@@ -587,10 +588,11 @@ def mixing_candidates(
         "embedding": None, "enabled": None, "threshold": 0, "entropy_threshold": 0.0, "noise_scale": 0.0, "d": 0,
         "stride_e": 0, "stride_d": 0, "SAMPLE": False, "FILTER": False, "HAS_ENABLED": False, "HAS_ENTROPY": False,
     }  # fmt: skip
-    return _choose(
+    ids, weights, entropy, fault = _choose(
         logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, seed, step, row_ids, partials,
         _NOTHING_KEPT, nothing, no_sample,
     )  # fmt: skip
+    return ids, weights, entropy if return_entropy else entropy.new_empty(0), fault
 
 
 @launcher("row_ids", "enabled")

@@ -43,7 +43,6 @@ class _Distribution(NamedTuple):
     mass: Tensor
     total: Tensor
     entropy: Tensor
-    fault: Tensor
 
 
 def column(setting: Tensor, device: torch.device) -> Tensor:
@@ -56,19 +55,15 @@ def own_temperature(temperature: Tensor) -> Tensor:
     return torch.where(temperature == 0, 1, temperature)
 
 
-def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+def _distribution(logits: Tensor, temperature: Tensor) -> _Distribution:
     dtype = compute_dtype(logits)
-    return logits.to(dtype) / column(own_temperature(temperature), logits.device).to(dtype)
-
-
-def _distribution(scaled: Tensor) -> _Distribution:
+    scaled = logits.to(dtype) / column(own_temperature(temperature), logits.device).to(dtype)
     top = scaled.amax(-1, keepdim=True)
     below = scaled - torch.where(top == -torch.inf, 0, top)
     mass = below.exp()
     total = mass.sum(-1)
     moment = (mass * below.clamp(min=torch.finfo(below.dtype).min)).sum(-1)  # exp(-inf) times it is 0
-    fault = torch.where(total.isnan(), NOT_A_NUMBER, torch.where(total == 0, NO_TOKEN, 0)).to(torch.int32)
-    return _Distribution(below, mass, total, total.log() - moment / total, fault)
+    return _Distribution(below, mass, total, total.log() - moment / total)
 
 
 # Candidates -------------------------------------------------------------------------------------------------------
@@ -76,11 +71,14 @@ def _distribution(scaled: Tensor) -> _Distribution:
 
 def candidate_weights(logits: Tensor, ids: Tensor, temperature: float, variant: str = "paper") -> Tensor:
     """Softmax over the candidates of their logits / temperature (equation 9), or of their probabilities, "released"."""
-    return _candidate_scores(logits.to(compute_dtype(logits)) / temperature, ids, variant).softmax(-1)
+    return _candidate_scores(logits, ids, temperature, variant).softmax(-1)
 
 
-def _candidate_scores(scaled: Tensor, ids: Tensor, variant: str) -> Tensor:
-    return (scaled.softmax(-1) if variant == "released" else scaled).gather(-1, ids)
+def _candidate_scores(logits: Tensor, ids: Tensor, temperature: float | Tensor, variant: str) -> Tensor:
+    dtype = compute_dtype(logits)
+    if variant == "released":
+        return (logits.to(dtype) / temperature).softmax(-1).gather(-1, ids)
+    return logits.gather(-1, ids).to(dtype) / temperature
 
 
 def _candidates(logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str) -> tuple[Tensor, Tensor]:
@@ -119,13 +117,18 @@ def mixing_candidates(
     seed: Tensor,
     step: Tensor,
     row_ids: Tensor | None,
+    return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids [B, k], weights [B, k], entropy [B], fault [B]."""
-    d = _distribution(_scaled(logits, temperature))
-    return *_weighted_candidates(
-        logits, d, neighbor_ids, k, strategy, variant, temperature, mixing_temperature,
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]. Without the entropy, and but for "released", the
+    logits are only looked through for the largest."""
+    ids, weights, fault = _weighted_candidates(
+        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature,
         *_counter(logits, seed, step, row_ids),
-    ),  # fmt: skip
+    )  # fmt: skip
+    entropy = logits.new_empty(0, dtype=torch.float32)
+    if return_entropy:
+        entropy = _distribution(logits, temperature).entropy.float().masked_fill(fault != 0, torch.nan)
+    return ids, weights, entropy, fault
 
 
 def _counter(logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +138,6 @@ def _counter(logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor | None)
 
 def _weighted_candidates(
     logits: Tensor,
-    d: _Distribution,
     neighbor_ids: Tensor | None,
     k: int,
     strategy: str,
@@ -145,24 +147,27 @@ def _weighted_candidates(
     seed: Tensor,
     row_ids: Tensor,
     step: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     ids, outside = _candidates(logits, neighbor_ids, k, strategy)
     dtype = compute_dtype(logits)
     own = column(own_temperature(temperature), logits.device).to(dtype)
     tau = own if mixing_temperature is None else mixing_temperature
+    top = logits.amax(-1, keepdim=True).to(dtype) / own
     if strategy == "gumbel":
-        scores = (d.below.gather(-1, ids) + gumbel(seed, row_ids, step, k).to(dtype)) / tau
+        noise = gumbel(seed, row_ids, step, k).to(dtype)
+        scores = (logits.gather(-1, ids).to(dtype) / own - top + noise) / tau
     else:
-        scores = _candidate_scores(d.below if mixing_temperature is None else logits.to(dtype) / tau, ids, variant)
+        scores = _candidate_scores(logits, ids, tau, variant)
     if strategy != "neighbor":
         scores = scores.masked_fill(_is_repeated(ids), -torch.inf)
     weights = scores.softmax(-1)
     if strategy == "gumbel":
         ids, weights = _heaviest_first(ids, weights)
-    fault = torch.where(outside & (d.fault == 0), NO_SUCH_CANDIDATE, d.fault).to(torch.int32)
-    bad = fault != 0
-    weights = weights.float().masked_fill(bad[:, None], torch.nan)
-    return ids.masked_fill(bad[:, None], 0), weights, d.entropy.float().masked_fill(bad, torch.nan), fault
+    top = top.squeeze(-1)
+    fault = torch.where(outside, NO_SUCH_CANDIDATE, 0)
+    fault = torch.where(top.isnan() | (top == torch.inf), NOT_A_NUMBER, torch.where(top == -torch.inf, NO_TOKEN, fault))
+    bad = (fault != 0)[:, None]
+    return ids.masked_fill(bad, 0), weights.float().masked_fill(bad, torch.nan), fault.to(torch.int32)
 
 
 def _is_repeated(ids: Tensor) -> Tensor:
@@ -258,11 +263,12 @@ def decode_step(
 ) -> Step:
     seed, rows, step = _counter(logits, seed, step, row_ids)
     word, high, low, _ = philox(seed, rows, step)
-    d = _distribution(_scaled(logits, temperature))
-    ids, weights, entropy, fault = _weighted_candidates(
-        logits, d, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, seed, rows, step
+    d = _distribution(logits, temperature)
+    ids, weights, fault = _weighted_candidates(
+        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, seed, rows, step
     )
     bad = fault != 0
+    entropy = d.entropy.float().masked_fill(bad, torch.nan)
     gate = bernoulli(word, mixing_rate) & ~bad
     if enabled is not None:
         gate = gate & enabled

@@ -57,8 +57,8 @@ class MixingCandidates(NamedTuple):
 
     ids: Tensor
     weights: Tensor
-    entropy: Tensor
     fault: Tensor
+    entropy: Tensor | None
 
 
 def nearest_neighbors(
@@ -234,6 +234,7 @@ def mixing_candidates(
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
     row_ids: Tensor | None = None,
+    return_entropy: bool = False,
     backend: str | None = None,
 ) -> MixingCandidates:
     """What a step would mix, for a trainer or an engine that samples by itself: `decode_step` without gate and sample.
@@ -242,22 +243,24 @@ def mixing_candidates(
         logits, neighbor_ids, strategy, k, temperature, mixing_temperature, variant, seed, step, row_ids, backend: as in
             `decode_step`. seed, step and row_ids are what the noise of strategy "gumbel" is drawn by; no other reads
             them.
+        return_entropy: also return the entropy of softmax(logits / temperature), for a gate by entropy.
 
     Returns:
-        MixingCandidates: ids [B, k] int64, the first the one that a mixed step emits; weights [B, k] float32; entropy
-        [B] float32 of softmax(logits / temperature), in nats; fault [B] int32. Not differentiable.
+        MixingCandidates: ids [B, k] int64, the first the one that a mixed step emits; weights [B, k] float32; fault [B]
+        int32; entropy [B] float32, in nats, or None. Not differentiable.
 
     Raises:
         TypeError, ValueError: as `decode_step`.
     """
     batch = _require_logits(logits)
     k = _require_strategy(logits, neighbor_ids, strategy, k, variant, mixing_temperature)
-    found = ops.mixing_candidates(
+    require_flag(return_entropy, "return_entropy")
+    ids, weights, entropy, fault = ops.mixing_candidates(
         logits.detach(), neighbor_ids, k, strategy, variant, _temperature(temperature, logits),
         mixing_temperature, _counter(seed, "seed"), _counter(step, "step"), _require_rows(row_ids, batch, logits),
-        backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+        return_entropy, backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
-    return MixingCandidates(*found)
+    return MixingCandidates(ids, weights, fault, entropy if return_entropy else None)
 
 
 def decode_step(

@@ -156,11 +156,22 @@ def mixing_candidates(
     seed: Tensor,
     step: Tensor,
     row_ids: Tensor | None,
+    return_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     implementation = kernels("decode_step") if backend == "triton" else decoding
     return implementation.mixing_candidates(
-        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, seed, step, row_ids
+        logits,
+        neighbor_ids,
+        k,
+        strategy,
+        variant,
+        temperature,
+        mixing_temperature,
+        seed,
+        step,
+        row_ids,
+        return_entropy,
     )
 
 
@@ -176,13 +187,14 @@ def _(
     seed: Tensor,
     step: Tensor,
     row_ids: Tensor | None,
+    return_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, k, dtype=torch.int64),
         logits.new_empty(rows, k, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows if return_entropy else 0, dtype=torch.float32),
         logits.new_empty(rows, dtype=torch.int32),
     )
 

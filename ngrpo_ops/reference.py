@@ -328,7 +328,6 @@ def _blocks(logits: Tensor, temperature: float, log: bool) -> Iterator[tuple[sli
     threads = torch.get_num_threads()
     size = -(-max(1, ROW_BLOCK_ELEMENTS // v) // threads) * threads  # as many rows for every thread
     scaled = torch.empty(min(size, t), v, dtype=compute_dtype(logits), device=logits.device)
-    result = torch.empty_like(scaled)
     softmax = torch.log_softmax if log else torch.softmax
     for i in range(b):
         for start in range(0, t, size):
@@ -338,8 +337,8 @@ def _blocks(logits: Tensor, temperature: float, log: bool) -> Iterator[tuple[sli
                 torch.div(logits[i, where], temperature, out=scaled[:count])
             else:  # converted first, so that the division is not in bfloat16
                 scaled[:count].copy_(logits[i, where]).div_(temperature)
-            softmax(scaled[:count], -1, out=result[:count])
-            yield slice(i * t + start, i * t + where.stop), (i, where), result[:count]
+            softmax(scaled[:count], -1, out=scaled[:count])  # a row's statistics are complete before it is written
+            yield slice(i * t + start, i * t + where.stop), (i, where), scaled[:count]
 
 
 def _p_log_p(log_p: Tensor) -> Tensor:

@@ -526,7 +526,8 @@ def test_opcheck(dtype, implementation):
     torch.library.opcheck(
         step, (logits, table, None, 2, "gaussian", "released", 1.0, None, 0.3, *whole, implementation)
     )
-    torch.library.opcheck(candidates, (logits, None, 2, "gumbel", "paper", t, 0.5, *counter, implementation))
+    torch.library.opcheck(candidates, (logits, None, 2, "gumbel", "paper", t, 0.5, *counter, True, implementation))
+    torch.library.opcheck(candidates, (logits, None, 1, "anchor", "paper", t, None, *counter, False, implementation))
     noise = (table[:4], torch.ones(4), *(torch.arange(4) for _ in range(3)), implementation)
     torch.library.opcheck(torch.ops.ngrpo.gaussian_noise.default, noise)
 
@@ -749,7 +750,8 @@ def test_candidates_are_those_of_the_step(backend):
     out = decode_step(**a)
     for name in ("seed", "step", "embedding"):
         a.pop(name)
-    found = mixing_candidates(**a)
+    assert mixing_candidates(**a).entropy is None
+    found = mixing_candidates(**a, return_entropy=True)
     assert all(torch.equal(x, getattr(out, name)) for name, x in found._asdict().items())
 
 
