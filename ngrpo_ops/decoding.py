@@ -37,8 +37,9 @@ class Step(NamedTuple):
 
 
 class _Distribution(NamedTuple):
-    """softmax(logits / temperature) before it is normalised: below = z - max z, mass = exp(below)."""
+    """softmax(logits / temperature) before it is normalised: top = max z, below = z - top, mass = exp(below)."""
 
+    top: Tensor
     below: Tensor
     mass: Tensor
     total: Tensor
@@ -59,11 +60,12 @@ def _distribution(logits: Tensor, temperature: Tensor) -> _Distribution:
     dtype = compute_dtype(logits)
     scaled = logits.to(dtype) / column(own_temperature(temperature), logits.device).to(dtype)
     top = scaled.amax(-1, keepdim=True)
-    below = scaled - torch.where(top == -torch.inf, 0, top)
+    top = torch.where(top == -torch.inf, 0, top)
+    below = scaled - top
     mass = below.exp()
     total = mass.sum(-1)
     moment = (mass * below.clamp(min=torch.finfo(below.dtype).min)).sum(-1)  # exp(-inf) times it is 0
-    return _Distribution(below, mass, total, total.log() - moment / total)
+    return _Distribution(top, below, mass, total, total.log() - moment / total)
 
 
 # Candidates -------------------------------------------------------------------------------------------------------
@@ -181,28 +183,37 @@ def _is_repeated(ids: Tensor) -> Tensor:
 
 
 def kept(
-    logits: Tensor, below: Tensor, mass: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
-) -> Tensor | None:
+    logits: Tensor, d: _Distribution, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """bool [B, V]: what top-k, then top-p of what is left, then min-p leave; None: everything.
 
     Equal logits are kept by the lower id. top_k below 1 or from V on, top_p from 1 on and min_p 0 cut nothing.
     """
     keep = None
     if top_k is not None or top_p is not None:
-        order = logits.sort(dim=-1, descending=True, stable=True).indices
-        rank = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
-        held = torch.ones_like(logits, dtype=torch.bool)
+        if top_k is not None and top_k.dim() == 0 and 1 <= int(top_k) < logits.shape[-1]:
+            ordered = logits.topk(int(top_k)).values
+        else:
+            ordered = logits.sort(dim=-1, descending=True).values
+        rank = torch.arange(ordered.shape[-1], device=logits.device).expand(ordered.shape)
+        held = torch.ones_like(ordered, dtype=torch.bool)
         if top_k is not None:
             limit = column(top_k, logits.device)
             held = (limit < 1) | (rank < limit)
         if top_p is not None:
             share = column(top_p, logits.device)
-            ordered = mass.gather(-1, order).double() * held
-            before = ordered.cumsum(-1) - ordered
-            held = held & ((share >= 1) | (before < share * ordered.sum(-1, keepdim=True)) | (rank == 0))
-        keep = torch.empty_like(held).scatter_(-1, order, held)
+            scaled = ordered.to(d.below.dtype) / column(own_temperature(temperature), logits.device).to(d.below.dtype)
+            mass = (scaled - d.top).exp().double() * held
+            before = mass.cumsum(-1) - mass
+            held = held & ((share >= 1) | (before < share * mass.sum(-1, keepdim=True)) | (rank == 0))
+        count = held.sum(-1, keepdim=True)
+        cut = ordered.gather(-1, count - 1)
+        tied = logits == cut
+        quota = count - (ordered > cut).sum(-1, keepdim=True)
+        keep = (logits > cut) | (tied & (tied.cumsum(-1, dtype=torch.int32) <= quota))
     if min_p is not None:
-        likely = below >= column(min_p, logits.device).log().to(below.dtype)
+        likely = d.below >= column(min_p, logits.device).log().to(d.below.dtype)
         keep = likely if keep is None else keep & likely
     return keep
 
@@ -274,7 +285,7 @@ def decode_step(
         gate = gate & enabled
     if entropy_threshold is not None:
         gate = gate & (entropy >= entropy_threshold)
-    keep = kept(logits, d.below, d.mass, top_k, top_p, min_p)
+    keep = kept(logits, d, temperature, top_k, top_p, min_p)
     sampled = sample(d.mass if keep is None else d.mass * keep, uniform(high, low))
     greedy = (temperature == 0).to(logits.device)
     sampled = torch.where(greedy, logits.argmax(-1), sampled)
