@@ -79,7 +79,6 @@ def decode_partials_kernel(
     row, split = pid // splits, pid % splits
     columns = split * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _load_logits(logits + widen(row, INT64) * stride_b, columns, v, stride_v, INT64)
-    bad = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0
     inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
     top_x = tl.max(x, axis=0)
     last = top_x
@@ -95,8 +94,7 @@ def decode_partials_kernel(
     # Nothing but -inf: any finite reference will do.
     below = scale(x, inverse, residual) - tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
     e = tl.exp(below)
-    total = tl.sum(e, axis=0)
-    tl.store(mass + pid, tl.where(bad, float("nan"), total))
+    tl.store(mass + pid, tl.sum(e, axis=0))  # NaN with NaN or +inf among the logits: inf - inf
     tl.store(moment + pid, tl.sum(e * tl.where(e > 0.0, below, 0.0), axis=0))
 
 

@@ -74,7 +74,7 @@ MUTATIONS = [
     Mutation("pair scores: one block of columns", "nearest_neighbors", "for start in range(0, d, BLOCK_D):", "for start in range(0, BLOCK_D, BLOCK_D):"),
     Mutation("partials: an anchor past the end", "decode_step", "tl.where((x == top_x) & (columns < v), columns, _NO_ID)", "tl.where(x >= top_x, columns + 1, _NO_ID)"),
     Mutation("partials: the next best is the same", "decode_step", "((x < last) | ((x == last) & (columns > last_id)))", "((x < last) | (x == last))"),
-    Mutation("partials: NaN is overlooked", "decode_step", 'bad = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0', "bad = tl.max((x != x).to(tl.int32), axis=0) > 1"),
+    Mutation("choice: NaN is overlooked", "decode_step", "tl.where(total != total, _NOT_A_NUMBER,", "tl.where(total < 0.0, _NOT_A_NUMBER,"),
     Mutation("filter: ties of the cut", "decode_step", "ties + tl.cumsum(tied, axis=0) - tied, tl.where(x > cut", "ties + tl.cumsum(tied, axis=0), tl.where(x > cut"),
     Mutation("filter: ties of earlier pieces", "decode_step", "ties += tl.sum((x == cut).to(tl.int32), axis=0)", "ties += 0"),
     Mutation("filter: top-p of everything", "decode_step", "total = mass_above + quota * tl.exp(scale(found, inverse, residual) - top)", "total = total"),
