@@ -191,6 +191,7 @@ def decode_filter_kernel(
             each = tl.exp(scale(found, inverse, residual) - top)
             wanted = tl.minimum(tl.ceil((share * total - mass_above) / each), v * 1.0).to(tl.int32)
             wanted = tl.maximum(wanted, 1)
+            # Beyond top-k's own share of them only by rounding.
             quota = tl.minimum(wanted, quota) if found == cut else wanted
             cut = found
     least = float("-inf")

@@ -78,7 +78,6 @@ MUTATIONS = [
     Mutation("filter: ties of the cut", "decode_step", "ties + tl.cumsum(tied, axis=0) - tied, tl.where(x > cut", "ties + tl.cumsum(tied, axis=0), tl.where(x > cut"),
     Mutation("filter: ties of earlier pieces", "decode_step", "ties += tl.sum((x == cut).to(tl.int32), axis=0)", "ties += 0"),
     Mutation("filter: top-p of everything", "decode_step", "total = mass_above + quota * tl.exp(scale(found, inverse, residual) - top)", "total = total"),
-    Mutation("filter: top-k forgets its quota", "decode_step", "quota = tl.minimum(wanted, quota) if found == cut else wanted", "quota = wanted"),
     Mutation("filter: one token too few", "decode_step", "wanted = tl.minimum(tl.ceil((share * total - mass_above) / each), v * 1.0)", "wanted = tl.minimum(tl.floor((share * total - mass_above) / each), v * 1.0)"),
     Mutation("filter: min-p of the temperature 1", "decode_step", "tl.where(z - top >= least,", "tl.where(x - top >= least,"),
     Mutation("choice: pieces not rescaled", "decode_step", "shares = (masses * shrink).to(tl.float64)", "shares = masses.to(tl.float64)"),
