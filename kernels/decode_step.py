@@ -311,7 +311,7 @@ def decode_choice_kernel(
     logits, embedding, neighbor_ids, temperature, mixing_temperature, seed, step, row_ids, enabled, threshold,
     entropy_threshold, noise_scale, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts, quotas,
     token_ids, gates, ids_out, weights_out, embeddings, logprobs, entropies, faults, v, d, splits,
-    stride_b, stride_v, stride_e, stride_d, stride_n, stride_k,
+    stride_b, stride_v, stride_e, stride_d, stride_n, stride_k, stride_s,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
     NEIGHBOR: tl.constexpr, GUMBEL: tl.constexpr, GAUSSIAN: tl.constexpr, RELEASED: tl.constexpr,
     SAMPLE: tl.constexpr, FILTER: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_ENABLED: tl.constexpr,
@@ -323,7 +323,7 @@ def decode_choice_kernel(
     temperature = _setting(temperature, row, PER_ROW_T)
     inverse, residual = _inverse(temperature)
     seed = _counter(seed, SEED_TENSOR)
-    step = _counter(step, STEP_TENSOR)
+    step = _counter(step + row * stride_s, STEP_TENSOR)
     row_id = tl.load(row_ids + row) if HAS_ROWS else row.to(tl.int64)
 
     # The distribution, from its pieces.
@@ -558,9 +558,10 @@ def _choose(
         stride_n=0 if neighbors is None else neighbors.stride(0),
         stride_k=0 if neighbors is None else neighbors.stride(1),
         mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, seed=_number(seed),
-        step=_number(step), row_ids=row_ids, best_values=partials.values, best_ids=partials.ids, mass=partials.mass,
-        moment=partials.moment, **kept, **outputs, ids_out=ids, weights_out=weights, entropies=entropy, faults=fault,
-        **sampling, K=k, BLOCK_K=triton.next_power_of_2(k), BEST=partials.best,
+        step=_number(step), stride_s=step.stride(0) if step.dim() else 0, row_ids=row_ids,
+        best_values=partials.values, best_ids=partials.ids, mass=partials.mass, moment=partials.moment, **kept,
+        **outputs, ids_out=ids, weights_out=weights, entropies=entropy, faults=fault, **sampling, K=k,
+        BLOCK_K=triton.next_power_of_2(k), BEST=partials.best,
         BLOCK_S=triton.next_power_of_2(partials.splits), SPLIT=partials.split, NEIGHBOR=neighbors is not None,
         GUMBEL=strategy == "gumbel", GAUSSIAN=strategy == "gaussian" and embedding is not None,
         RELEASED=variant == "released", HAS_ROWS=row_ids is not None, OWN_TAU=mixing_temperature is not None,

@@ -257,7 +257,7 @@ def mixing_candidates(
     require_flag(return_entropy, "return_entropy")
     ids, weights, entropy, fault = ops.mixing_candidates(
         logits.detach(), neighbor_ids, k, strategy, variant, _temperature(temperature, logits),
-        mixing_temperature, _counter(seed, "seed"), _counter(step, "step"), _require_rows(row_ids, batch, logits),
+        mixing_temperature, _counter(seed, "seed"), _step(step, batch, logits), _require_rows(row_ids, batch, logits),
         return_entropy, backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return MixingCandidates(ids, weights, fault, entropy if return_entropy else None)
@@ -299,9 +299,10 @@ def decode_step(
         top_k, top_p, min_p: cut the *sampled* distribution, in this order, for all rows or [B] (int64 for top_k; below
             1, 1 and 0 are no cut); equal logits are kept by the lower id. The weights, the log-probabilities and the
             entropy do not see them. min_p is relative to the largest probability. None: no cut.
-        seed, step: int or 0-d int64 tensor; with `row_ids` int64 [B] (default 0 .. B - 1) they are all that gate,
-            sample and noise depend on: a Philox generator keyed (seed, row id, step). torch's generators are not
-            touched. As tensors on the GPU they are read there: a captured CUDA graph goes on with what they then hold.
+        seed, step: int or 0-d int64 tensor; step also [B], on the device of the logits, for rows at steps of their own.
+            With `row_ids` int64 [B] (default 0 .. B - 1) they are all that gate, sample and noise depend on: a Philox
+            generator keyed (seed, row id, step). torch's generators are not touched. As tensors on the GPU they are
+            read there: a captured CUDA graph goes on with what they then hold.
         enabled: bool [B]; a row that is False (ended, past its stop token, being evaluated) is sampled and not mixed.
         strategy: the candidates and their weights, see `MixingConfig`: "neighbor", "topk", "gumbel" or "gaussian", over
             the k most likely tokens, or "anchor", k = 1. Only "neighbor" reads `neighbor_ids`.
@@ -357,7 +358,7 @@ def decode_step(
         logits.detach(), embedding.detach(), neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold,
         NOISE_SCALE if noise_scale is None else noise_scale, _temperature(temperature, logits), mixing_temperature,
         _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits), _cut(min_p, "min_p", logits),
-        _counter(seed, "seed"), _counter(step, "step"), _require_rows(row_ids, batch, logits), enabled,
+        _counter(seed, "seed"), _step(step, batch, logits), _require_rows(row_ids, batch, logits), enabled,
         backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return DecodeStep(*out)
@@ -536,6 +537,16 @@ def _require_rows(row_ids: Tensor | None, batch: int, logits: Tensor) -> Tensor 
         require_shape(row_ids, (batch,), "row_ids", "[B]")
         require_same_device("row_ids", row_ids, "logits", logits)
     return row_ids
+
+
+def _step(step: int | Tensor, batch: int, logits: Tensor) -> Tensor:
+    """0-d, or [B]: rows at steps of their own."""
+    if not isinstance(step, Tensor) or not step.dim():
+        return _counter(step, "step")
+    require_ids(step, "step")
+    require_shape(step, (batch,), "step", "0-d or [B]")
+    require_same_device("step", step, "logits", logits)
+    return step
 
 
 def _counter(value: int | Tensor, name: str) -> Tensor:

@@ -482,6 +482,7 @@ def test_candidate_weights_bad_input_is_named(change, error, name):
         ({"seed": torch.tensor([1])}, ValueError, "seed"),
         ({"step": torch.tensor(1).int()}, TypeError, "step"),
         ({"step": torch.tensor([1])}, ValueError, "step"),
+        ({"step": torch.zeros(4, device="meta").long()}, ValueError, "step"),
         ({"row_ids": [0, 1, 2, 3]}, TypeError, "row_ids"),
         ({"row_ids": torch.zeros(4)}, TypeError, "row_ids"),
         ({"row_ids": torch.zeros(3).long()}, ValueError, "row_ids"),
@@ -753,6 +754,24 @@ def test_candidates_are_those_of_the_step(backend):
     assert mixing_candidates(**a).entropy is None
     found = mixing_candidates(**a, return_entropy=True)
     assert all(torch.equal(x, getattr(out, name)) for name, x in found._asdict().items())
+
+
+@pytest.mark.parametrize("strategy", ["neighbor", "gumbel", "gaussian"])
+def test_rows_at_steps_of_their_own_are_those_of_each_step(backend, strategy):
+    a = on(backend, plain(6, 1300, mixing_rate=0.5, k=3))
+    a |= {"strategy": strategy, "row_ids": torch.arange(6, device=DEVICE) + 5}
+    if strategy != "neighbor":
+        a["neighbor_ids"] = None
+    steps = torch.tensor([0, 9, 2**33, 0, 7, 1], device=DEVICE)
+    out = decode_step(**a | {"step": steps})
+    strided = torch.stack([steps, steps + 1], dim=1)[:, 0]
+    assert all(torch.equal(x, y) for x, y in zip(out, decode_step(**a | {"step": strided}), strict=True))
+    of_candidates = {name: x for name, x in a.items() if name not in ("embedding", "mixing_rate")}
+    assert torch.equal(mixing_candidates(**of_candidates | {"step": steps}).weights, out.weights)
+    for row, step in enumerate(steps.tolist()):
+        alone = decode_step(**a | {"step": step})
+        for name, value in alone._asdict().items():
+            assert torch.equal(value[row], getattr(out, name)[row]), (name, row)
 
 
 # The kernels against the oracle -----------------------------------------------------------------------------------
