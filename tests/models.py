@@ -39,17 +39,18 @@ _SHAPE = {
 }
 
 
-def tiny_model(family: str = "qwen2", tied: bool = False, scale: float = 3.0) -> PreTrainedModel:
-    """A random model with weights large enough that what it reads matters to what it says."""
+def tiny_model(family: str = "qwen2", tied: bool = False, scale: float = 3.0, **shape: int) -> PreTrainedModel:
+    """A random model with weights large enough that what it reads matters to what it says; `shape` changes its own."""
+    shape = _SHAPE | shape
     makers = {
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE, tie_word_embeddings=tied)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=tied)),
-        "gemma": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SHAPE, tie_word_embeddings=tied)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=tied)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)),
+        "gemma": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**shape, tie_word_embeddings=tied)),
         "gpt2": lambda: GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, pad_token_id=PAD, eos_token_id=EOS)
         ),
         "opt": lambda: OPTForCausalLM(
-            OPTConfig(**_SHAPE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
+            OPTConfig(**shape, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
         ),
         "xglm": lambda: XGLMForCausalLM(
             XGLMConfig(

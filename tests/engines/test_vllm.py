@@ -1,0 +1,395 @@
+"""The vLLM plugin in a real engine: what it emits, what it records, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cpu_engine import SETTINGS, SHAPE
+from models import EOS, PAD, VOCABULARY, tiny_model
+from vllm import LLM, SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ngrpo_ops import MixingConfig, MixRecord, nearest_neighbors
+from ngrpo_ops.integrations import vllm as adapter
+from ngrpo_ops.integrations.transformers import NeighborMixing
+from ngrpo_ops.integrations.vllm import engine_arguments, request_arguments, take_records
+
+PARITY = 1e-4
+WITHOUT = 1e-2  # what plain ids differ by, at the least
+
+Difference = Callable[[str, float], None]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(**SHAPE)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("engine_model")
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def engine(folder: str) -> Iterator[Callable[..., LLM]]:
+    engines: list[LLM] = []
+
+    def start(config: MixingConfig | None = None, **settings: Any) -> LLM:
+        ours = {} if config is None else engine_arguments(config)
+        given = {"max_model_len": 64, "max_num_seqs": 8, **SETTINGS, **ours, **settings}
+        engines.append(LLM(folder, **given))
+        return engines[-1]
+
+    yield start
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def mixer_of(llm: LLM) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.mixer
+
+
+def prompts(count: int, longest: int = 9) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": [3 + (7 * i + j) % 60 for j in range(1 + i % longest)]} for i in range(count)]
+
+
+def params(row: int | None, **settings: Any) -> SamplingParams:
+    extra = {} if row is None else {"extra_args": request_arguments(row)}
+    given = {"max_tokens": 20, "temperature": 1.0, "logprobs": 0, "detokenize": False, "ignore_eos": True}
+    return SamplingParams(**given | {"seed": row} | settings | extra)
+
+
+def sequences(outputs: list[Any]) -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
+    """Prompts, completions and the engine's own log-probabilities [B, T], of all sequences of all requests."""
+    flat = [(list(o.prompt_token_ids), c) for o in outputs for c in o.outputs]
+    tokens = [list(c.token_ids) for _, c in flat]
+    logprobs = torch.zeros(len(flat), max(map(len, tokens)))
+    for row, (_, completion) in enumerate(flat):
+        for step, (token, entry) in enumerate(zip(tokens[row], completion.logprobs, strict=True)):
+            logprobs[row, step] = entry[token].logprob
+    return [prompt for prompt, _ in flat], tokens, logprobs
+
+
+def replayed(
+    model: Any, outputs: list[Any], record: MixRecord | None, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a transformers forward, and where there are tokens: [B, T]."""
+    asked, tokens, _ = sequences(outputs)
+    width, length = max(map(len, asked)), max(map(len, tokens))
+    ids = torch.full((len(asked), width + length), PAD)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(asked, tokens, strict=True)):
+        start, stop = width - len(prompt), width + len(completion)
+        ids[row, start:stop] = torch.tensor(prompt + completion)
+        mask[row, start:stop] = 1
+    mixing = NeighborMixing(model, MixingConfig(k=1))
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), nullcontext() if record is None else mixing.replay(record.fit(length, width)):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
+    mixing.remove()
+    logps = (logits[:, width - 1 : -1] / temperature).log_softmax(-1)
+    return logps.gather(-1, ids[:, width:, None]).squeeze(-1), mask[:, width:].bool()
+
+
+def taken(llm: LLM, outputs: list[Any], row_ids: list[int]) -> MixRecord:
+    return take_records(llm, row_ids, [len(c.token_ids) for o in outputs for c in o.outputs])
+
+
+def check_parity(model: Any, outputs: list[Any], record: MixRecord, temperature: float = 1.0) -> float:
+    """The largest difference from a replay of the record's log-probabilities and, at temperature 1, of the engine's."""
+    _, tokens, logprobs = sequences(outputs)
+    again, live = replayed(model, outputs, record, temperature)
+    plain, _ = replayed(model, outputs, None, temperature)
+    emitted = torch.tensor([row + [0] * (live.shape[1] - len(row)) for row in tokens])
+    assert record.gate.any() and (record.ids[..., 0] == emitted)[record.gate].all()
+    assert not record.gate[~live].any()
+    compared = (logprobs, record.logprobs) if temperature == 1.0 else (record.logprobs,)
+    error = max(float((again - x)[live].abs().max()) for x in compared)
+    assert error <= PARITY
+    if record.ids.shape[2] > 1:  # an anchor alone is embedded as it is
+        assert (plain - record.logprobs)[live].abs().max() > WITHOUT
+    return error
+
+
+# Replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_requests_of_mixed_lengths_under_preemption(
+    engine: Any, model: Any, asynchronous: bool, difference: Difference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 requests, 8 at a time, in a cache too small for them: prefill in chunks, preempted, prefilled again."""
+    preempted: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def count(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", count)
+    llm = engine(
+        MixingConfig(mixing_rate=0.5, seed=3), max_model_len=128, block_size=32, num_gpu_blocks_override=13,
+        max_num_batched_tokens=24, async_scheduling=asynchronous,
+    )  # fmt: skip
+    rows = list(range(100, 164))
+    asked = [params(row, max_tokens=4 + (13 * i) % 40) for i, row in enumerate(rows)]
+    outputs = llm.generate(prompts(64, longest=40), asked, use_tqdm=False)
+    assert len(set(preempted)) >= 3
+    record = taken(llm, outputs, rows)
+    assert record.gate.sum() > 400
+    difference("vllm, preempted", check_parity(model, outputs, record))
+    mixer = mixer_of(llm)
+    assert not mixer._kept and not mixer._slots
+    assert len(set(mixer._pool._free)) == len(mixer._pool._free) == len(mixer._pool.gate)
+
+
+STRATEGIES = [
+    {},
+    {"k": 1},
+    {"k": 5, "temperature": 0.5, "metric": "l2", "variant": "released"},
+    {"strategy": "topk"},
+    {"strategy": "gumbel", "temperature": 0.7},
+    {"strategy": "gaussian", "noise_scale": 1.0},
+    {"strategy": "anchor", "entropy_threshold": 3.0},
+    {"stop_token_ids": [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]},
+    {"allowed_token_ids": [5, 6, 7, 8, 9]},
+]
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=str)
+def test_every_strategy_emits_and_records_what_transformers_does(
+    engine: Any, model: Any, settings: dict, difference: Difference
+) -> None:
+    """With the sampler that is ours, the two paths must draw the same tokens, gates and candidates."""
+    config = MixingConfig(mixing_rate=0.5, seed=5, sampler="ngrpo", **settings)
+    llm = engine(config)
+    cuts = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+    outputs = llm.generate(prompts(8), [params(row, **cuts) for row in range(8)], use_tqdm=False)
+    record = taken(llm, outputs, list(range(8)))
+    difference("vllm, strategies", check_parity(model, outputs, record, 0.9))
+    asked, tokens, _ = sequences(outputs)
+    width = max(map(len, asked))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in asked])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked])
+    mixing = NeighborMixing(model, config)
+    ours, theirs = mixing.generate(
+        ids, attention_mask=mask, do_sample=True, min_new_tokens=0, max_new_tokens=20, eos_token_id=None, **cuts,
+        row_ids=torch.arange(8),
+    )  # fmt: skip
+    mixing.remove()
+    assert ours[:, width:].tolist() == tokens
+    assert torch.equal(theirs.gate, record.gate)
+    assert torch.equal(theirs.ids[theirs.gate], record.ids[record.gate])
+    assert torch.allclose(theirs.weights[theirs.gate], record.weights[record.gate], atol=1e-5)
+
+
+def test_native_gates_are_those_of_transformers(engine: Any, model: Any) -> None:
+    config = MixingConfig(mixing_rate=0.3, seed=11)
+    llm = engine(config)
+    rows = [7, 2**40, 0, 12]
+    outputs = llm.generate(prompts(4), [params(row, seed=1) for row in rows], use_tqdm=False)
+    record = taken(llm, outputs, rows)
+    mixing = NeighborMixing(model, config)
+    ids = torch.full((4, 1), 5)
+    _, theirs = mixing.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=20, eos_token_id=None,
+        row_ids=torch.tensor(rows),
+    )  # fmt: skip
+    mixing.remove()
+    assert torch.equal(theirs.gate, record.gate) and 10 < int(record.gate.sum()) < 40
+
+
+def test_a_request_that_does_not_ask_is_as_if_alone(engine: Any) -> None:
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    quiet = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 30, "seed": 77}
+    alone = llm.generate(prompts(3)[2], params(None, **quiet), use_tqdm=False)
+    mixed = llm.generate(
+        [*prompts(6), prompts(3)[2]], [*(params(row) for row in range(6)), params(None, **quiet)], use_tqdm=False
+    )
+    assert mixed[-1].outputs[0].token_ids == alone[0].outputs[0].token_ids
+    stock = engine()
+    plain = stock.generate(prompts(3)[2], params(None, **quiet), use_tqdm=False)
+    assert plain[0].outputs[0].token_ids == alone[0].outputs[0].token_ids
+    assert type(stock.llm_engine.model_executor.driver_worker.worker.model_runner.model_state).__name__ == (
+        "DefaultModelState"
+    )
+
+
+def test_several_sequences_of_a_request(engine: Any, model: Any) -> None:
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    outputs = llm.generate(prompts(3), [params(10 * i, n=4, seed=None) for i in range(3)], use_tqdm=False)
+    rows = [10 * i + j for i in range(3) for j in range(4)]
+    record = taken(llm, outputs, rows)
+    check_parity(model, outputs, record)
+    assert len({tuple(gate) for gate in record.gate.tolist()}) == 12
+
+
+def test_penalties_biases_and_cuts(engine: Any, model: Any) -> None:
+    """The anchor is what vLLM's own processors leave, and its log-probability is the policy's, cut or not."""
+    llm = engine(MixingConfig(mixing_rate=0.5), logprobs_mode="processed_logprobs")
+    settings = {"top_p": 0.3, "temperature": 0.7, "logit_bias": {8: -100.0}, "bad_words": []}
+    outputs = llm.generate(prompts(6), [params(row, **settings) for row in range(6)], use_tqdm=False)
+    record = taken(llm, outputs, list(range(6)))
+    _, tokens, logprobs = sequences(outputs)
+    assert 8 not in {token for row in tokens for token in row}
+    again, live = replayed(model, outputs, record, 0.7)
+    assert (again - record.logprobs)[live].abs().max() <= PARITY
+    repeated = llm.generate(prompts(6), [params(row, repetition_penalty=5.0) for row in range(6)], use_tqdm=False)
+    other = taken(llm, repeated, list(range(6)))
+    assert (replayed(model, repeated, other)[0] - other.logprobs).abs().max() <= PARITY
+    unbiased = llm.generate(prompts(6), [params(row, top_p=0.3, top_k=3) for row in range(6)], use_tqdm=False)
+    record = taken(llm, unbiased, list(range(6)))
+    _, _, logprobs = sequences(unbiased)
+    assert (logprobs - record.logprobs)[record.gate].abs().max() <= PARITY
+    assert (logprobs - record.logprobs)[~record.gate].min() > -1e-6  # of what the cuts leave
+
+
+def test_weights_that_come_in_are_searched(engine: Any, model: Any, folder: str) -> None:
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    mixer = mixer_of(llm)
+    first = mixer.table.ids.clone()
+    torch.manual_seed(9)
+    changed = tiny_model(**SHAPE)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    for name, parameter in changed.named_parameters():
+        mixer.model.load_weights([(name, parameter.data)])
+    outputs = llm.generate(prompts(4), [params(row) for row in range(4)], use_tqdm=False)
+    check_parity(changed, outputs, taken(llm, outputs, list(range(4))))
+    expected = nearest_neighbors(changed.get_input_embeddings().weight.detach(), 2).ids
+    assert torch.equal(mixer.table.ids, expected) and not torch.equal(first, expected)
+
+
+def test_sequences_that_end(engine: Any, model: Any) -> None:
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    asked = [params(row, ignore_eos=False, stop_token_ids=list(range(EOS, 12)), max_tokens=40) for row in range(16)]
+    outputs = llm.generate(prompts(16), asked, use_tqdm=False)
+    lengths = [len(o.outputs[0].token_ids) for o in outputs]
+    assert len(set(lengths)) > 3
+    check_parity(model, outputs, taken(llm, outputs, list(range(16))))
+
+
+# Records ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_taken_once_and_only_of_what_was_asked(engine: Any) -> None:
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    outputs = llm.generate(prompts(2), [params(4), params(None)], use_tqdm=False)
+    with pytest.raises(ValueError, match="row 5"):
+        take_records(llm, [5], [20])
+    with pytest.raises(ValueError, match="asked for 21"):
+        take_records(llm, [4], [21])
+    assert taken(llm, outputs[:1], [4]).gate.shape == (1, 20)
+    with pytest.raises(ValueError, match="taken before"):
+        take_records(llm, [4], [20])
+    with pytest.raises(ValueError, match="lengths"):
+        take_records(llm, [4], [20, 3])
+    llm.generate(prompts(1), [params(4)], use_tqdm=False)
+    assert take_records(llm, [4], [0]).gate.shape == (1, 0)
+    llm.generate(prompts(1), [params(4)], use_tqdm=False)
+    again = llm.generate(prompts(1), [params(4)], use_tqdm=False)  # never taken: the later one counts
+    assert taken(llm, again, [4]).ids[0, :, 0].gt(0).any()
+    assert take_records(llm, [], []).gate.shape == (0, 0)
+
+
+# Refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"additional_config": {"ngrpo_ops": {"rate": 0.1}}}, "fields of MixingConfig"),
+        ({"additional_config": {"ngrpo_ops": {"k": 0}}}, "k must be"),
+        ({"additional_config": {"ngrpo_ops": {"k": VOCABULARY + 1}}}, "vocabulary size"),
+        ({"additional_config": {"ngrpo_ops": {"stop_token_ids": [VOCABULARY]}}}, "stop_token_ids"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_engines_that_would_not_mix_are_refused(engine: Any, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(MixingConfig(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        (None, "speculative_config", object()),
+        ("parallel_config", "enable_batch_sharded_sampling", True),
+        ("parallel_config", "decode_context_parallel_size", 2),
+        ("model_config", "is_multimodal_model", True),
+    ],
+)
+def test_what_a_cpu_engine_cannot_be_is_refused_too(engine: Any, part: str | None, name: str, value: Any) -> None:
+    real = engine(MixingConfig()).llm_engine.vllm_config
+
+    class Changed:
+        def __init__(self, of: Any, **changes: Any) -> None:
+            self.of, self.changes = of, changes
+
+        def __getattr__(self, attribute: str) -> Any:
+            return self.changes[attribute] if attribute in self.changes else getattr(self.of, attribute)
+
+    adapter.refuse_engine(real, MixingConfig())
+    changed = Changed(real, **{name: value} if part is None else {part: Changed(getattr(real, part), **{name: value})})
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        adapter.refuse_engine(changed, MixingConfig())
+
+
+def test_another_runner_or_version_is_refused(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        with pytest.raises(ValueError, match="Model Runner V1"):
+            engine(MixingConfig())
+    monkeypatch.setattr(adapter.vllm, "__version__", "0.290.0")
+    with pytest.raises(ValueError, match=r"0\.290\.0 is not tested"):
+        engine(MixingConfig())
+
+
+def test_requests_that_cannot_be_mixed_are_refused(engine: Any) -> None:
+    with pytest.raises(ValueError, match="engine_arguments"):
+        engine().generate(prompts(1), params(1), use_tqdm=False)
+    llm = engine(MixingConfig(mixing_rate=0.5), enable_prefix_caching=True)
+    for settings, prompt in (({}, {}), ({"n": 2}, {"cache_salt": "1"})):
+        with pytest.raises(ValueError, match="cache_salt"):
+            llm.generate(prompts(1)[0] | prompt, params(1, **settings), use_tqdm=False)
+    asked = params(1)
+    for wrong in ({"row_id": "1"}, {}, {"row_id": 1, "rate": 0.5}, 3):
+        asked.extra_args = {"ngrpo_ops": wrong}
+        with pytest.raises(ValueError, match="request_arguments"):
+            llm.generate(prompts(1), asked, use_tqdm=False)
+    outputs = llm.generate(prompts(1)[0] | {"cache_salt": "1"}, params(1), use_tqdm=False)
+    assert taken(llm, outputs, [1]).gate.any()
+
+
+def test_logits_that_are_no_distribution_are_reported(engine: Any, model: Any) -> None:
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    head = mixer_of(llm).model.lm_head.weight
+    with torch.inference_mode():
+        head[:, 0] = torch.nan
+    outputs = llm.generate(prompts(1), params(1), use_tqdm=False)
+    with pytest.raises(RuntimeError, match="row 1"):
+        taken(llm, outputs, [1])
+
+
+def test_the_plugin_is_an_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    (found,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "ngrpo_ops")
+    assert found.load() is adapter.register
+    create = adapter.register  # a second call changes nothing
+    from vllm.engine.arg_utils import EngineArgs
+
+    before = EngineArgs.create_engine_config
+    create()
+    assert EngineArgs.create_engine_config is before
+    assert Path(adapter.__file__).name == "vllm.py"
