@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 try:
     from tqdm.auto import tqdm
@@ -153,6 +155,36 @@ class EmbeddingMixer:
             raise RuntimeError(
                 f"only {done} of the record's {len(record)} rows were replayed: the model's forward did not go through "
                 "its input embeddings (inputs_embeds, or another model?)"
+            )
+
+    @contextmanager
+    def replaying_at(self, overlay: _Overlay) -> Iterator[None]:
+        """The one forward within replays `overlay`, whose positions count through its flattened ids, packed or not.
+
+        Raises:
+            RuntimeError: another token than the anchor at one of the positions; not one forward.
+        """
+        forwards = 0
+        self.cosines = []
+
+        def checked(input_ids: Tensor) -> _Overlay | None:
+            nonlocal forwards
+            forwards += 1
+            if not overlay.positions.numel():
+                return None
+            if bool((input_ids.flatten()[overlay.positions] != overlay.ids[:, 0]).any()):
+                raise RuntimeError("the tokens at a record's positions are not its anchors: it is of other sequences")
+            return overlay
+
+        self._next = checked
+        try:
+            yield
+        finally:
+            self._next = self._now = None
+        if forwards != 1:
+            raise RuntimeError(
+                f"the model's input embeddings were called {forwards} times, expected once (inputs_embeds, or another "
+                "model?): the record was not replayed"
             )
 
     def disarm(self) -> None:
@@ -508,16 +540,15 @@ class NeighborMixing:
         """Bring the neighbour table up to date with the model's current input embeddings; `generate` does it itself.
 
         The table is that of the embedding *module*: scaled where the model scales it, merged where LoRA adapts it.
+        Where its rows are sharded (FSDP2, DeepSpeed ZeRO-3) every rank must call this.
         """
         if self.table is None:
             return None
-        module = self._inner.get_input_embeddings()
-        if type(module) is nn.Embedding:
-            embedding = module.weight
-        else:
-            embedding = module(torch.arange(self.vocabulary, device=self._inner.device))
         quiet = not logging.is_progress_bar_enabled()
-        with tqdm(desc="neighbour table", unit="row", delay=5, leave=False, disable=quiet) as bar:
+        with (
+            _input_table(self._inner.get_input_embeddings(), self.vocabulary) as embedding,
+            tqdm(desc="neighbour table", unit="row", delay=5, leave=False, disable=quiet) as bar,
+        ):
 
             def progress(done: int, total: int) -> None:
                 bar.total = total
@@ -658,4 +689,46 @@ class NeighborMixing:
 
 def _vocabulary_size(model: Any) -> int:
     module = model.get_input_embeddings()
-    return getattr(module, "base_layer", module).weight.shape[0]
+    weight = getattr(module, "base_layer", module).weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor and notes the shape
+
+
+@contextmanager
+def _input_table(module: Any, vocabulary: int) -> Iterator[Tensor]:
+    """[V, d], what the module embeds every token as; a DTensor where it only looks up rows, and they are sharded."""
+    with _gathered(module):
+        weight = getattr(module, "base_layer", module).weight
+        if type(module).forward is nn.Embedding.forward:  # FSDP2 makes a class of its own, with this forward
+            yield module.weight
+            return
+        ids = torch.arange(vocabulary, device=weight.device)
+        if not isinstance(weight, DTensor):
+            yield module(ids)
+            return
+        # FSDP2's own gathering begins with a forward of the whole model, so this goes around its hooks.
+        whole = {f"module.{name}": parameter.full_tensor() for name, parameter in module.named_parameters()}
+        yield functional_call(_Unhooked(module), whole, (ids,))
+
+
+class _Unhooked(nn.Module):
+    """A module's forward without the hooks on its call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module.forward(*args)
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters that DeepSpeed ZeRO-3 has partitioned are whole, as they may already be."""
+    partitioned = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id") and not len(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield

@@ -206,19 +206,17 @@ class NGRPOTrainer(GRPOTrainer):
         if not isinstance(args, NGRPOConfig):
             raise TypeError(f"args must be an NGRPOConfig, got {type(args).__name__}")
         _refuse_settings(args, given)
-        super().__init__(*bound.args[1:], **bound.kwargs)
+        with _engines_that_mix(args):
+            super().__init__(*bound.args[1:], **bound.kwargs)
         if self._is_vlm or getattr(self.model.config, "vision_config", None) is not None:
             raise ValueError(f"model {type(self.model).__name__} is a vision-language model: not supported")
-        if self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        ):
-            raise ValueError(
-                "FSDP and DeepSpeed ZeRO-3 shard the embedding table, which every rank needs whole: use DDP"
-            )
+        if self._dist.fsdp_version == 1:
+            raise ValueError("FSDP 1 flattens the embedding table with other weights: use FSDP 2 (fsdp_version: 2)")
         _refuse_absolute_positions(self.model)
-        refuse_generation(self.generation_config, dict(self.generation_kwargs))
-        if args.mixing_sampler == "ngrpo":
-            refuse_native_cuts(self.generation_config)
+        if not self.use_vllm:
+            refuse_generation(self.generation_config, dict(self.generation_kwargs))
+            if args.mixing_sampler == "ngrpo":
+                refuse_native_cuts(self.generation_config)
         self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), args.mixing())
         if self.ref_model is not None:
             self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
@@ -234,15 +232,49 @@ class NGRPOTrainer(GRPOTrainer):
         rows, processes = len(prompt_ids), self.accelerator.num_processes
         first = self.mixing.next_row + self.accelerator.process_index * rows
         self.mixing.next_row += processes * rows
-        with self.mixing.rollouts(torch.arange(first, first + rows)) as records:
+        mixed = self._requests_that_mix if self.use_vllm else self.mixing.rollouts
+        with mixed(torch.arange(first, first + rows)) as records:
             result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if len(records) != 1:
             raise RuntimeError(
-                f"the rollout called the model's generate {len(records)} times, expected once: something in between "
-                "(a patched model?) does not generate with it, and nothing would be mixed"
+                f"the rollout called the {'engine' if self.use_vllm else 'model'}'s generate {len(records)} times, "
+                "expected once: something in between (a patched model?) does not generate with it, and nothing would "
+                "be mixed"
             )
-        (self._rollout,) = records
+        self._rollout = records[0].to(self.accelerator.device)
         return result
+
+    @contextmanager
+    def _requests_that_mix(self, row_ids: Tensor) -> Iterator[list[MixRecord]]:
+        """Within it the colocated engine mixes what it is asked for; the list yielded gains the record of our rows.
+
+        The engine of a tensor-parallel group generates the rows of all its ranks, one rank's after the other's, on
+        every one of them.
+        """
+        from .vllm import request_arguments, take_records
+
+        llm, records = self.vllm_generation.llm, []
+        rows, place = len(row_ids), self.accelerator.process_index % self.vllm_tensor_parallel_size
+        original = llm.generate
+
+        def generate(prompts: list, sampling_params: Any, **kwargs: Any) -> Any:
+            first = int(row_ids[0]) - place * rows
+            of_group = range(first, first + len(prompts))
+            requests = []
+            for row in of_group:
+                request = sampling_params.clone()
+                request.extra_args = {**(request.extra_args or {}), **request_arguments(row)}
+                requests.append(request)
+            outputs = original(prompts, sampling_params=requests, **kwargs)
+            record = take_records(llm, of_group, [len(output.outputs[0].token_ids) for output in outputs])
+            records.append(record[place * rows : (place + 1) * rows])
+            return outputs
+
+        llm.generate = generate
+        try:
+            yield records
+        finally:
+            del llm.generate
 
     def _generate(self, prompts: list) -> Any:
         self._rollout = None
@@ -334,16 +366,39 @@ class NGRPOTrainer(GRPOTrainer):
 
     def _log_replay_error(self, logps: Tensor, record: MixRecord, completion_mask: Tensor) -> None:
         assert record.logprobs is not None
-        error = ((logps.detach() - record.logprobs).abs() * completion_mask).max()
-        largest = self.accelerator.gather(error).max().item()
-        self._metrics["train"]["mix/replay_error"].append(largest)
+        error = (logps.detach() - record.logprobs).abs() * completion_mask
+        # A step's own mix is embedded after it: what a replay can get wrong are the steps that follow one.
+        follows = record.gate.cumsum(1) - record.gate.long() > 0
+        largest = torch.stack([error.max(), (error * ~follows).max()])
+        whole, before = self.accelerator.gather(largest[None]).amax(0).tolist()
+        self._metrics["train"]["mix/replay_error"].append(whole)
         exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
-        if exact and not largest <= _REPLAY_TOLERANCE:
+        if exact and not whole <= _REPLAY_TOLERANCE:
             logger.warning_once(
-                f"mix/replay_error is {largest:.2g}, far above rounding in float32: this model does not see in "
-                "training what it saw in the rollout (positions that count the padding, dropout, or a patched "
-                "forward?), and its importance ratios are wrong, with or without mixing"
+                f"mix/replay_error is {whole:.2g}, far above rounding in float32, and the importance ratios are as "
+                f"wrong. {self._cause(before)}"
             )
+
+    def _cause(self, before: float) -> str:
+        """What an error of the replay comes from, given that of the steps which no mix precedes."""
+        dropouts = sorted({m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0})
+        attention = getattr(self.model.config, "attention_dropout", 0.0) or 0.0
+        if self.model.training and (dropouts or attention):
+            return (
+                f"The model has dropout ({', '.join(map(str, dropouts or [attention]))}), which is drawn anew in "
+                "every training forward: set disable_dropout=True"
+            )
+        if not before <= _REPLAY_TOLERANCE:
+            engine = "an engine with other weights, precision or kernels, " if self.use_vllm else ""
+            return (
+                f"Before the first mix of a row it is {before:.2g} already, so that it is not the replay's: the "
+                f"training forward differs from the rollout's, mixed or not ({engine}positions that count the "
+                "padding, or a patched forward)"
+            )
+        return (
+            f"Before the first mix of a row it is {before:.2g}: the training forward does not embed the mixes (its "
+            "input embeddings were replaced, or it was compiled or captured without their hooks)"
+        )
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -390,13 +445,35 @@ def _refuse_absolute_positions(model: Any) -> None:
         )
 
 
+@contextmanager
+def _engines_that_mix(args: NGRPOConfig) -> Iterator[None]:
+    """Within it TRL's colocated engine is one that can mix: TRL has no setting that reaches its arguments."""
+    if not args.use_vllm:
+        yield
+        return
+    from trl.generation import vllm_generation
+
+    from .vllm import engine_arguments
+
+    original = vllm_generation.LLM
+    vllm_generation.LLM = functools.partial(original, **engine_arguments(args.mixing()))
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = original
+
+
+_UNSCORED = {"temperature", "do_sample", "eos_token_id", "num_return_sequences", "n", "logprobs", "extra_args"}
+
+
 def _refuse_settings(args: NGRPOConfig, given: dict[str, Any]) -> None:
     """Refuse, before anything is loaded, what the arguments already tell."""
     peft = [given.get("peft_config"), *getattr(given["model"], "peft_config", {}).values()]
     refused = {
-        "use_vllm=True": (
-            args.use_vllm,
-            "vLLM embeds the ids of the tokens it sampled; there is no adapter for it yet",
+        "vllm_mode='server'": (
+            args.use_vllm and args.vllm_mode != "colocate",
+            "TRL's server returns tokens and log-probabilities alone, and without the records no rollout can be "
+            "replayed; use vllm_mode='colocate'",
         ),
         "use_transformers_continuous_batching=True": (
             args.use_transformers_continuous_batching,
@@ -407,9 +484,9 @@ def _refuse_settings(args: NGRPOConfig, given: dict[str, Any]) -> None:
             "its noise on the embeddings is drawn anew in every training forward, so no rollout could be replayed",
         ),
         "generation_kwargs": (
-            {"temperature", "do_sample", "eos_token_id", "num_return_sequences"} & set(args.generation_kwargs or {}),
-            "temperature, do_sample, eos_token_id and num_return_sequences there change the rollout but not what the "
-            "trainer scores; set the temperature in NGRPOConfig, and end tokens in the model's generation_config",
+            _UNSCORED & set(args.generation_kwargs or {}),
+            f"{', '.join(sorted(_UNSCORED))} there change the rollout but not what the trainer scores; set the "
+            "temperature in NGRPOConfig, and end tokens in the model's generation_config",
         ),
         "rollout_func": (given.get("rollout_func"), "a rollout of your own is not mixed"),
         "tools": (given.get("tools"), "a tool's turn encodes the earlier turns again, without their mixes"),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,13 +14,13 @@ import torch
 from datasets import Dataset
 from models import EOS, VOCABULARY, tiny_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from processes import assert_same_training, two_processes
 from trl import GRPOConfig, GRPOTrainer
 
 from ngrpo_ops import MixRecord, group_advantages
 from ngrpo_ops.integrations import trl as adapter
 from ngrpo_ops.integrations.transformers import NeighborMixing
 from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
-from ngrpo_ops.random import philox
 
 PARITY = 1e-5
 
@@ -326,7 +323,7 @@ def test_rows_go_on_after_a_resume(train: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_vllm": True}, "use_vllm"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode"),
         ({"use_transformers_continuous_batching": True}, "continuous_batching"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
         ({"generation_kwargs": {"use_cache": False}}, "use_cache"),
@@ -446,23 +443,11 @@ def test_the_readmes_script_trains(checkpoint: str, tmp_path: Path) -> None:
     assert max(logged(names["trainer"], "mix/replay_error")) <= PARITY
 
 
+# Several processes ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.slow
-def test_two_data_parallel_processes(tmp_path: Path) -> None:
-    """Each rank replays its own rollouts, and the gates are those of the rows' places in the global batch."""
-    worker = Path(__file__).parent / "ddp_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    assert first["weights"] == second["weights"]
-    for log in first["logs"]:
-        assert log["mix/replay_error"] <= PARITY and 0.2 < log["mix/gated_share"] < 0.8
-    seed, step = torch.tensor(9), torch.arange(8)
-    for generation in range(2):
-        for rank, seen in enumerate((first, second)):
-            rows = torch.arange(4) + 8 * generation + 4 * rank
-            words = torch.stack([philox(seed, rows, s)[0] for s in step], dim=1)
-            assert torch.equal(torch.tensor(seen["gates"][generation]), words < 2**31)
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_two_processes(tmp_path: Path, training: str) -> None:
+    ddp = two_processes(tmp_path / "ddp", "ddp", training)
+    assert_same_training(two_processes(tmp_path / "fsdp2", "fsdp2", training), ddp)
