@@ -35,7 +35,6 @@ except ImportError as error:
 from ngrpo_ops import (
     MixingConfig,
     MixRecord,
-    NeighborTable,
     RefreshReport,
     decode_step,
     gaussian_noise,
@@ -46,6 +45,7 @@ from ngrpo_ops import (
 )
 from ngrpo_ops.config import NOISE_SCALE
 from ngrpo_ops.random import bernoulli, philox
+from ngrpo_ops.table import neighbor_ids_of, table_of
 
 # The hook pair ----------------------------------------------------------------------------------------------------
 
@@ -497,19 +497,8 @@ class NeighborMixing:
         self._mixers: dict[nn.Module, EmbeddingMixer] = {}
         self.mixer = self.attach(model)
         self.vocabulary = _vocabulary_size(model)
-        if self.config.k > self.vocabulary:
-            raise ValueError(f"k must be at most the vocabulary size {self.vocabulary}, got {self.config.k}")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            beyond = [token for token in getattr(self.config, name) or () if token >= self.vocabulary]
-            if beyond:
-                raise ValueError(f"{name} must be below the vocabulary size {self.vocabulary}, got {beyond}")
-        self.table: NeighborTable | None = None
-        if self.config.strategy == "neighbor" and self.config.k > 1:
-            allowed = None
-            if self.config.allowed_token_ids is not None:
-                allowed = torch.zeros(self.vocabulary, dtype=torch.bool)
-                allowed[list(self.config.allowed_token_ids)] = True
-            self.table = NeighborTable(self.config.k - 1, metric=self.config.metric, allowed=allowed)
+        self.config.require_vocabulary(self.vocabulary)
+        self.table = table_of(self.config, self.vocabulary)
         self.next_row = 0
         """Id of the next generated row; it advances with every rollout, so that no two share their gates."""
 
@@ -559,11 +548,7 @@ class NeighborMixing:
     @property
     def neighbor_ids(self) -> Tensor | None:
         """[V, k - 1], as `decode_step` takes them; None for a strategy that has no neighbours."""
-        if self.config.strategy != "neighbor":
-            return None
-        if self.table is None:
-            return torch.empty(self.vocabulary, 0, dtype=torch.int64, device=self._inner.device)
-        return self.table.ids
+        return neighbor_ids_of(self.config, self.table, self.vocabulary, self._inner.device)
 
     def require_vocabulary(self, scores: Tensor) -> None:
         """

@@ -40,7 +40,8 @@ _STATE_FILE = "mixing_state.json"
 _PREFIX = "mix_"
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
-_REPLAY_TOLERANCE = 1e-3  # float32; cached and full forwards of a trained model differ by some 1e-5
+_REPLAY_TOLERANCE = 1e-3  # cached and full forwards of a trained model differ by some 1e-5 in float32
+_ROUNDING_SPREAD = 10  # the largest of many roundings over that of the few before the first mix
 
 # The methods overridden are private to TRL: a change of theirs must stop the import, not the mixing.
 _EXPECTED_PARAMETERS = {
@@ -222,6 +223,7 @@ class NGRPOTrainer(GRPOTrainer):
             self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
         self._rollout: MixRecord | None = None  # of the generation under way
         self._replayed: MixRecord | None = None  # what the scoring forwards see at the moment
+        self._warned: set[str] = set()
 
     # Rollout ------------------------------------------------------------------------------------------------------
 
@@ -248,10 +250,11 @@ class NGRPOTrainer(GRPOTrainer):
     def _requests_that_mix(self, row_ids: Tensor) -> Iterator[list[MixRecord]]:
         """Within it the colocated engine mixes what it is asked for; the list yielded gains the record of our rows.
 
-        The engine of a tensor-parallel group generates the rows of all its ranks, one rank's after the other's, on
+        Each request has a seed of its own, so that its tokens too are those of its row, also after a resume. The engine
+        of a tensor-parallel group generates the rows of all its ranks, one rank's after the other's, on
         every one of them.
         """
-        from .vllm import request_arguments, take_records
+        from .vllm import request_arguments, request_seed, take_records
 
         llm, records = self.vllm_generation.llm, []
         rows, place = len(row_ids), self.accelerator.process_index % self.vllm_tensor_parallel_size
@@ -264,6 +267,8 @@ class NGRPOTrainer(GRPOTrainer):
             for row in of_group:
                 request = sampling_params.clone()
                 request.extra_args = {**(request.extra_args or {}), **request_arguments(row)}
+                if request.seed is None and self.mixing.config.mixing_rate > 0:
+                    request.seed = request_seed(self.mixing.config.seed, row)
                 requests.append(request)
             outputs = original(prompts, sampling_params=requests, **kwargs)
             record = take_records(llm, of_group, [len(output.outputs[0].token_ids) for output in outputs])
@@ -372,32 +377,37 @@ class NGRPOTrainer(GRPOTrainer):
         largest = torch.stack([error.max(), (error * ~follows).max()])
         whole, before = self.accelerator.gather(largest[None]).amax(0).tolist()
         self._metrics["train"]["mix/replay_error"].append(whole)
-        exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
-        if exact and not whole <= _REPLAY_TOLERANCE:
-            logger.warning_once(
-                f"mix/replay_error is {whole:.2g}, far above rounding in float32, and the importance ratios are as "
-                f"wrong. {self._cause(before)}"
+        if not whole <= _REPLAY_TOLERANCE:
+            self._warn_once(*self._cause(whole, before), whole)
+
+    def _warn_once(self, name: str, cause: str, error: float) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                f"mix/replay_error is {error:.2g}, and the importance ratios are as wrong. {cause} (Said once.)"
             )
 
-    def _cause(self, before: float) -> str:
-        """What an error of the replay comes from, given that of the steps which no mix precedes."""
-        dropouts = sorted({m.p for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0})
-        attention = getattr(self.model.config, "attention_dropout", 0.0) or 0.0
-        if self.model.training and (dropouts or attention):
-            return (
-                f"The model has dropout ({', '.join(map(str, dropouts or [attention]))}), which is drawn anew in "
-                "every training forward: set disable_dropout=True"
+    def _cause(self, whole: float, before: float) -> tuple[str, str]:
+        """What an error of the replay comes from, given that of the steps which no mix precedes: name and words."""
+        dropouts = {module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
+        dropouts |= {getattr(self.model.config, "attention_dropout", None) or 0.0}
+        if self.model.training and any(dropouts):
+            return "dropout", (
+                f"The model has dropout ({', '.join(str(p) for p in sorted(dropouts) if p)}), which is drawn anew in "
+                "every training forward: set disable_dropout=True."
             )
-        if not before <= _REPLAY_TOLERANCE:
-            engine = "an engine with other weights, precision or kernels, " if self.use_vllm else ""
-            return (
-                f"Before the first mix of a row it is {before:.2g} already, so that it is not the replay's: the "
-                f"training forward differs from the rollout's, mixed or not ({engine}positions that count the "
-                "padding, or a patched forward)"
+        exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+        if not before <= _REPLAY_TOLERANCE if exact else not whole > _ROUNDING_SPREAD * before:
+            rounding = "" if exact else "rounding, of which lower precisions than float32 have up to some tenths; "
+            engine = "an engine with other weights, precision or kernels; " if self.use_vllm else ""
+            return "before", (
+                f"Where no mix precedes in its row it is {before:.2g} already, so that it is not the replay's: the "
+                f"training forward differs from the rollout's, mixed or not ({rounding}{engine}positions that count "
+                "the padding; a patched forward)."
             )
-        return (
-            f"Before the first mix of a row it is {before:.2g}: the training forward does not embed the mixes (its "
-            "input embeddings were replaced, or it was compiled or captured without their hooks)"
+        return "replay", (
+            f"Where no mix precedes in its row it is {before:.2g}: the training forward does not embed the mixes (its "
+            "input embeddings were replaced, or it was compiled or captured without their hooks)."
         )
 
     # Checkpoints --------------------------------------------------------------------------------------------------

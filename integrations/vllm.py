@@ -35,7 +35,6 @@ except ImportError as error:
 from ngrpo_ops import (
     MixingConfig,
     MixRecord,
-    NeighborTable,
     decode_step,
     gaussian_noise,
     mix_embeddings,
@@ -45,6 +44,7 @@ from ngrpo_ops import (
 )
 from ngrpo_ops.config import NOISE_SCALE
 from ngrpo_ops.random import bernoulli, philox
+from ngrpo_ops.table import neighbor_ids_of, table_of
 
 TESTED_VLLM = "0.29"
 KEY = "ngrpo_ops"
@@ -69,6 +69,12 @@ def request_arguments(row_id: int) -> dict[str, Any]:
             whose records are still to be taken, may share one.
     """
     return {KEY: {"row_id": int(row_id)}}
+
+
+def request_seed(seed: int, row_id: int) -> int:
+    """`SamplingParams.seed` by which a row's tokens do not depend on when, and beside what, it is sampled."""
+    words = philox(torch.tensor(seed), torch.tensor(row_id), torch.tensor(-1))  # no step has this number
+    return int(words[0]) << 31 | int(words[1]) >> 1
 
 
 def take_records(llm: Any, row_ids: Sequence[int], lengths: Sequence[int]) -> MixRecord:
@@ -220,13 +226,7 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{name} cannot be mixed: {reason}")
-    vocabulary = model.get_vocab_size()
-    if config.k > vocabulary:
-        raise ValueError(f"k must be at most the vocabulary size {vocabulary}, got {config.k}")
-    for name in ("stop_token_ids", "allowed_token_ids"):
-        beyond = [token for token in getattr(config, name) or () if token >= vocabulary]
-        if beyond:
-            raise ValueError(f"{name} must be below the vocabulary size {vocabulary}, got {beyond}")
+    config.require_vocabulary(model.get_vocab_size())
 
 
 def _row_id_of(sampling_params: Any) -> int | None:
@@ -371,14 +371,8 @@ class EngineMixer:
         self._kept: dict[int, _Kept] = {}
         self._pool = _Pool(config.k, device)
         self._batch: Any = None  # the one under way
-        self.table: NeighborTable | None = None
+        self.table = table_of(config, self.vocabulary)
         self._stale = True
-        if config.strategy == "neighbor" and config.k > 1:
-            allowed = None
-            if config.allowed_token_ids is not None:
-                allowed = torch.zeros(self.vocabulary, dtype=torch.bool)
-                allowed[list(config.allowed_token_ids)] = True
-            self.table = NeighborTable(config.k - 1, metric=config.metric, allowed=allowed)
         self._embedding()  # whether there is one to search
         self._watch_weights()
 
@@ -553,7 +547,7 @@ class EngineMixer:
         scores = self._penalized(sampler, logits, row, slots)
         states = sampler.sampling_states
         temperature = states.temperature.gpu[slot]
-        neighbor_ids = self._neighbor_ids()
+        neighbor_ids = neighbor_ids_of(config, self.table, self.vocabulary, self.device)
         common: dict[str, Any] = {
             "strategy": config.strategy, "k": config.k, "temperature": temperature,
             "mixing_temperature": config.temperature, "variant": config.variant, "seed": config.seed, "step": step,
@@ -583,13 +577,6 @@ class EngineMixer:
             whole = scores.to(processed.dtype) / torch.where(greedy, 1, temperature)[:, None]
             processed = processed.index_copy(0, row, torch.where(gate[:, None], whole, processed[row]))
         return sampled, processed
-
-    def _neighbor_ids(self) -> Tensor | None:
-        if self.config.strategy != "neighbor":
-            return None
-        if self.table is None:
-            return torch.empty(self.vocabulary, 0, dtype=torch.int64, device=self.device)
-        return self.table.ids
 
     def _penalized(self, sampler: Any, logits: Tensor, row: Tensor, slots: np.ndarray) -> Tensor:
         """The rows' logits as vLLM has them before temperature and cuts."""

@@ -104,3 +104,15 @@ class MixingConfig:
             raise ValueError(f"seed must be an integer of 64 bits, got {self.seed!r}")
         if not isinstance(self.loss_on_mixed_steps, bool):
             raise ValueError(f"loss_on_mixed_steps must be True or False, got {self.loss_on_mixed_steps!r}")
+
+    def require_vocabulary(self, size: int) -> None:
+        """
+        Raises:
+            ValueError: more candidates than a vocabulary of this size has, or token ids beyond it.
+        """
+        if self.k > size:
+            raise ValueError(f"k must be at most the vocabulary size {size}, got {self.k}")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            beyond = [token for token in getattr(self, name) or () if token >= size]
+            if beyond:
+                raise ValueError(f"{name} must be below the vocabulary size {size}, got {beyond}")

@@ -39,7 +39,7 @@ _SHAPE = {
 }
 
 
-def tiny_model(family: str = "qwen2", tied: bool = False, scale: float = 3.0, **shape: int) -> PreTrainedModel:
+def tiny_model(family: str = "qwen2", tied: bool = False, scale: float = 3.0, **shape: float) -> PreTrainedModel:
     """A random model with weights large enough that what it reads matters to what it says; `shape` changes its own."""
     shape = _SHAPE | shape
     makers = {

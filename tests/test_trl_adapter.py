@@ -17,7 +17,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processes import assert_same_training, two_processes
 from trl import GRPOConfig, GRPOTrainer
 
-from ngrpo_ops import MixRecord, group_advantages
+from ngrpo_ops import MixRecord, NeighborTable, group_advantages, nearest_neighbors
 from ngrpo_ops.integrations import trl as adapter
 from ngrpo_ops.integrations.transformers import NeighborMixing
 from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
@@ -98,7 +98,8 @@ def logged(trainer: GRPOTrainer, name: str) -> list[float]:
     ],
     ids=["default", "multi-step", "filtered"],
 )
-def test_rate_zero_is_stock_grpo_bit_for_bit(train: Any, settings: dict) -> None:
+def test_rate_zero_is_stock_grpo_bit_for_bit(train: Any, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(NeighborTable, "refresh")  # nothing is searched
     stock = train(GRPOTrainer, GRPOConfig, **settings)
     ours = train(mixing_rate=0.0, **settings)
     names = [name for name in ("reward", "loss", "grad_norm", "kl", "entropy") if logged(stock, name)]
@@ -145,6 +146,32 @@ def test_the_policy_scores_the_rollouts_own_history(train: Any, settings: dict) 
     assert errors and max(errors) <= PARITY
 
 
+SEQUENCE = {"importance_sampling_level": "sequence"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "grpo", **SEQUENCE},  # N-GSPO
+        {"loss_type": "bnpo"},
+        {"loss_type": "dr_grpo", "off_policy_mask_threshold": 0.1},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "sapo", "top_entropy_quantile": 0.5},
+        {"loss_type": "luspo", **SEQUENCE},
+        {"loss_type": "vespo"},
+    ],
+    ids=lambda settings: settings["loss_type"],
+)
+def test_every_loss_sees_ratios_of_one_at_the_first_update(train: Any, settings: dict) -> None:
+    """With old log-probabilities of the rollout: nothing is clipped, off policy or away from the reference then."""
+    trainer = train(mixing_rate=0.5, **MULTI_STEP | {"steps": 4, "learning_rate": 1e-2} | settings)
+    assert max(logged(trainer, "mix/replay_error")) <= PARITY
+    assert logged(trainer, "kl")[0] <= 1e-9 < logged(trainer, "kl")[-1]
+    for metric in {name for entry in trainer.state.log_history for name in entry if "clip_ratio" in name}:
+        assert logged(trainer, metric)[0] == 0, metric
+    assert all(0 < norm < 1e3 for norm in logged(trainer, "grad_norm"))
+
+
 @pytest.mark.parametrize("settings", [{}, MULTI_STEP], ids=["default", "multi-step"])
 def test_without_the_replay_the_error_is_large(train: Any, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
@@ -154,12 +181,37 @@ def test_without_the_replay_the_error_is_large(train: Any, settings: dict, monke
 
 def test_an_error_beyond_rounding_is_warned_of(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning_once", said.append)
+    monkeypatch.setattr(adapter.logger, "warning", said.append)
     train(steps=1, mixing_rate=0.5)
     assert not said
+    with monkeypatch.context() as patch:
+        patch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
+        train(mixing_rate=0.5)
+    assert len(said) == 1, "once, not at every step"
+    assert "mix/replay_error" in said[0] and "does not embed the mixes" in said[0]
+    said.clear()
+
+    class Shifted(NGRPOTrainer):  # scores by another model than it rolls out with, from the first token on
+        def _log_replay_error(self, logps: torch.Tensor, *args: Any) -> None:
+            super()._log_replay_error(logps - 0.5, *args)
+
+    train(Shifted, steps=1, mixing_rate=0.5)
+    assert "0.5 already, so that it is not the replay's" in said[0]
+    said.clear()
+    model = tiny_model(attention_dropout=0.5)
+    train(steps=1, mixing_rate=0.5, model=model)
+    assert "dropout (0.5)" in said[0] and "disable_dropout=True" in said[0]
+
+
+def test_rounding_in_bfloat16_is_told_from_a_missing_replay(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(adapter.logger, "warning", said.append)
+    train(steps=2, mixing_rate=0.5, model=tiny_model().bfloat16())
+    assert all("rounding, of which lower precisions" in text for text in said)
+    said.clear()
     monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
-    train(steps=1, mixing_rate=0.5)
-    assert "mix/replay_error" in said[0]
+    train(steps=2, mixing_rate=0.5, model=tiny_model().bfloat16())
+    assert "does not embed the mixes" in said[0]
 
 
 def test_old_current_and_reference_see_the_same_history(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +255,35 @@ def test_lora_replays_policy_and_reference(train: Any, checkpoint: str) -> None:
     assert max(logged(trainer, "mix/replay_error")) <= PARITY
     assert logged(trainer, "kl")[0] <= 1e-9
     assert logged(trainer, "kl")[-1] > 0
+
+
+def test_a_whole_embedding_that_peft_trains_is_searched_and_replayed(train: Any) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    trainer = train(mixing_rate=0.5, learning_rate=1e-1, peft_config=lora, **MULTI_STEP)
+    assert max(logged(trainer, "mix/replay_error")) <= PARITY
+    assert logged(trainer, "kl")[0] <= 1e-9 < logged(trainer, "kl")[-1]
+    trainer.mixing.refresh()
+    base, trained = (
+        module.weight.detach()
+        for name, module in trainer.model.get_input_embeddings().named_modules()
+        if isinstance(module, torch.nn.Embedding)
+    )
+    assert torch.equal(trainer.mixing.table.ids, nearest_neighbors(trained, 2).ids)
+    assert not torch.equal(trainer.mixing.table.ids, nearest_neighbors(base, 2).ids)
+
+
+def test_lora_of_the_embedding_is_searched_merged(train: Any) -> None:
+    lora = LoraConfig(r=4, target_modules=["embed_tokens"])
+    trainer = train(mixing_rate=0.5, learning_rate=1e-1, peft_config=lora)
+    assert max(logged(trainer, "mix/replay_error")) <= PARITY
+    trainer.mixing.refresh()
+    merged = trainer.model.merge_and_unload().get_input_embeddings().weight.detach()
+    assert torch.equal(trainer.mixing.table.ids, nearest_neighbors(merged, 2).ids)
+
+
+def test_rate_zero_samples_with_our_sampler_too(train: Any) -> None:
+    trainer = train(steps=1, mixing_rate=0.0, mixing_sampler="ngrpo")
+    assert logged(trainer, "mix/gated_share") == [0.0] and trainer.mixing.table is None
 
 
 def test_a_rollout_that_bypasses_generate_stops_the_run(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,14 +388,45 @@ def test_advantages_equal_our_own(train: Any, monkeypatch: pytest.MonkeyPatch) -
 # Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_go_on_after_a_resume(train: Any, tmp_path: Path) -> None:
-    trainer = train(steps=2, save_strategy="steps", save_steps=1)
-    assert trainer.mixing.next_row == 16
-    saved = tmp_path / "out" / "checkpoint-1"
-    assert json.loads((saved / "mixing_state.json").read_text()) == {"next_row": 8}
-    resumed = train.make(max_steps=2)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mixing_sampler": "ngrpo", "mixing_strategy": "gumbel"},
+        {"mixing_strategy": "gaussian", "num_iterations": 2, "beta": 0.04, "learning_rate": 1e-4},
+        {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])},
+    ],
+    ids=["default", "gumbel-ngrpo", "gaussian-iterations", "lora"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    train: Any, tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: gates, tokens, losses and weights of steps 3 and 4 after a restart at 2."""
+    rollouts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    generate = NGRPOTrainer._generate_and_score_completions
+
+    def keep(self: Any, inputs: Any) -> Any:
+        output = generate(self, inputs)
+        rollouts.append((output["mix_gate"], output["completion_ids"]))
+        return output
+
+    monkeypatch.setattr(NGRPOTrainer, "_generate_and_score_completions", keep)
+    settings = {"mixing_rate": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4} | settings
+    whole = train.make(**settings)
+    whole.train()
+    expected, rollouts[:] = list(rollouts), []
+    saved = tmp_path / "out" / "checkpoint-2"
+    rows = 8 if "num_iterations" in settings else 16
+    assert json.loads((saved / "mixing_state.json").read_text()) == {"next_row": rows}
+    resumed = train.make(**settings)
     resumed.train(resume_from_checkpoint=str(saved))
-    assert resumed.mixing.next_row == 16
+    assert len(rollouts) == len(expected) // 2
+    for ours, theirs in zip(rollouts, expected[len(rollouts) :], strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    for name in ("loss", "grad_norm", "reward", "mix/gated_share", "mix/replay_error"):
+        assert logged(resumed, name)[-2:] == logged(whole, name)[-2:], name
+    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
 
 
 # Refused ----------------------------------------------------------------------------------------------------------

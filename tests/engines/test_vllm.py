@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_engine import SETTINGS, SHAPE
+from cpu_engine import SETTINGS, SHAPE, mixer_of
 from models import EOS, PAD, VOCABULARY, tiny_model
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -50,10 +53,6 @@ def engine(folder: str) -> Iterator[Callable[..., LLM]]:
     yield start
     for llm in engines:
         llm.llm_engine.engine_core.shutdown()
-
-
-def mixer_of(llm: LLM) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.mixer
 
 
 def prompts(count: int, longest: int = 9) -> list[dict[str, list[int]]]:
@@ -266,6 +265,34 @@ def test_weights_that_come_in_are_searched(engine: Any, model: Any, folder: str)
     check_parity(changed, outputs, taken(llm, outputs, list(range(4))))
     expected = nearest_neighbors(changed.get_input_embeddings().weight.detach(), 2).ids
     assert torch.equal(mixer.table.ids, expected) and not torch.equal(first, expected)
+
+
+def test_tensor_parallel(model: Any, tmp_path: Path, difference: Difference) -> None:
+    """Two ranks with half of the vocabulary each know the same table and leave the same records, also after a sync."""
+    torch.manual_seed(9)
+    changed = tiny_model(**SHAPE)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    models = {"model": model, "changed": changed}
+    for name, saved in models.items():
+        saved.save_pretrained(tmp_path / name)
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM's of a run before; its name is the same every time
+        left.unlink()
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(Path(__file__).parent / "tensor_parallel_worker.py"), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    for (name, of_name), first, second in zip(models.items(), *ranks, strict=True):
+        assert first["rows_here"] + second["rows_here"] == VOCABULARY and second["rows_here"] > 0
+        assert torch.equal(first["table"], nearest_neighbors(of_name.get_input_embeddings().weight.detach(), 2).ids)
+        assert torch.equal(first["table"], second["table"])
+        for field, tensor in first["record"].tensors().items():
+            assert torch.equal(tensor, second["record"].tensors()[field]), (name, field)
+        difference("vllm, tensor parallel", check_parity(of_name, first["outputs"], first["record"]))
 
 
 def test_sequences_that_end(engine: Any, model: Any) -> None:
