@@ -1,14 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
+ENGINES := .venv-engines/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full lint bench scaling resources mutations gpu clean
+.PHONY: help venv demo test test-full test-engines lint bench bench-engines scaling resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
-	@echo "make test-full  lint, types and every test"
+	@echo "make test-full  lint, types and every test but those with engines"
+	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
+	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
 	@echo "make resources  compile every kernel for four GPUs; registers, stack, spills and shared memory of each"
 	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
@@ -23,15 +26,34 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,test]'
 	@touch $@
 
+# torch first and alone, so that nothing else chooses its build. vLLM wants an older numpy than ours. Of torchvision and the
+# like only builds for CUDA would come. DeepSpeed is built here, without its own kernels, by a newer setuptools than vLLM
+# asks for; of OpenRLHF's requirements the rest needs CUDA.
+.venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements.txt
+	$(PYTHON) -m venv .venv-engines
+	$(ENGINES)/python -m pip install --quiet --constraint constraints.txt torch
+	grep -v '^numpy' constraints.txt > .venv-engines/constraints.txt
+	$(ENGINES)/python -m pip install --quiet --constraint .venv-engines/constraints.txt -r tests/engines/requirements.txt
+	$(ENGINES)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/python -m pip install --quiet 'setuptools>=80,<81' wheel
+	DS_BUILD_OPS=0 $(ENGINES)/python -m pip install --quiet --constraint .venv-engines/constraints.txt \
+		--no-build-isolation deepspeed==0.19.6
+	$(ENGINES)/python -m pip install --quiet --no-deps openrlhf==0.11.2
+	$(ENGINES)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 demo: venv
 	$(BIN)/python -m examples.countdown
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-full: lint
-	$(BIN)/python -m pytest -n 2
+test-full: lint test
+	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
+
+test-engines: .venv-engines/installed
+	$(ENGINES)/python -m pytest -n 2 --dist loadgroup tests/engines --report benchmarks/results/engines.json
 
 lint: venv
 	$(BIN)/ruff check .
@@ -40,6 +62,9 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-engines: .venv-engines/installed
+	PYTHONPATH=tests/engines $(ENGINES)/python -m pytest benchmarks/bench_vllm.py --benchmark-only
 
 scaling: venv
 	$(BIN)/python benchmarks/search_scaling.py
@@ -54,4 +79,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv .venv-engines build dist *.egg-info runs
