@@ -26,7 +26,7 @@ def test_the_package_imports_no_trainer() -> None:
     assert run(f"import sys, ngrpo_ops; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
-@pytest.mark.parametrize(("adapter", "needs"), [("transformers", "transformers"), ("trl", "trl")])
+@pytest.mark.parametrize(("adapter", "needs"), [("transformers", "transformers"), ("trl", "trl"), ("vllm", "vllm")])
 def test_an_adapter_without_its_trainer_says_what_to_install(adapter: str, needs: str) -> None:
     code = f"""
 import sys
