@@ -3,7 +3,7 @@ BIN := .venv/bin
 ENGINES := .venv-engines/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full test-engines lint bench bench-engines scaling resources mutations gpu clean
+.PHONY: help venv demo test test-full test-engines lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
 	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
+	@echo "make report     everything measured on one page with pictures: benchmarks/results/report.md"
 	@echo "make resources  compile every kernel for four GPUs; registers, stack, spills and shared memory of each"
 	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
 	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
@@ -68,6 +69,9 @@ bench-engines: .venv-engines/installed
 
 scaling: venv
 	$(BIN)/python benchmarks/search_scaling.py
+
+report: venv
+	$(BIN)/python benchmarks/report.py
 
 resources: venv
 	$(BIN)/python benchmarks/resources.py

@@ -1,7 +1,7 @@
 """Rollouts in a vLLM engine with mixing, records fetched, over those of the engine without: `make bench-engines`.
 
 Without a GPU the engine is vLLM's for the CPU with its kernels interpreted (tests/engines/cpu_engine.py): what a step
-costs there is mostly the interpreter's, so that the ratio says how much mixing adds to such a step, and nothing of a GPU.
+costs there is mostly the interpreter's: the ratio says how much mixing adds to such a step, and nothing of a GPU.
 """
 
 from __future__ import annotations

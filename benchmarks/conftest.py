@@ -64,14 +64,22 @@ def _row(bench: Any) -> dict[str, Any]:
 
 
 def _keep(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """In the file of this device and these versions, in the place of what it has of the same operations."""
     folder.mkdir(parents=True, exist_ok=True)
     for device in DEVICES:
         mine = [row for row in rows if row["device"] == device]
-        if mine:
-            with (folder / f"{file_name(device)}.csv").open("w", newline="") as file:
-                table = csv.DictWriter(file, COLUMNS)
-                table.writeheader()
-                table.writerows(mine)
+        if not mine:
+            continue
+        path = folder / f"{file_name(device)}.csv"
+        measured = {row["op"] for row in mine}
+        others = []
+        if path.exists():
+            with path.open(newline="") as file:
+                others = [row for row in csv.DictReader(file) if row["op"] not in measured]
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows([*others, *mine])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

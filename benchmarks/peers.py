@@ -19,6 +19,8 @@ NOT_THE_SAME = (
     "softmax + multinomial, no mixing",
     "transformers' warpers + multinomial, no mixing",
     "plain generate",
+    "plain engine",
+    "mixing engine, plain requests",
 )
 
 

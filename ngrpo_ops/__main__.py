@@ -1,4 +1,4 @@
-"""What this package can show of a checkpoint from a terminal: `python -m ngrpo_ops neighbors --help`."""
+"""What this package shows in a terminal: `python -m ngrpo_ops neighbors` of a checkpoint, `env` of an installation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Vocabulary, load_vocabulary
 from .config import Metric
+from .environment import report
 from .functional import NearestNeighbors, nearest_neighbors
 
 _EPILOG = """examples:
@@ -38,7 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("--exclude", nargs="+", choices=("special", "unused"), default=[], help="rows never returned")
     look.add_argument("--plot", type=Path, help="draw how similarity is distributed over the vocabulary, to this file")
     look.add_argument("--sample", type=int, default=4096, help="rows that --plot looks at, drawn at random (0: all)")
+    env = commands.add_parser(
+        "env",
+        help="what is installed and what it will do here: the first thing to paste into a bug report",
+        description="Prints versions, devices, the backend of each operation, settings, and which adapters are usable.",
+    )
+    env.add_argument("--imports", action="store_true", help="import the adapters too, which takes seconds each")
     arguments = parser.parse_args(argv)
+    if arguments.command == "env":
+        print(report(arguments.imports))
+        return 0
     if not arguments.tokens and not arguments.ids and arguments.plot is None:
         look.error("give --tokens, --ids or --plot")
     try:
