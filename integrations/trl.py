@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,7 +172,8 @@ class NGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` whose training rollouts mix semantic neighbours (arXiv 2606.10768). Takes the same arguments.
 
     Evaluation and inference do not mix. With ``mixing_rate=0`` rewards, losses and gradients are those of
-    `GRPOTrainer`, bit for bit. Logged beside TRL's own metrics, in training:
+    `GRPOTrainer`, bit for bit, and the engine of ``use_vllm`` is stock, with no records to log from. Logged beside
+    TRL's own metrics, in training:
 
         mix/gated_share     completion tokens that were mixed
         mix/anchor_differs  over mixed steps, the probability that a sample would have differed from the anchor
@@ -207,13 +208,20 @@ class NGRPOTrainer(GRPOTrainer):
         if not isinstance(args, NGRPOConfig):
             raise TypeError(f"args must be an NGRPOConfig, got {type(args).__name__}")
         _refuse_settings(args, given)
-        with _engines_that_mix(args):
+        # At a rate of 0 the engine is stock, as all else is then.
+        self._engine_mixes = args.use_vllm and (args.mixing_rate > 0 or args.mixing_sampler == "ngrpo")
+        with _engines_that_mix(args) if self._engine_mixes else nullcontext():
             super().__init__(*bound.args[1:], **bound.kwargs)
+        if self._engine_mixes:
+            from .vllm import require_mixing
+
+            require_mixing(self.vllm_generation.llm)
         if self._is_vlm or getattr(self.model.config, "vision_config", None) is not None:
             raise ValueError(f"model {type(self.model).__name__} is a vision-language model: not supported")
         if self._dist.fsdp_version == 1:
             raise ValueError("FSDP 1 flattens the embedding table with other weights: use FSDP 2 (fsdp_version: 2)")
-        _refuse_absolute_positions(self.model)
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        _refuse_absolute_positions(self.model, zero3)
         if not self.use_vllm:
             refuse_generation(self.generation_config, dict(self.generation_kwargs))
             if args.mixing_sampler == "ngrpo":
@@ -228,7 +236,7 @@ class NGRPOTrainer(GRPOTrainer):
     # Rollout ------------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Any:
-        if not self.model.training:
+        if not self.model.training or (self.use_vllm and not self._engine_mixes):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         # The gates of a row depend on its place among all rows ever generated, not on how they are spread.
         rows, processes = len(prompt_ids), self.accelerator.num_processes
@@ -258,7 +266,7 @@ class NGRPOTrainer(GRPOTrainer):
 
         llm, records = self.vllm_generation.llm, []
         rows, place = len(row_ids), self.accelerator.process_index % self.vllm_tensor_parallel_size
-        original = llm.generate
+        original, patched = llm.generate, vars(llm).get("generate")
 
         def generate(prompts: list, sampling_params: Any, **kwargs: Any) -> Any:
             first = int(row_ids[0]) - place * rows
@@ -267,7 +275,7 @@ class NGRPOTrainer(GRPOTrainer):
             for row in of_group:
                 request = sampling_params.clone()
                 request.extra_args = {**(request.extra_args or {}), **request_arguments(row)}
-                if request.seed is None and self.mixing.config.mixing_rate > 0:
+                if request.seed is None:
                     request.seed = request_seed(self.mixing.config.seed, row)
                 requests.append(request)
             outputs = original(prompts, sampling_params=requests, **kwargs)
@@ -279,7 +287,9 @@ class NGRPOTrainer(GRPOTrainer):
         try:
             yield records
         finally:
-            del llm.generate
+            del llm.generate  # the class's method is back, or what the user had put in its place
+            if patched is not None:
+                llm.generate = patched
 
     def _generate(self, prompts: list) -> Any:
         self._rollout = None
@@ -430,7 +440,7 @@ class NGRPOTrainer(GRPOTrainer):
 
 
 @torch.no_grad()
-def _refuse_absolute_positions(model: Any) -> None:
+def _refuse_absolute_positions(model: Any, zero3: bool) -> None:
     """TRL's training forward passes no positions: a model that numbers left padding too sees other inputs there.
 
     Only models with a module named like position embeddings are tried, padded against unpadded.
@@ -438,6 +448,11 @@ def _refuse_absolute_positions(model: Any) -> None:
     suspects = [name for name, _ in model.named_modules() if _POSITIONS.search(name)]
     if not suspects:
         return
+    if zero3:
+        raise ValueError(
+            f"model {type(model).__name__} has positions of its own ({suspects[0]}), and whether they count left "
+            "padding cannot be tried under DeepSpeed ZeRO-3: use ZeRO-2"
+        )
     training, device = model.training, model.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(8, device=device)[None] % vocabulary
@@ -458,9 +473,6 @@ def _refuse_absolute_positions(model: Any) -> None:
 @contextmanager
 def _engines_that_mix(args: NGRPOConfig) -> Iterator[None]:
     """Within it TRL's colocated engine is one that can mix: TRL has no setting that reaches its arguments."""
-    if not args.use_vllm:
-        yield
-        return
     from trl.generation import vllm_generation
 
     from .vllm import engine_arguments

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -97,16 +98,34 @@ def take_records(llm: Any, row_ids: Sequence[int], lengths: Sequence[int]) -> Mi
     return read_records(llm.collective_rpc(method, args=args))
 
 
+def require_mixing(llm: Any) -> None:
+    """
+    Raises:
+        ValueError: an engine, of those that `take_records` takes, that cannot mix.
+    """
+    try:
+        take_records(llm, [], [])
+    except (NotImplementedError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the engine cannot mix, the plugin 'ngrpo_ops' was not loaded in it ({error}): is ngrpo-ops installed, "
+            "and is it among VLLM_PLUGINS where that is set?"
+        ) from error
+
+
 def records_call(row_ids: Sequence[int], lengths: Sequence[int]) -> tuple[str, None, tuple[list[int], list[int]]]:
     """The arguments of `collective_rpc` (method, timeout, args) that fetch records, for `read_records`."""
     if len(row_ids) != len(lengths):
         raise ValueError(f"lengths must be one for each of the {len(row_ids)} row_ids, got {len(lengths)}")
+    if len(set(row_ids)) != len(row_ids):
+        raise ValueError(f"row_ids must be different from each other, got {list(row_ids)}")
     return _TAKE, None, ([int(row) for row in row_ids], [int(length) for length in lengths])
 
 
 def read_records(replies: Sequence[bytes]) -> MixRecord:
     """What the workers answered, as a record; see `take_records`. All tensor-parallel workers hold the same."""
     content = torch.load(io.BytesIO(replies[0]), weights_only=True)
+    if shared := content.pop("shared"):
+        raise ValueError(f"row {shared[0]}: the engine has several requests of this row_id, and no two may share one")
     missing = content.pop("missing")
     if missing:
         row, length, found = missing[0]
@@ -128,7 +147,8 @@ def register() -> None:
 
     An engine without `engine_arguments` is left as it is. Of one with them is refused, when it is configured:
     another vLLM than the tested, Model Runner V1, pipeline parallelism, speculative decoding, batch-sharded sampling,
-    context parallelism, prompt embeddings, multi-modal models. A request to mix is refused where the engine was not
+    context parallelism, data parallelism within the engine, KV connectors, prompt embeddings, LoRA on the embedding,
+    multi-modal models. A request to mix is refused where the engine was not
     told to, and where prefix caching is on and the prompt has no `cache_salt` of its own: cached blocks are found by
     token ids alone, and would be taken for those of another mix.
     """
@@ -219,6 +239,14 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "a rank embeds a part of each sequence; not supported",
+        ),
+        "data_parallel_size > 1": (
+            parallel.data_parallel_size > 1,
+            "the records of the other engines would not be fetched; start an engine for each replica",
+        ),
+        "kv_transfer_config": (
+            vllm_config.kv_transfer_config is not None,
+            "a connector finds blocks by token ids alone, and would take those of another mix",
         ),
         "enable_prompt_embeds": (model.enable_prompt_embeds, "a prompt of embeddings has no ids to mix among"),
         "multi-modal models": (model.is_multimodal_model, "their input embeddings are not the token table's"),
@@ -367,7 +395,7 @@ class EngineMixer:
         self._first = np.zeros(slots, dtype=np.int64)  # the position of the first completion token
         self._drawn = np.zeros((slots, length), dtype=bool)
         self._drawn_until = np.zeros(slots, dtype=np.int64)
-        self._entries = np.full((slots, length), -1, dtype=np.int64)
+        self._entries = np.full((slots, length), -1, dtype=np.int32)
         self._kept: dict[int, _Kept] = {}
         self._pool = _Pool(config.k, device)
         self._batch: Any = None  # the one under way
@@ -419,7 +447,10 @@ class EngineMixer:
             return
         del self._req_ids[slot]
         self._mixes[slot] = False
-        self._kept[int(self._row_ids[slot])] = _Kept(req_id, self._written(slot).copy())
+        row_id = int(self._row_ids[slot])
+        if row_id in self._kept:  # never taken
+            self._pool.free(self._kept[row_id].entries)
+        self._kept[row_id] = _Kept(req_id, self._written(slot).copy())
 
     def _written(self, slot: int) -> np.ndarray:
         entries = self._entries[slot, self._first[slot] :]
@@ -455,6 +486,7 @@ class EngineMixer:
         n = batch.num_tokens
         input_ids = batch.input_ids[:n]
         at, entries, steps, rows = self._mixed_tokens(batch) if is_real else (np.zeros(0, np.int64),) * 4
+        self.buffer[n : batch.num_tokens_after_padding].zero_()
         if not len(at):
             self.buffer[:n] = self.model.embed_input_ids(input_ids)
             return self.buffer[: batch.num_tokens_after_padding]
@@ -572,10 +604,11 @@ class EngineMixer:
         pool.ids[entry], pool.weights[entry], pool.gate[entry], pool.fault[entry] = ids, weights, gate, fault
         sampled = sampled.index_copy(0, row, tokens.to(sampled.dtype))
         # A forced token was not drawn from what the cuts left: its log-probability is that of the policy without them.
+        # Where they are not the model's own logits, the processed ones are a copy that vLLM made for its sampler.
         if processed.data_ptr() != logits.data_ptr():
             greedy = temperature == 0
             whole = scores.to(processed.dtype) / torch.where(greedy, 1, temperature)[:, None]
-            processed = processed.index_copy(0, row, torch.where(gate[:, None], whole, processed[row]))
+            processed.index_copy_(0, row, torch.where(gate[:, None], whole, processed[row]))
         return sampled, processed
 
     def _penalized(self, sampler: Any, logits: Tensor, row: Tensor, slots: np.ndarray) -> Tensor:
@@ -618,6 +651,9 @@ class EngineMixer:
     def take(self, row_ids: list[int], lengths: list[int]) -> bytes:
         """The records of finished requests, for `read_records`; forgotten here."""
         running = {int(self._row_ids[slot]): slot for slot in self._slots.values()}
+        in_flight = Counter(int(self._row_ids[slot]) for slot in self._slots.values())
+        if shared := [row_id for row_id in row_ids if in_flight[row_id] + (row_id in self._kept) > 1]:
+            return _packed({"shared": shared})
         found: list[np.ndarray] = []
         missing: list[tuple[int, int, int]] = []
         for row_id, length in zip(row_ids, lengths, strict=True):
@@ -630,7 +666,7 @@ class EngineMixer:
                 missing.append((row_id, length, len(entries)))
             found.append(entries)
         if missing:
-            return _packed({"missing": missing})
+            return _packed({"shared": [], "missing": missing})
         width = max(lengths, default=0)
         place = np.full((len(found), width), -1, dtype=np.int64)
         for row, (entries, length) in enumerate(zip(found, lengths, strict=True)):
@@ -658,7 +694,7 @@ class EngineMixer:
                 self._entries[slot] = -1
                 self._mixes[slot] = False
                 del self._slots[self._req_ids.pop(slot)]
-        return _packed(content | {"missing": []})
+        return _packed(content | {"shared": [], "missing": []})
 
     # The table
 
@@ -673,6 +709,7 @@ class EngineMixer:
     def _embedding(self) -> tuple[Tensor, Any]:
         """This rank's rows of the input embedding, and the group that has the others, or None."""
         from vllm.distributed import get_tp_group
+        from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         modules = [
@@ -680,6 +717,11 @@ class EngineMixer:
             for module in self.model.modules()
             if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
         ]
+        if any(isinstance(module, VocabParallelEmbeddingWithLoRA) for module in self.model.modules()):
+            raise ValueError(
+                f"enable_lora cannot be mixed with {type(self.model).__name__}, whose embedding it wraps: the "
+                "adapters' indices are those of the batch's tokens, and a mix looks up more"
+            )
         if len(modules) != 1 or not modules[0].weight.is_floating_point() or modules[0].weight.element_size() < 2:
             raise ValueError(
                 f"the model {type(self.model).__name__} has {len(modules)} unquantised token embeddings, expected one"
@@ -729,7 +771,7 @@ class _Pool:
     def free(self, entries: np.ndarray) -> None:
         if not len(entries):
             return
-        at = torch.from_numpy(entries).to(self.gate.device)
+        at = torch.from_numpy(entries.astype(np.int64)).to(self.gate.device)
         self.gate[at] = False
         self.fault[at] = 0
         self._free.extend(entries.tolist())

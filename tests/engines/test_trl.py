@@ -15,6 +15,7 @@ from peft import LoraConfig
 from processes import assert_same_training, two_processes
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
+from vllm.v1.worker.worker_base import WorkerBase
 
 from ngrpo_ops.integrations import trl as adapter
 from ngrpo_ops.integrations.transformers import NeighborMixing
@@ -126,13 +127,25 @@ def test_a_stale_engine_is_named(train: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert "other weights" in said[0]
 
 
-def test_rate_zero_trains_as_stock(train: Any) -> None:
-    settings = {"steps": 2, "generation_kwargs": {"seed": 3}}
-    stock = train(GRPOTrainer, GRPOConfig, **settings)
-    ours = train(mixing_rate=0.0, **settings)
-    assert mixer_of(ours.vllm_generation.llm).table is None  # nothing is searched
+def test_rate_zero_is_stock(train: Any) -> None:
+    """The engine too; only what samples by itself, "ngrpo", needs one of ours."""
+    stock = train(GRPOTrainer, GRPOConfig, steps=2)
+    ours = train(mixing_rate=0.0, steps=2)
+    runner = ours.vllm_generation.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    assert type(runner.model_state).__name__ == "DefaultModelState"
     for name in ("reward", "loss", "grad_norm"):
-        assert logged(ours, name) == pytest.approx(logged(stock, name), rel=1e-4, abs=1e-6), name
+        assert logged(ours, name) == logged(stock, name), name
+    for (key, a), b in zip(stock.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    own = train(mixing_rate=0.0, mixing_sampler="ngrpo", steps=1)
+    assert mixer_of(own.vllm_generation.llm).table is None  # nothing is searched
+    assert logged(own, "mix/gated_share") == [0.0] and logged(own, "mix/replay_error")[0] <= PARITY
+
+
+def test_an_engine_without_the_plugin_stops_the_start(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(WorkerBase, "take_mix_records")  # as VLLM_PLUGINS without ngrpo_ops leaves it
+    with pytest.raises(ValueError, match="VLLM_PLUGINS"):
+        train(mixing_rate=0.5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"mixing_sampler": "ngrpo"}], ids=["native", "ngrpo"])

@@ -16,6 +16,7 @@ from cpu_engine import SETTINGS, SHAPE, mixer_of
 from models import EOS, PAD, VOCABULARY, tiny_model
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.worker_base import WorkerBase
 
 from ngrpo_ops import MixingConfig, MixRecord, nearest_neighbors
 from ngrpo_ops.integrations import vllm as adapter
@@ -80,6 +81,14 @@ def replayed(
     model: Any, outputs: list[Any], record: MixRecord | None, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of a transformers forward, and where there are tokens: [B, T]."""
+    logits, emitted, live = replayed_logits(model, outputs, record)
+    return (logits / temperature).log_softmax(-1).gather(-1, emitted[..., None]).squeeze(-1), live
+
+
+def replayed_logits(
+    model: Any, outputs: list[Any], record: MixRecord | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits [B, T, V] that each completion token was chosen from, the tokens [B, T], and where there are some."""
     asked, tokens, _ = sequences(outputs)
     width, length = max(map(len, asked)), max(map(len, tokens))
     ids = torch.full((len(asked), width + length), PAD)
@@ -93,8 +102,7 @@ def replayed(
     with torch.no_grad(), nullcontext() if record is None else mixing.replay(record.fit(length, width)):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
     mixing.remove()
-    logps = (logits[:, width - 1 : -1] / temperature).log_softmax(-1)
-    return logps.gather(-1, ids[:, width:, None]).squeeze(-1), mask[:, width:].bool()
+    return logits[:, width - 1 : -1], ids[:, width:], mask[:, width:].bool()
 
 
 def taken(llm: LLM, outputs: list[Any], row_ids: list[int]) -> MixRecord:
@@ -144,6 +152,10 @@ def test_requests_of_mixed_lengths_under_preemption(
     record = taken(llm, outputs, rows)
     assert record.gate.sum() > 400
     difference("vllm, preempted", check_parity(model, outputs, record))
+    everything_is_free(llm)
+
+
+def everything_is_free(llm: LLM) -> None:
     mixer = mixer_of(llm)
     assert not mixer._kept and not mixer._slots
     assert len(set(mixer._pool._free)) == len(mixer._pool._free) == len(mixer._pool.gate)
@@ -233,16 +245,26 @@ def test_several_sequences_of_a_request(engine: Any, model: Any) -> None:
 def test_penalties_biases_and_cuts(engine: Any, model: Any) -> None:
     """The anchor is what vLLM's own processors leave, and its log-probability is the policy's, cut or not."""
     llm = engine(MixingConfig(mixing_rate=0.5), logprobs_mode="processed_logprobs")
-    settings = {"top_p": 0.3, "temperature": 0.7, "logit_bias": {8: -100.0}, "bad_words": []}
+    settings = {"top_p": 0.3, "temperature": 0.7, "logit_bias": {8: -100.0}}
     outputs = llm.generate(prompts(6), [params(row, **settings) for row in range(6)], use_tqdm=False)
     record = taken(llm, outputs, list(range(6)))
     _, tokens, logprobs = sequences(outputs)
     assert 8 not in {token for row in tokens for token in row}
     again, live = replayed(model, outputs, record, 0.7)
     assert (again - record.logprobs)[live].abs().max() <= PARITY
+    # The anchor is the argmax of what the penalty leaves: recomputed here from the policy's own logits.
     repeated = llm.generate(prompts(6), [params(row, repetition_penalty=5.0) for row in range(6)], use_tqdm=False)
     other = taken(llm, repeated, list(range(6)))
     assert (replayed(model, repeated, other)[0] - other.logprobs).abs().max() <= PARITY
+    logits, emitted, _ = replayed_logits(model, repeated, other)
+    changed = 0
+    for row, step in other.gate.nonzero().tolist():
+        scores = logits[row, step].clone()
+        before = list(repeated[row].prompt_token_ids) + emitted[row, :step].tolist()
+        scores[before] = torch.where(scores[before] > 0, scores[before] / 5.0, scores[before] * 5.0)
+        assert scores.argmax() == other.ids[row, step, 0]
+        changed += int(scores.argmax() != logits[row, step].argmax())
+    assert changed > 10
     unbiased = llm.generate(prompts(6), [params(row, top_p=0.3, top_k=3) for row in range(6)], use_tqdm=False)
     record = taken(llm, unbiased, list(range(6)))
     _, _, logprobs = sequences(unbiased)
@@ -319,12 +341,24 @@ def test_records_are_taken_once_and_only_of_what_was_asked(engine: Any) -> None:
         take_records(llm, [4], [20])
     with pytest.raises(ValueError, match="lengths"):
         take_records(llm, [4], [20, 3])
-    llm.generate(prompts(1), [params(4)], use_tqdm=False)
+    with pytest.raises(ValueError, match="different from each other"):
+        take_records(llm, [4, 4], [20, 20])
+    core = llm.llm_engine
+    core.add_request("aborted", prompts(1)[0], params(4))
+    for _ in range(5):
+        core.step()
+    core.abort_request(["aborted"])
+    llm.generate(prompts(1), [params(None)], use_tqdm=False)
+    assert mixer_of(llm)._kept[4].entries.size >= 3
     assert take_records(llm, [4], [0]).gate.shape == (1, 0)
+    everything_is_free(llm)
     llm.generate(prompts(1), [params(4)], use_tqdm=False)
     again = llm.generate(prompts(1), [params(4)], use_tqdm=False)  # never taken: the later one counts
     assert taken(llm, again, [4]).ids[0, :, 0].gt(0).any()
     assert take_records(llm, [], []).gate.shape == (0, 0)
+    llm.generate(prompts(2), [params(4), params(4)], use_tqdm=False)  # who may say which is whose?
+    with pytest.raises(ValueError, match="several requests"):
+        take_records(llm, [4], [20])
 
 
 # Refused ----------------------------------------------------------------------------------------------------------
@@ -353,6 +387,8 @@ def test_engines_that_would_not_mix_are_refused(engine: Any, settings: dict, mes
         (None, "speculative_config", object()),
         ("parallel_config", "enable_batch_sharded_sampling", True),
         ("parallel_config", "decode_context_parallel_size", 2),
+        ("parallel_config", "data_parallel_size", 2),
+        (None, "kv_transfer_config", object()),
         ("model_config", "is_multimodal_model", True),
     ],
 )
@@ -380,6 +416,22 @@ def test_another_runner_or_version_is_refused(engine: Any, monkeypatch: pytest.M
     monkeypatch.setattr(adapter.vllm, "__version__", "0.290.0")
     with pytest.raises(ValueError, match=r"0\.290\.0 is not tested"):
         engine(MixingConfig())
+
+
+def test_lora_on_the_engines_embedding_is_refused(tmp_path: Path) -> None:
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    settings = SETTINGS | {"max_model_len": 64, "enable_lora": True, "max_lora_rank": 8}
+    with pytest.raises(ValueError, match="enable_lora"):
+        LLM(str(tmp_path), **settings, **engine_arguments(MixingConfig()))
+
+
+def test_an_engine_without_the_plugin_is_noticed(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter.require_mixing(engine(MixingConfig()))
+    with pytest.raises(ValueError, match="cannot mix"):
+        adapter.require_mixing(engine())
+    monkeypatch.delattr(WorkerBase, "take_mix_records")
+    with pytest.raises(ValueError, match="VLLM_PLUGINS"):
+        adapter.require_mixing(engine(MixingConfig()))
 
 
 def test_requests_that_cannot_be_mixed_are_refused(engine: Any) -> None:
