@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 _SETTINGS = {
@@ -80,3 +82,18 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
 def mixer_of(llm: Any) -> Any:
     """The `EngineMixer` of an engine in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.mixer
+
+
+def on_two_ranks(script: str, folder: Path) -> None:
+    """Runs a script of this folder in two processes, which share an engine."""
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM's of a run before; its name is the same every time
+        left.unlink()
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", here / script, folder],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-
 import cpu_engine  # before vllm
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,6 +16,7 @@ from ngrpo_ops import MixingConfig
 from ngrpo_ops.integrations.vllm import engine_arguments, request_arguments, take_records
 
 torch.set_num_threads(1)
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 llm = LLM(
     str(folder / "model"),
     tensor_parallel_size=2,

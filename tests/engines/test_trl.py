@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cpu_engine import SETTINGS, SHAPE, mixer_of
+from cpu_engine import SETTINGS, SHAPE, mixer_of, on_two_ranks
 from datasets import Dataset
 from models import EOS, tiny_model, tokenizer
 from peft import LoraConfig
@@ -20,6 +21,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from ngrpo_ops.integrations import trl as adapter
 from ngrpo_ops.integrations.transformers import NeighborMixing
 from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+from ngrpo_ops.random import philox
 
 PARITY = 1e-4
 
@@ -106,6 +108,22 @@ def test_the_engine_and_the_policy_agree(train: Any, settings: dict, difference:
     assert all(0.2 < share < 0.8 for share in logged(trainer, "mix/gated_share"))
     for name in ("anchor_differs", "anchor_weight", "cosine"):
         assert len(logged(trainer, f"mix/{name}")) >= generations, name
+
+
+@pytest.mark.xdist_group("two ranks")
+def test_an_engine_over_both_ranks(checkpoint: str, tmp_path: Path, difference: Any) -> None:
+    """vllm_tensor_parallel_size=2: one engine rolls out for both ranks, and each gets the records of its own rows."""
+    (tmp_path / "model").symlink_to(checkpoint)
+    on_two_ranks("tensor_parallel_trainer.py", tmp_path)
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"trainer{rank}.json").read_text())
+        for log in seen["logs"]:
+            assert max(log["mix/replay_error"], log["sampling/sampling_logp_difference/max"]) <= PARITY
+            difference("trl, colocated, tensor parallel", log["sampling/sampling_logp_difference/max"])
+        for generation, gates in enumerate(seen["gates"]):
+            rows = torch.arange(4) + 8 * generation + 4 * rank
+            words = torch.stack([philox(torch.tensor(9), rows, torch.tensor(step))[0] for step in range(8)], dim=1)
+            assert torch.equal(torch.tensor(gates), words < 2**31)
 
 
 def test_without_the_replay_both_metrics_are_large(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

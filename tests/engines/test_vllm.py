@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_engine import SETTINGS, SHAPE, mixer_of
+from cpu_engine import SETTINGS, SHAPE, mixer_of, on_two_ranks
 from models import EOS, PAD, VOCABULARY, tiny_model
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -289,6 +286,7 @@ def test_weights_that_come_in_are_searched(engine: Any, model: Any, folder: str)
     assert torch.equal(mixer.table.ids, expected) and not torch.equal(first, expected)
 
 
+@pytest.mark.xdist_group("two ranks")
 def test_tensor_parallel(model: Any, tmp_path: Path, difference: Difference) -> None:
     """Two ranks with half of the vocabulary each know the same table and leave the same records, also after a sync."""
     torch.manual_seed(9)
@@ -299,14 +297,7 @@ def test_tensor_parallel(model: Any, tmp_path: Path, difference: Difference) -> 
     models = {"model": model, "changed": changed}
     for name, saved in models.items():
         saved.save_pretrained(tmp_path / name)
-    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM's of a run before; its name is the same every time
-        left.unlink()
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(Path(__file__).parent / "tensor_parallel_worker.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    on_two_ranks("tensor_parallel_worker.py", tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     for (name, of_name), first, second in zip(models.items(), *ranks, strict=True):
         assert first["rows_here"] + second["rows_here"] == VOCABULARY and second["rows_here"] > 0
