@@ -3,13 +3,14 @@ BIN := .venv/bin
 ENGINES := .venv-engines/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full test-engines lint bench bench-engines scaling report resources mutations gpu clean
+.PHONY: help venv demo test test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make test-full  lint, types and every test but those with engines"
 	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines"
+	@echo "make test-engines-fast  the same with fewer of OpenRLHF's loops; this is what CI runs"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
 	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
@@ -52,6 +53,9 @@ test: venv
 test-full: lint test
 	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
+
+test-engines-fast: .venv-engines/installed
+	$(ENGINES)/python -m pytest -n 2 --dist loadgroup tests/engines -m "not slow"
 
 test-engines: .venv-engines/installed
 	$(ENGINES)/python -m pytest -n 2 --dist loadgroup tests/engines --report benchmarks/results/engines.json

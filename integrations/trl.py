@@ -30,12 +30,12 @@ except ImportError as error:
     raise ImportError("this adapter needs TRL: pip install 'ngrpo-ops[trl]'") from error
 
 from ngrpo_ops import MixingConfig, MixRecord
+from ngrpo_ops.environment import TESTED
 
 from .transformers import NeighborMixing, refuse_generation, refuse_native_cuts
 
 logger = logging.get_logger(__name__)
 
-TESTED_TRL = "1.16"
 _STATE_FILE = "mixing_state.json"
 _PREFIX = "mix_"
 
@@ -63,7 +63,7 @@ def _check_trl() -> None:
         if found != expected:
             raise ImportError(
                 f"TRL {trl.__version__} has changed GRPOTrainer.{name}: expected parameters {expected}, found {found}. "
-                f"This version of ngrpo-ops is tested with TRL {TESTED_TRL}."
+                f"This version of ngrpo-ops is tested with TRL {TESTED['trl']}."
             )
 
 

@@ -44,10 +44,10 @@ from ngrpo_ops import (
     selective_log_softmax,
 )
 from ngrpo_ops.config import NOISE_SCALE
+from ngrpo_ops.environment import TESTED, is_tested
 from ngrpo_ops.random import bernoulli, philox
 from ngrpo_ops.table import neighbor_ids_of, table_of
 
-TESTED_VLLM = "0.29"
 KEY = "ngrpo_ops"
 """Under which an engine's `additional_config` and a request's `extra_args` hold what is ours."""
 
@@ -171,7 +171,7 @@ def register() -> None:
 
 
 def _is_tested() -> bool:
-    return f"{vllm.__version__}.".startswith(f"{TESTED_VLLM}.")
+    return is_tested("vllm", vllm.__version__)
 
 
 def _is_ours(function: Any) -> bool:
@@ -214,8 +214,8 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
     """
     if not _is_tested():
         raise ValueError(
-            f"vLLM {vllm.__version__} is not tested with this version of ngrpo-ops, which mixes in vLLM {TESTED_VLLM}: "
-            "the classes it extends are private to vLLM"
+            f"vLLM {vllm.__version__} is not tested with this version of ngrpo-ops, which mixes in vLLM "
+            f"{TESTED['vllm']}: the classes it extends are private to vLLM"
         )
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     refused = {

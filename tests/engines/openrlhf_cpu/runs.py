@@ -1,0 +1,139 @@
+"""Runs of OpenRLHF's training loop, or of our launcher, in processes of their own, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import EOS, PAD, tiny_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+STOCK, OURS = "openrlhf.cli.train_ppo_ray", "ngrpo_ops.integrations.openrlhf"
+PROMPTS = ["hello", "abc", "2 + 2 =", "x y z w", "seven", "so", "a", "4 * 5 - 6 ="]  # four a step
+TOKENS = 12  # of a sample
+SAMPLES = 4  # of a prompt
+TIMEOUT = 300
+
+_FOLDER = Path(__file__).parent
+_REWARD = """
+import torch
+
+def reward_func(queries, prompts, labels, **kwargs):
+    rewards = torch.tensor([len(set(query[len(prompt):])) / 10 for query, prompt in zip(queries, prompts)])
+    return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
+"""
+
+
+def make_inputs(folder: Path, shape: dict[str, int]) -> None:
+    """A model with a tokenizer of bytes, prompts of different lengths, and a reward."""
+    vocabulary = {"<pad>": PAD, "<eos>": EOS}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[byte] = len(vocabulary)
+    backend = Tokenizer(BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    model = tiny_model(**shape, vocab_size=len(vocabulary), scale=1.5)
+    with torch.no_grad():
+        # OpenRLHF asks the engine for at least one token, which takes the end token's share of the first, and shows in
+        # `vllm_kl`. Here that token has none: one channel is the same for all inputs, and speaks against it.
+        model.model.embed_tokens.weight[:, 0] = 0.1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[EOS, 0] = -100
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [json.dumps({"input": prompt, "label": str(i)}) for i, prompt in enumerate(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "reward.py").write_text(_REWARD)
+
+
+@dataclass
+class Run:
+    folder: Path
+    status: int
+    output: str
+
+    def logged(self, name: str) -> list[float]:
+        """A value of OpenRLHF's own log, step by step."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (path,) = (self.folder / "log").iterdir()
+        events = EventAccumulator(str(path)).Reload()
+        return [event.value for event in events.Scalars(f"train/{name}")]
+
+    def rollouts(self, kind: str = "generate_samples") -> list[list[dict[str, Any]]]:
+        """The samples of every rollout, one experience each; of evaluations: "generate_eval_samples"."""
+        paths = sorted((self.folder / "dump").glob(f"*_{kind}.pickle"))
+        found = [pickle.loads(path.read_bytes()) for path in paths]
+        return [samples for samples in found if samples]  # the last call may find no more prompts
+
+
+def run(module: str, inputs: Path, folder: Path, *arguments: str, float32: bool = True, **variables: str) -> Run:
+    """Two steps of training; nothing of it is left running.
+
+    Args:
+        inputs: what `make_inputs` has made.
+        folder: an empty one.
+        arguments: in addition to those below, and after them.
+        variables: environment variables.
+    """
+    (folder / "dump").mkdir()
+    name = f"OPENRLHF_RUN_{uuid.uuid4().hex}"
+    environment = os.environ | {
+        "PYTHONPATH": f"{_FOLDER}:{_FOLDER.parent}", "OPENRLHF_DUMP": str(folder / "dump"), name: "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_CACHE": str(inputs / "cache"), "RAY_DEDUP_LOGS": "0",
+    }  # fmt: skip
+    environment |= {"OPENRLHF_FLOAT32": "1"} if float32 else {}
+    given = f"""
+        --actor.model_name_or_path {inputs}/model --reward.remote_url {inputs}/reward.py
+        --data.prompt_dataset {inputs}/prompts.jsonl --data.input_key input --data.label_key label --data.max_len 64
+        --actor.num_nodes 1 --actor.num_gpus_per_node 1 --ref.num_nodes 1 --ref.num_gpus_per_node 1 --train.colocate_all
+        --vllm.num_engines 1 --vllm.sync_backend gloo --vllm.enforce_eager --vllm.gpu_memory_utilization 0.1
+        --ds.attn_implementation eager --ds.zero_stage 2 --algo.advantage.estimator group_norm
+        --algo.kl.use_loss --algo.kl.estimator k3 --algo.advantage.is_correction_level token
+        --rollout.batch_size 4 --rollout.n_samples_per_prompt {SAMPLES} --rollout.max_new_tokens {TOKENS}
+        --rollout.micro_batch_size 4 --train.batch_size 16 --train.micro_batch_size 4
+        --actor.adam.lr 1e-3 --actor.lr_warmup_ratio 0.0 --logger.tensorboard_dir {folder}/log
+        --ckpt.output_dir {folder}/out --ckpt.path {folder}/checkpoints
+    """.split()
+    output = folder / "output.txt"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *given, *arguments], env=environment | variables, cwd=folder, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        finally:
+            _kill(name)
+    return Run(folder, process.wait(), output.read_text(errors="replace"))
+
+
+def _kill(variable: str) -> None:
+    """End every process with the variable in its environment: Ray's, which outlive a killed driver, and engines."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"{variable}=1".encode() in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if ours:
+            try:
+                os.kill(int(folder.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue

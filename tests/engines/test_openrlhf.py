@@ -1,0 +1,716 @@
+"""The OpenRLHF adapter: replayed forwards and gradients, what stops a start, and runs of the real training loop."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cpu_engine import SHAPE
+from openrlhf_cpu.runs import OURS, PROMPTS, SAMPLES, STOCK, Run, make_inputs, run
+from torch import Tensor, nn
+
+from ngrpo_ops import MixingConfig, MixRecord, gaussian_noise
+from ngrpo_ops.environment import TESTED
+from ngrpo_ops.integrations import openrlhf as adapter
+from ngrpo_ops.integrations.openrlhf import MixedSample
+from ngrpo_ops.random import bernoulli, philox
+
+# What the runs' processes load at their start: here for openrlhf's own imports.
+_spec = importlib.util.spec_from_file_location(
+    "openrlhf_stand_ins", Path(__file__).with_name("openrlhf_cpu") / "sitecustomize.py"
+)
+assert _spec is not None and _spec.loader is not None
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+from openrlhf.models import Actor, ring_attn_utils  # noqa: E402
+from openrlhf.models import actor as actor_module  # noqa: E402
+from openrlhf.trainer.ppo_utils import experience as experiences  # noqa: E402
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noqa: E402
+
+PARITY = 1e-4  # float32
+METRICS = ("gated_share", "anchor_differs", "anchor_weight", "cosine", "replay_error")
+
+Difference = Callable[[str, float], None]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openrlhf")
+    make_inputs(folder, SHAPE)
+    return folder
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    adapter.install()
+    yield
+    adapter.uninstall()
+
+
+# Replay ------------------------------------------------------------------------------------------------------------
+
+
+def samples(noise: bool = False) -> list[MixedSample]:
+    """Of rows with prompts of 3, 1 and 5 tokens and 6, 9 and 2 generated ones."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for row, (first, length, steps) in enumerate([(3, 6, [0, 2, 3, 5]), (1, 9, [1, 8]), (5, 2, [])]):
+        ids = torch.randint(3, 200, (len(steps), 3), generator=generator)
+        weights = torch.rand(len(steps), 3, generator=generator, dtype=torch.float64).softmax(-1).float()
+        at = torch.tensor(steps, dtype=torch.int64)
+        made.append(
+            MixedSample(first, at, ids, weights, torch.zeros(length), (0.33, 7, 40 + row) if noise else None)
+        )  # fmt: skip
+    return made
+
+
+def batch(rows: list[MixedSample]) -> experiences.Experience:
+    """Padded on the right, as OpenRLHF does; each mixed position holds its anchor."""
+    length = max(row.first + len(row.logprobs) for row in rows)
+    generator = torch.Generator().manual_seed(1)
+    sequences = torch.randint(3, 200, (len(rows), length), generator=generator)
+    attention_mask, action_mask = torch.zeros_like(sequences), torch.zeros_like(sequences)
+    for i, row in enumerate(rows):
+        end = row.first + len(row.logprobs)
+        sequences[i, row.first + row.steps] = row.ids[:, 0]
+        sequences[i, end:] = 0
+        attention_mask[i, :end] = 1
+        action_mask[i, row.first : end] = 1
+    return experiences.Experience(
+        sequences=sequences, attention_mask=attention_mask, action_mask=action_mask[:, 1:], mm_train_inputs=rows,
+        info={}, prompts=[""] * len(rows), labels=[""] * len(rows), images=[None] * len(rows),
+        total_length=attention_mask.sum(1),
+    )  # fmt: skip
+
+
+def by_hand(actor: Any, rows: list[MixedSample], experience: experiences.Experience) -> Tensor:
+    """[B, L - 1] log-probabilities of the actions: each row alone, without padding, from embeddings formed here."""
+    out = torch.zeros(experience.action_mask.shape)
+    embedded = actor.model.get_input_embeddings()
+    for i, row in enumerate(rows):
+        ids = experience.sequences[i, : row.first + len(row.logprobs)]
+        columns = list(embedded(ids).unbind(0))
+        for j, step in enumerate(row.steps.tolist()):
+            mixed = (row.weights[j][:, None] * embedded(row.ids[j])).sum(0)
+            if row.noise is not None:
+                scale, seed, row_id = (torch.tensor([value]) for value in row.noise)
+                mixed = gaussian_noise(mixed[None], scale, seed=seed, row_ids=row_id, steps=torch.tensor([step]))[0]
+            columns[row.first + step] = mixed
+        logits = actor.model(inputs_embeds=torch.stack(columns)[None]).logits[0, :-1].float()
+        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        out[i, row.first - 1 : len(logprobs)] = logprobs[row.first - 1 :]
+    return out
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("variant", ["plain", "noise", "checkpointing", "reentrant", "lora"])
+def test_values_and_gradients_are_those_of_a_forward_by_hand(
+    installed: None, inputs: Path, packed: bool, variant: str
+) -> None:
+    rows = samples(noise=variant == "noise")
+    experience = batch(rows)
+    lora = {"lora_rank": 4, "target_modules": ["q_proj", "v_proj", "embed_tokens"]} if variant == "lora" else {}
+    torch.manual_seed(0)
+    actor = Actor(str(inputs / "model"), packing_samples=packed, **lora).double()
+    if variant == "lora":  # as initialised one factor of each is zero, and the other has no gradient
+        for name, parameter in actor.named_parameters():
+            if "lora" in name:
+                nn.init.normal_(parameter, std=0.1)
+    actor.train()
+    coefficients = torch.randn(experience.action_mask.shape, generator=torch.Generator().manual_seed(2))
+
+    def scored(score: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        actor.zero_grad()
+        values = score()
+        (values * coefficients * experience.action_mask).sum().backward()
+        grads = {name: p.grad.clone() for name, p in actor.named_parameters() if p.grad is not None}
+        return values.detach() * experience.action_mask, grads
+
+    def replayed() -> Tensor:
+        with adapter.replaying(actor, [rows]):
+            return actor(experience.sequences, experience.action_mask, experience.attention_mask)
+
+    expected, wanted = scored(lambda: by_hand(actor, rows, experience))
+    if variant in ("checkpointing", "reentrant"):
+        if variant == "reentrant":  # asks for an input of the first block that requires a gradient
+            actor.model.enable_input_require_grads()
+        actor.gradient_checkpointing_enable({"use_reentrant": variant == "reentrant"})
+    values, grads = scored(replayed)
+    torch.testing.assert_close(values, expected, atol=2e-6, rtol=1e-6)
+    assert set(grads) == set(wanted)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], atol=2e-6 * float(wanted[name].abs().max()), rtol=1e-5)
+    if variant != "lora":  # every candidate is moved, but those after which no token follows
+        moved = grads["model.model.embed_tokens.weight"].abs().sum(1) > 0
+        assert moved[torch.cat([row.ids[row.steps < len(row.logprobs) - 1].flatten() for row in rows])].all()
+
+
+def test_records_of_other_sequences_are_noticed(installed: None, inputs: Path) -> None:
+    rows = samples()
+    experience = batch(rows)
+    actor = Actor(str(inputs / "model"))
+
+    def score(batches: list, times: int = 1) -> None:
+        with torch.no_grad(), adapter.replaying(actor, batches):
+            for _ in range(times):
+                actor(experience.sequences, experience.action_mask, experience.attention_mask)
+
+    score([rows])
+    wrong = {
+        "swapped": [rows[1], rows[0], rows[2]],
+        "one later": [replace(row, first=row.first + 1) for row in rows],
+        "other anchors": [replace(row, ids=row.ids.flip(1)) for row in rows],
+    }
+    for changed in wrong.values():
+        with pytest.raises(RuntimeError, match="not its anchors"):
+            score([changed])
+    with pytest.raises(RuntimeError, match="1 of 2 batches"):
+        score([rows, rows])
+    with pytest.raises(RuntimeError, match="more often"):
+        score([rows], times=2)
+    with pytest.raises(RuntimeError, match="called 0 times"), adapter.replaying(actor, [rows]):
+        actor.model.config.use_cache = False
+        actor.model.forward = lambda *args, **kwargs: {"logits": torch.zeros(*experience.sequences.shape, 259)}
+        actor(experience.sequences, experience.action_mask, experience.attention_mask)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ring_attention_each_rank_replays_its_slice(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OpenRLHF's own slicing; the attention itself needs flash-attention and was not run."""
+    rows = samples(noise=True)
+    experience = batch(rows)
+    monkeypatch.setattr(ring_attn_utils, "update_ring_attn_params", lambda lengths: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: size)
+    seen = []
+    for rank in range(size):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+        sliced, *_ = ring_attn_utils.unpad_and_slice_tensor(experience.sequences, experience.attention_mask, "group")
+        overlay = adapter.place(rows, experience.attention_mask, packed=True, group="group")
+        assert torch.equal(sliced.flatten()[overlay.positions], overlay.ids[:, 0])
+        seen += [
+            (*ids, step, row)
+            for ids, step, row in zip(
+                overlay.ids.tolist(), overlay.noise.steps.tolist(), overlay.noise.row_ids.tolist(), strict=True
+            )
+        ]
+    assert seen == [
+        (*ids, step, row.noise[2])
+        for row in rows
+        for ids, step in zip(row.ids.tolist(), row.steps.tolist(), strict=True)
+    ]
+
+
+def test_records_survive_the_replay_buffer(installed: None, inputs: Path) -> None:
+    """Split, stripped of their padding, shuffled and padded anew, as between rollout and training."""
+    rows = samples()
+    items = experiences.remove_padding_in_sequences(experiences.split_experience_batch(batch(rows)))
+    shuffled = experiences.make_experience_batch([items[2], items[0]])
+    assert [row.first for row in shuffled.mm_train_inputs] == [5, 3]
+    actor = Actor(str(inputs / "model")).float()
+    with torch.no_grad(), adapter.replaying(actor, [shuffled.mm_train_inputs]):
+        found = actor(shuffled.sequences, shuffled.action_mask, shuffled.attention_mask)
+    whole = batch(rows)
+    expected = by_hand(actor, rows, whole)[[2, 0], : found.shape[1]]
+    torch.testing.assert_close(found * shuffled.action_mask, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_metrics_are_totals_over_the_rollout() -> None:
+    rows = [replace(row, logprobs=-torch.rand(len(row.logprobs)).double().float()) for row in samples()]
+    experience = batch(rows)
+    experience.action_log_probs = torch.zeros(experience.action_mask.shape)
+    for i, row in enumerate(rows):
+        experience.action_log_probs[i, row.first - 1 : row.first - 1 + len(row.logprobs)] = row.logprobs
+    experience.action_log_probs[1, 4] += 0.25
+    found = adapter.rollout_metrics([experience])
+    mixed = torch.cat([row.logprobs[row.steps] for row in rows])
+    assert found["mix/gated_share"] == pytest.approx(6 / 17)
+    assert found["mix/anchor_differs"] == pytest.approx(float((1 - mixed.exp()).mean()))
+    assert found["mix/anchor_weight"] == pytest.approx(float(torch.cat([row.weights[:, 0] for row in rows]).mean()))
+    assert found["mix/replay_error"] == pytest.approx(0.25, abs=1e-6)
+    experience.action_mask[1, 4] = 0  # a token that does not enter the loss is not scored
+    assert adapter.rollout_metrics([experience])["mix/replay_error"] < 1e-6
+
+
+def test_a_sample_has_all_of_its_record() -> None:
+    gate = torch.tensor([[True, False, True, True]])
+    ids, weights = torch.arange(12).view(1, 4, 3), torch.rand(1, 4, 3)
+    noise = {"noise_scale": torch.tensor([0.5]), "noise_seed": torch.tensor([7]), "row_ids": torch.tensor([9])}
+    sample = MixedSample.of(MixRecord(gate, ids, weights, 0, torch.randn(1, 4), **noise), first=5)
+    assert sample.steps.tolist() == [0, 2, 3] and sample.first == 5 and sample.noise == (0.5, 7, 9)
+    assert torch.equal(sample.ids, ids[0, [0, 2, 3]]) and torch.equal(sample.weights, weights[0, [0, 2, 3]])
+    assert len(sample.logprobs) == 4
+
+
+def test_tokens_left_out_of_the_loss_and_cut_samples() -> None:
+    first, second, third = samples()
+    assert adapter.action_ranges(first) == [(4, 5), (7, 8)]
+    assert adapter.action_ranges(second) == [(1, 2), (3, 9)]
+    assert adapter.action_ranges(third) == [(5, 7)]
+    cut = first.cut(6)
+    assert cut.steps.tolist() == [0, 2] and len(cut.logprobs) == 3 and torch.equal(cut.ids, first.ids[:2])
+    assert len(first.cut(2).logprobs) == 0 and not len(first.cut(2).steps)
+
+
+# Who is mixed ------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A handle of an engine, to the generator of samples."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict] = []
+        self.get_num_unfinished_requests = SimpleNamespace(remote=lambda: 0)
+        self.generate_responses = SimpleNamespace(remote=lambda **kwargs: self.asked.append(kwargs))
+
+
+@pytest.fixture
+def generator(installed: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    import ray
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    monkeypatch.setattr(ray, "get", lambda refs: refs)
+
+    def make() -> Any:
+        args = SimpleNamespace(
+            rollout=SimpleNamespace(n_samples_per_prompt=4, batch_size=2),
+            algo=SimpleNamespace(advantage=SimpleNamespace(is_correction_level="off")),
+            vllm=SimpleNamespace(enable_sleep=False),
+        )
+        loader = StatefulDataLoader(
+            [("", [text], [""], [None]) for text in PROMPTS], batch_size=1, collate_fn=lambda rows: rows[0]
+        )
+        return SamplesGenerator(SimpleNamespace(args=args), loader, [("", ["p"], [""], [None])], None, [Engine()])
+
+    return make
+
+
+def test_row_ids_count_samples_and_go_on_after_a_checkpoint(generator: Callable[[], Any]) -> None:
+    first = generator()
+    first._dispatch_prompts_to_vllm(["a", "b"], ["", ""], images=[None, None], max_new_tokens=3)
+    first._dispatch_prompts_to_vllm(["c"], [""], n_samples_per_prompt=2, max_new_tokens=3)
+    asked = [list(request["images"]) for request in first.vllm_engines[0].asked]
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    iterator = iter(first.prompts_dataloader)
+    next(iterator)
+    state = first.prompts_dataloader.state_dict()
+    again = generator()
+    again.prompts_dataloader.load_state_dict(state)
+    again._dispatch_prompts_to_vllm(["d"], [""], max_new_tokens=3)
+    assert list(again.vllm_engines[0].asked[0]["images"]) == [10, 11, 12, 13]
+    assert len(list(again.prompts_dataloader)) == len(PROMPTS) - 1
+    del state["ngrpo_next_row"]  # as GRPO's checkpoint
+    plain = generator()
+    plain.prompts_dataloader.load_state_dict(state)
+    assert plain.next_row == 0
+
+
+def test_evaluation_asks_for_no_mixes(generator: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generator()
+    monkeypatch.setattr("openrlhf.trainer.ppo_utils.samples_generator.ray.wait", lambda refs, **kwargs: ([], []))
+    made.generate_eval_samples(max_new_tokens=3)
+    (request,) = made.vllm_engines[0].asked
+    assert request["images"] is None and made.next_row == 0 and not made.evaluating
+
+
+def test_a_training_sample_without_a_record_stops_the_run(installed: None) -> None:
+    from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+    experience = batch(samples())
+    experience.mm_train_inputs = [None] * 3
+    with pytest.raises(RuntimeError, match="no record"):
+        RemoteExperienceMaker.make_experience(SimpleNamespace(), [experience])
+
+
+def test_rewards_are_openrlhfs_own_and_the_engine_is_one_that_mixes(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    def executor(reward_url: str) -> Any:
+        monkeypatch.setenv(adapter._SETTINGS, json.dumps({"mixing": {"k": 2}, "reward_url": reward_url}))
+        from ngrpo_ops.integrations.openrlhf_executor import AgentExecutor
+
+        return AgentExecutor()
+
+    original = vllm.AsyncEngineArgs
+    try:
+        served = executor("http://one/score,http://two/score")
+        assert served.reward_endpoints == ["http://one/score", "http://two/score"] and served.reward_func is None
+        assert served.config == MixingConfig(k=2)
+        arguments = vllm.AsyncEngineArgs(str(inputs / "model"), enable_prefix_caching=False)
+        assert isinstance(arguments, original) and arguments.additional_config["ngrpo_ops"]["k"] == 2
+        own = executor(str(inputs / "reward.py"))
+        assert float(own.reward_func(["abcc"], ["a"], [""])["rewards"]) == pytest.approx(0.2)
+    finally:
+        adapter.uninstall()
+    assert vllm.AsyncEngineArgs is original
+
+
+# What stops a start ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", adapter._EXPECTED_PARAMETERS)
+def test_a_change_upstream_stops_the_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter.check_openrlhf()
+    owner, name = adapter._resolve(target)
+    before = inspect.getattr_static(owner, name)
+    with monkeypatch.context() as change:
+        kinds = owner.__mro__[:-1] if isinstance(owner, type) else [owner]
+        for kind in kinds:  # Ray's class of an actor and OpenRLHF's both have it
+            if name in vars(kind):
+                change.delattr(kind, name)
+        if name == "__init__":
+            change.setattr(owner, name, lambda self, renamed: None)
+        with pytest.raises(ImportError, match=f"has changed {target}".replace(".", r"\.")):
+            adapter.check_openrlhf()
+        change.setattr(owner, name, lambda self, renamed: None, raising=False)
+        with pytest.raises(ImportError, match=r"found \['self', 'renamed'\]"):
+            adapter.check_openrlhf()
+        if target in adapter._PATCHES:  # in a worker, whose node may have another version
+            try:
+                with pytest.raises(ImportError, match="OpenRLHF has changed"):
+                    adapter.install()
+            finally:
+                adapter.uninstall()
+    assert inspect.getattr_static(owner, name) is before
+
+
+def test_another_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TESTED, "openrlhf", "0.11.1")
+    with pytest.raises(ImportError, match=r"OpenRLHF 0.11.2 is not tested"):
+        adapter.check_openrlhf()
+    monkeypatch.undo()
+    monkeypatch.setitem(TESTED, "vllm", "0.28")
+    with pytest.raises(ImportError, match=r"vLLM 0.29.0 is not tested"):
+        adapter.check_openrlhf()
+
+
+def test_install_is_idempotent_and_reversible() -> None:
+    before = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+    finders = list(sys.meta_path)
+    for _ in range(2):
+        adapter.install()
+        once = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+        adapter.install()
+        again = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+        assert once == again and not set(map(id, once.values())) & set(map(id, before.values()))
+        adapter.uninstall()
+        adapter.uninstall()
+        after = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+        assert after == before and sys.meta_path == finders
+
+
+def test_a_module_is_patched_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's hook runs before anything of OpenRLHF is there."""
+    monkeypatch.delitem(sys.modules, "openrlhf.models.actor")
+    adapter.install()
+    try:
+        assert "openrlhf.models.actor" not in sys.modules
+        module = importlib.import_module("openrlhf.models.actor")
+        assert module is not actor_module and "batches" in module.Actor.forward.__code__.co_varnames
+        assert module.Actor.forward.__wrapped__.__code__ == inspect.unwrap(Actor.forward).__code__
+    finally:
+        adapter.uninstall()
+        importlib.import_module("openrlhf.models").actor = actor_module
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, inputs: Path, *arguments: str) -> Any:
+    """Our launcher up to where OpenRLHF connects to Ray; returns what it would connect with."""
+    import ray
+
+    class Connected(Exception):
+        pass
+
+    def init(**keywords: Any) -> None:
+        raise Connected(keywords)
+
+    given = {
+        "--actor.model_name_or_path": f"{inputs}/model", "--reward.remote_url": "http://localhost/score",
+        "--data.prompt_dataset": f"{inputs}/prompts.jsonl", "--vllm.num_engines": "8",
+        "--algo.advantage.estimator": "group_norm", "--rollout.n_samples_per_prompt": "4",
+    }  # fmt: skip
+    flat = [word for pair in given.items() for word in pair]
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(sys, "argv", ["openrlhf", *flat, *arguments])
+    monkeypatch.setenv(adapter._SETTINGS, "")
+    with pytest.raises(Connected) as connected:
+        adapter.main()
+    return connected.value.args[0]
+
+
+def test_the_arguments_are_the_fields_of_mixing_config(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    adapter.add_arguments(parser)
+    names = {option.removeprefix("--ngrpo.") for option in parser._option_string_actions} - {"-h", "--help"}
+    assert names == {field.name for field in fields(MixingConfig)} | {"dry_run"}
+    assert all(len(action.help or "") > 20 for action in parser._actions if action.dest != "help")
+    assert "the anchor counted" in parser.format_help()
+
+    runtime = launch(monkeypatch, inputs, "--train.seed", "5")["runtime_env"]
+    assert runtime["worker_process_setup_hook"] == "ngrpo_ops.integrations.openrlhf.install"
+    assert "TOKENIZERS_PARALLELISM" in runtime["env_vars"]
+    monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
+    assert adapter.read_settings() == (MixingConfig(seed=5), "http://localhost/score")
+
+    words = (
+        "--ngrpo.k 2 --ngrpo.mixing_rate 0.25 --ngrpo.temperature 0.7 --ngrpo.metric l2 --ngrpo.variant released "
+        "--ngrpo.entropy_threshold 0.5 --ngrpo.sampler ngrpo --ngrpo.stop_token_ids 7 8 --ngrpo.seed 3 "
+        "--ngrpo.allowed_token_ids 4 5 6 --ngrpo.loss_on_mixed_steps false --reward.remote_url a.py"
+    )
+    runtime = launch(monkeypatch, inputs, *words.split())["runtime_env"]
+    monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
+    expected = MixingConfig(
+        k=2, mixing_rate=0.25, temperature=0.7, metric="l2", variant="released", entropy_threshold=0.5,
+        sampler="ngrpo", stop_token_ids=(7, 8), seed=3, allowed_token_ids=(4, 5, 6), loss_on_mixed_steps=False,
+    )  # fmt: skip
+    assert adapter.read_settings() == (expected, "a.py")
+
+
+def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "openrlhf_r1_distill_qwen_1.5b.sh").read_text()
+    _, reward, command = re.split(r"<<'PYTHON'\n|^PYTHON\n", text, flags=re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", OURS] and words[-1] == "$@"
+    runtime = launch(monkeypatch, inputs, *words[3:-1])["runtime_env"]
+    monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
+    assert adapter.read_settings()[0] == MixingConfig(k=3, mixing_rate=0.1, seed=42)
+    scope: dict[str, Any] = {}
+    exec(reward, scope)
+    queries = ["ask: so \\boxed{1/2}", "ask: so \\boxed{2}", "ask: I do not know"]
+    found = scope["reward_func"](queries, ["ask: "] * 3, ["\\frac{1}{2}"] * 3)
+    assert found["rewards"].tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ngrpo.k 0", "--ngrpo.k must be an integer of at least 1"),
+        ("--ngrpo.mixing_rate 2", "--ngrpo.mixing_rate must be within"),
+        ("--ngrpo.loss_on_mixed_steps maybe", "expected true or false"),
+        ("--ngrpo.strategy none", "invalid choice"),
+        ("--ngrpo.nothing 1", "unrecognized arguments: --ngrpo.nothing"),
+        ("--algo.advantage.estimator gae", "its critic would value plain tokens"),
+        ("--train.agent_func_path mine.py", "an executor of your own is not mixed"),
+        ("--reward.remote_url=", "OpenRLHF leaves its reward model out"),
+        ("--vllm.num_engines 0", "the engines are what mixes"),
+        ("--vllm.enable_prefix_caching", "cached blocks are found by token ids alone"),
+        ("--data.max_images_per_prompt 1", "vision-language models"),
+        ("--ds.deepcompile", "not part of a compiled forward"),
+    ],
+)
+def test_settings_under_which_nothing_would_mix_are_refused(
+    arguments: str, message: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        launch(monkeypatch, inputs, *arguments.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_vision_language_model_is_refused(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))
+    with pytest.raises(SystemExit):
+        launch(monkeypatch, inputs, "--actor.model_name_or_path", str(tmp_path))
+    assert "vision-language models are not supported" in capsys.readouterr().err
+
+
+def test_ray_that_runs_already_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="Ray runs in this process already"):
+        adapter.main()
+
+
+# The training loop -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(inputs: Path, tmp_path: Path) -> Callable[..., Run]:
+    def start(*arguments: str, module: str = OURS, name: str = "run", **settings: Any) -> Run:
+        (tmp_path / name).mkdir()
+        found = run(module, inputs, tmp_path / name, *arguments, **settings)
+        print(found.output[-6000:])  # shown where a test fails
+        return found
+
+    return start
+
+
+# Means over more of bfloat16's rounding, and mixes that matter: of many tokens, weighted nearly alike.
+IN_BFLOAT16 = "--ngrpo.mixing_rate 0.5 --ngrpo.k 8 --ngrpo.temperature 4 --rollout.max_new_tokens 24"
+
+
+def drawn(row_id: int, length: int, rate: float = 0.5, seed: int = 42) -> list[int]:
+    gates = bernoulli(philox(torch.tensor(seed), torch.tensor(row_id), torch.arange(length))[0], rate)
+    return gates.nonzero()[:, 0].tolist()
+
+
+def assert_mixed(result: Run, steps: int, rate: float = 0.5) -> None:
+    """`steps` rollouts, logged and recorded; every sample's gates are those of one row id, and no two share one."""
+    assert result.status == 0
+    for name in METRICS:
+        assert len(result.logged(f"mix/{name}")) == steps, name
+    if rate == 0.5:
+        assert all(0.25 < share < 0.75 for share in result.logged("mix/gated_share"))
+        for name in ("anchor_differs", "anchor_weight", "cosine"):
+            assert all(0 < value < 1 for value in result.logged(f"mix/{name}")), name
+    rollouts = result.rollouts()
+    assert len(rollouts) == steps
+    left = set(range(0, steps * len(rollouts[0]), SAMPLES))
+    for rollout in rollouts:
+        for place in range(0, len(rollout), SAMPLES):  # the samples of a prompt are together, and in order
+            rows = [experience["mm_train_inputs"][0] for experience in rollout[place : place + SAMPLES]]
+            gates = [row.steps.tolist() for row in rows]
+            lengths = [len(row.logprobs) for row in rows]
+            fits = [f for f in left if gates == [drawn(f + i, n, rate) for i, n in enumerate(lengths)]]
+            left.discard(fits[0])
+            for experience, row in zip(rollout[place : place + SAMPLES], rows, strict=True):
+                assert experience["sequences"][0, row.first + row.steps].tolist() == row.ids[:, 0].tolist()
+    assert not left
+
+
+def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, difference: Difference) -> None:
+    """OpenRLHF's own judgement: `vllm_kl`, its mean difference between engine and policy."""
+    evaluation = (
+        f"--eval.dataset {inputs}/prompts.jsonl --eval.steps 1 --eval.temperature 0 --eval.n_samples_per_prompt 1"
+    )
+    result = train("--ngrpo.mixing_rate", "0.5", *evaluation.split(), float32=False)
+    assert_mixed(result, steps=2)
+    assert max(map(abs, result.logged("vllm_kl"))) <= 5e-4
+    assert result.logged("kl")[0] == 0  # the reference has the policy's weights, and replays the same record
+    assert all(value > 0 for value in result.logged("kl")[1:])
+    difference("openrlhf, bfloat16", max(result.logged("mix/replay_error")))
+
+    evaluated = result.rollouts("generate_eval_samples")
+    assert len(evaluated) == 2 and all(len(samples) == len(PROMPTS) for samples in evaluated)
+    assert all(sample["mm_train_inputs"] == [None] for samples in evaluated for sample in samples)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "out", dtype=torch.float32)
+    for sample in evaluated[-1]:  # of the weights that were saved
+        with torch.no_grad():
+            logits = model(input_ids=sample["sequences"]).logits[0, :-1]
+        below = logits.max(-1).values - logits.gather(1, sample["sequences"][0, 1:, None])[:, 0]
+        assert float((below * sample["action_mask"][0]).max()) < 0.3  # greedy but for rounding, on plain ids
+
+
+def test_without_the_replay_it_is_large(train: Any) -> None:
+    result = train(*IN_BFLOAT16.split(), float32=False, OPENRLHF_WITHOUT_REPLAY="1")
+    assert result.status == 0
+    differences = result.logged("vllm_kl")
+    assert len(differences) == 2 and sum(differences) / 2 > 3e-3
+    assert min(result.logged("mix/replay_error")) > 0.1
+
+
+@pytest.mark.slow
+def test_two_actors_and_two_engines(train: Any, difference: Difference) -> None:
+    """And tokens of mixed steps left out of the loss."""
+    two = "--actor.num_gpus_per_node 2 --ref.num_gpus_per_node 2 --vllm.num_engines 2 --rollout.micro_batch_size 2"
+    result = train(
+        "--ngrpo.mixing_rate", "0.5", "--ngrpo.loss_on_mixed_steps", "false", "--train.micro_batch_size", "2",
+        *two.split(),
+    )  # fmt: skip
+    assert_mixed(result, steps=2)
+    assert max(result.logged("mix/replay_error")) <= PARITY
+    assert result.logged("kl")[0] == pytest.approx(0, abs=1e-9)
+    for experience in [experience for rollout in result.rollouts() for experience in rollout]:
+        row = experience["mm_train_inputs"][0]
+        expected = torch.zeros_like(experience["action_mask"][0])
+        expected[row.first - 1 :] = 1
+        expected[row.first - 1 + row.steps] = 0
+        assert torch.equal(experience["action_mask"][0], expected)
+    difference("openrlhf, two actors and two engines", max(result.logged("mix/replay_error")))
+
+
+@pytest.mark.slow
+def test_zero_3_and_packing(train: Any, difference: Difference) -> None:
+    """With checkpointing, dynamic batches, and noise on the mixes."""
+    words = (
+        "--ngrpo.mixing_rate 0.5 --ngrpo.strategy gaussian --ds.zero_stage 3 --ds.packing_samples "
+        "--train.dynamic_batch_enable --train.max_tokens_per_gpu 64 --rollout.max_tokens_per_gpu 64 "
+        "--actor.gradient_checkpointing_enable"
+    )
+    result = train(*words.split())
+    assert_mixed(result, steps=2)
+    assert max(result.logged("mix/replay_error")) <= PARITY
+    assert result.logged("kl")[0] == pytest.approx(0, abs=1e-9)
+    difference("openrlhf, ZeRO-3, packed", max(result.logged("mix/replay_error")))
+
+
+class _Scores(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        rewards = [len(set(query)) / 10 for query in asked["query"]]
+        body = json.dumps({"rewards": rewards[0], "scores": rewards[0], "extra_logs": {"asked": 1.0}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_asynchronous_rollouts_with_a_reward_server(train: Any, difference: Difference) -> None:
+    """The policy stands still: a rollout that overlaps a training step is one step behind, mixed or not."""
+    server = HTTPServer(("127.0.0.1", 0), _Scores)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        words = (
+            "--ngrpo.mixing_rate 0.5 --train.async_enable --train.partial_rollout_enable --actor.adam.lr 0 "
+            f"--reward.remote_url http://127.0.0.1:{server.server_port}/score"
+        )
+        result = train(*words.split())
+    finally:
+        server.shutdown()
+    assert_mixed(result, steps=2)
+    assert result.logged("asked") == [1.0] * 2 and min(result.logged("reward")) > 0
+    assert max(result.logged("mix/replay_error")) <= PARITY
+    assert max(map(abs, result.logged("vllm_kl"))) <= PARITY
+    difference("openrlhf, asynchronous", max(result.logged("mix/replay_error")))
+
+
+@pytest.mark.slow
+def test_rate_zero_generates_what_stock_does(train: Any) -> None:
+    # All prompts in every step, as their order is not seeded.
+    words = f"--rollout.batch_size {len(PROMPTS)} --train.batch_size {SAMPLES * len(PROMPTS)} --train.num_episodes 2"
+    ours = train("--ngrpo.mixing_rate", "0", *words.split(), name="ours", OPENRLHF_SEEDS="1")
+    stock = train(*words.split(), module=STOCK, name="stock", OPENRLHF_SEEDS="1")
+    assert_mixed(ours, steps=2, rate=0)
+    assert ours.logged("mix/gated_share") == [0.0] * 2
+    for step, (one, other) in enumerate(zip(ours.rollouts(), stock.rollouts(), strict=True)):
+        tokens = [[(e["prompts"][0], e["sequences"][0].tolist()) for e in rollout] for rollout in (one, other)]
+        assert sorted(tokens[0]) == sorted(tokens[1]), step
+
+
+@pytest.mark.slow
+def test_a_plugin_that_is_not_loaded_stops_the_first_rollout(train: Any) -> None:
+    result = train("--ngrpo.mixing_rate", "0.5", VLLM_PLUGINS="none")
+    assert result.status not in (0, -9)
+    assert "the plugin 'ngrpo_ops' was not loaded in its process" in result.output
+    assert not result.rollouts()
+
+
+def test_a_dry_run_prints_the_parity(train: Any) -> None:
+    result = train("--ngrpo.mixing_rate", "0.5", "--ngrpo.dry_run")
+    assert result.status == 0, result.output
+    assert "parity: the policy agrees with the engine on mixed rollouts" in result.output
+    broken = train("--ngrpo.mixing_rate", "0.5", "--ngrpo.dry_run", name="broken", OPENRLHF_WITHOUT_REPLAY="1")
+    assert broken.status == 1 and "NO PARITY" in broken.output
