@@ -585,6 +585,7 @@ def assert_mixed(result: Run, steps: int, rate: float = 0.5) -> None:
     assert not left
 
 
+@pytest.mark.slow
 def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, difference: Difference) -> None:
     """OpenRLHF's own judgement: `vllm_kl`, its mean difference between engine and policy."""
     evaluation = (
@@ -610,6 +611,7 @@ def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, differen
         assert float((below * sample["action_mask"][0]).max()) < 0.3  # greedy but for rounding, on plain ids
 
 
+@pytest.mark.slow
 def test_without_the_replay_it_is_large(train: Any) -> None:
     result = train(*IN_BFLOAT16.split(), float32=False, OPENRLHF_WITHOUT_REPLAY="1")
     assert result.status == 0
@@ -708,6 +710,7 @@ def test_a_plugin_that_is_not_loaded_stops_the_first_rollout(train: Any) -> None
     assert not result.rollouts()
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_parity(train: Any) -> None:
     result = train("--ngrpo.mixing_rate", "0.5", "--ngrpo.dry_run")
     assert result.status == 0, result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,15 @@ from ngrpo_ops.random import philox
 
 PARITY = 1e-4
 
+with socket.socket() as _socket:  # TRL's own choice is the same port in every process
+    _socket.bind(("localhost", 0))
+    _PORT = _socket.getsockname()[1]
+
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What TRL has no setting for."""
+    monkeypatch.setenv("MASTER_PORT", str(_PORT))
     start = vllm_generation.LLM.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
