@@ -10,7 +10,7 @@ help:
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make test-full  lint, types and every test but those with engines"
 	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines"
-	@echo "make test-engines-fast  the same without OpenRLHF's loops; this is what CI runs"
+	@echo "make test-engines-fast  the same without OpenRLHF's loops"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
 	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
