@@ -345,9 +345,9 @@ def _trained(original: Callable) -> Callable:
     def training_step(self: Any, experience: Any, *args: Any, **kwargs: Any) -> dict:
         with replaying(self.actor, [experience.mm_train_inputs]):
             status = original(self, experience, *args, **kwargs)
-        cosines = torch.cat([*_mixer(self.actor).cosines, torch.zeros(0)])
-        rows = len(experience.sequences)
-        status["metrics"] |= {"mix/cosine": float(cosines.sum()) / rows, _STEPS: len(cosines) / rows}
+        cosines, rows = _mixer(self.actor).cosines, len(experience.sequences)  # on the actor's device
+        total, steps = sum(float(x.sum()) for x in cosines), sum(map(len, cosines))
+        status["metrics"] |= {"mix/cosine": total / rows, _STEPS: steps / rows}
         status["weights"] |= {"mix/cosine": "sample", _STEPS: "sample"}
         return status
 
