@@ -295,9 +295,10 @@ class _Rollout(LogitsProcessor):
         of_rows, threshold = scores[rows], self.config.entropy_threshold
         found = mixing_candidates(
             of_rows, self.mixing.neighbor_ids, strategy=self.config.strategy, k=self.config.k,
-            temperature=self.temperature, mixing_temperature=self.config.temperature, variant=self.config.variant,
+            temperature=self.temperature if self.generation.do_sample else 0.0,
+            mixing_temperature=self.config.temperature, moi_beta=self.config.moi_beta, variant=self.config.variant,
             seed=self.config.seed, step=self.step, row_ids=self.device_row_ids[rows],
-            return_entropy=threshold is not None,
+            return_entropy=threshold is not None, **(_cuts(self.generation) if self.config.draws else {}),
         )  # fmt: skip
         gate = (found.fault == 0) & ~self.stopped[rows]
         if threshold is not None:
@@ -328,7 +329,7 @@ class _Rollout(LogitsProcessor):
             temperature=self.temperature if self.generation.do_sample else 0.0, seed=self.config.seed, step=self.step,
             row_ids=self.device_row_ids, enabled=~self.stopped, strategy=self.config.strategy, k=self.config.k,
             mixing_temperature=self.config.temperature, entropy_threshold=self.config.entropy_threshold,
-            variant=self.config.variant, **_cuts(self.generation),
+            moi_beta=self.config.moi_beta, variant=self.config.variant, **_cuts(self.generation),
         )  # fmt: skip
         rows = torch.arange(scores.shape[0], device=scores.device)
         self._keep(_Mixed(self.step, rows, out.gate, out.ids, out.weights, out.fault))
@@ -452,7 +453,7 @@ _NATIVE_ONLY = {
 
 
 def refuse_native_cuts(generation: GenerationConfig) -> None:
-    """Refuse settings of a sampled generation that the sampler "ngrpo" does not have.
+    """Refuse settings of a sampled generation that the sampler "ngrpo", and strategies that draw, do not have.
 
     Raises:
         ValueError: the setting and its value.
@@ -461,8 +462,8 @@ def refuse_native_cuts(generation: GenerationConfig) -> None:
         value = getattr(generation, name, None)
         if generation.do_sample and value not in off:
             raise ValueError(
-                f"{name}={value} is not supported by sampler 'ngrpo', which has temperature, top_k, top_p and min_p: "
-                "leave it out, or sample with sampler='native'"
+                f"{name}={value} is not supported by sampler 'ngrpo' nor by strategies that draw, which have temperature, "
+                "top_k, top_p and min_p: leave it out, or take sampler 'native' and another strategy"
             )
 
 
@@ -612,7 +613,7 @@ class NeighborMixing:
         arguments = dict(kwargs)
         generation, _ = model._prepare_generation_config(arguments.pop("generation_config", None), **arguments)
         refuse_generation(generation, kwargs)
-        if self.config.sampler == "ngrpo":
+        if self.config.draws:
             refuse_native_cuts(generation)
         rows = input_ids.shape[0] * (generation.num_return_sequences or 1)
         if row_ids is None:

@@ -102,7 +102,7 @@ class NGRPOConfig(GRPOConfig):
         default="neighbor",
         metadata={
             "help": "What is mixed: 'neighbor' (N-GRPO), 'topk' (Soft Thinking), 'gumbel' (SofT-GRPO), 'gaussian' "
-            "(STHT) or 'anchor' (nothing: the control)."
+            "(STHT), 'moi' (Mixture of Inputs), 'multiplex' (Multiplex Thinking) or 'anchor' (nothing: the control)."
         },
     )
     mixing_variant: str = field(
@@ -116,6 +116,10 @@ class NGRPOConfig(GRPOConfig):
     mixing_noise_scale: float | None = field(
         default=None,
         metadata={"help": "Of strategy 'gaussian': the noise's size over the mix's. None: 0.33."},
+    )
+    mixing_moi_beta: float | None = field(
+        default=None,
+        metadata={"help": "Of strategy 'moi': the weight of the sample over that of the distribution. None: 1."},
     )
     mixing_sampler: str = field(
         default="native",
@@ -156,6 +160,7 @@ class NGRPOConfig(GRPOConfig):
             "variant": self.mixing_variant,
             "entropy_threshold": self.mixing_entropy_threshold,
             "noise_scale": self.mixing_noise_scale,
+            "moi_beta": self.mixing_moi_beta,
             "sampler": self.mixing_sampler,
             "stop_token_ids": self.mixing_stop_token_ids or (),
             "allowed_token_ids": self.mixing_allowed_token_ids,
@@ -224,7 +229,7 @@ class NGRPOTrainer(GRPOTrainer):
         _refuse_absolute_positions(self.model, zero3)
         if not self.use_vllm:
             refuse_generation(self.generation_config, dict(self.generation_kwargs))
-            if args.mixing_sampler == "ngrpo":
+            if args.mixing().draws:
                 refuse_native_cuts(self.generation_config)
         self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), args.mixing())
         if self.ref_model is not None:

@@ -43,7 +43,7 @@ from ngrpo_ops import (
     raise_faults,
     selective_log_softmax,
 )
-from ngrpo_ops.config import NOISE_SCALE
+from ngrpo_ops.config import DRAWING, NOISE_SCALE
 from ngrpo_ops.environment import TESTED, is_tested
 from ngrpo_ops.random import bernoulli, philox
 from ngrpo_ops.table import neighbor_ids_of, table_of
@@ -582,14 +582,16 @@ class EngineMixer:
         neighbor_ids = neighbor_ids_of(config, self.table, self.vocabulary, self.device)
         common: dict[str, Any] = {
             "strategy": config.strategy, "k": config.k, "temperature": temperature,
-            "mixing_temperature": config.temperature, "variant": config.variant, "seed": config.seed, "step": step,
-            "row_ids": row_id,
+            "mixing_temperature": config.temperature, "moi_beta": config.moi_beta, "variant": config.variant,
+            "seed": config.seed, "step": step, "row_ids": row_id,
         }  # fmt: skip
+        if config.draws:
+            common |= _cuts(states, slots, slot)
         before = sampled[row]
         if config.sampler == "ngrpo":
             out = decode_step(
                 scores, None, neighbor_ids, **common, mixing_rate=config.mixing_rate, enabled=~self._stopped[slot],
-                entropy_threshold=config.entropy_threshold, **_cuts(states, slots, slot),
+                entropy_threshold=config.entropy_threshold,
             )  # fmt: skip
             ids, weights, fault, gate, tokens = out.ids, out.weights, out.fault, out.gate, out.token_ids
         else:
@@ -603,9 +605,9 @@ class EngineMixer:
             tokens = torch.where(gate, ids[:, 0], before)
         pool.ids[entry], pool.weights[entry], pool.gate[entry], pool.fault[entry] = ids, weights, gate, fault
         sampled = sampled.index_copy(0, row, tokens.to(sampled.dtype))
-        # A forced token was not drawn from what the cuts left: its log-probability is that of the policy without them.
+        # A forced anchor was not drawn from what the cuts left: its log-probability is that of the policy without them.
         # Where they are not the model's own logits, the processed ones are a copy that vLLM made for its sampler.
-        if processed.data_ptr() != logits.data_ptr():
+        if config.strategy not in DRAWING and processed.data_ptr() != logits.data_ptr():
             greedy = temperature == 0
             whole = scores.to(processed.dtype) / torch.where(greedy, 1, temperature)[:, None]
             processed.index_copy_(0, row, torch.where(gate[:, None], whole, processed[row]))

@@ -306,14 +306,53 @@ def _normal(seed, step, row_id, index):
     return 1.4142135623730951 * _inverse_erf(2.0 * _noise_uniform(seed, step, row_id, index) - 1.0)
 
 
+@triton.jit
+def _uniform(high, low):
+    """float64 in [0, 1), from two words."""
+    return ((high.to(tl.uint64) << 21) | (low.to(tl.uint64) >> 11)).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
+
+
+@triton.jit
+def _draw(
+    u, row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas, top, inverse, residual, v, splits,
+    stride_v,
+    BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, FILTER: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """The token at which the mass, in id order, first exceeds u times the total: first its piece, then in it."""
+    s = tl.arange(0, BLOCK_S)
+    shares = (masses * shrink).to(tl.float64)
+    ends = tl.cumsum(shares, axis=0)
+    target = u * tl.sum(shares, axis=0)
+    chosen = tl.min(tl.where((ends > target) & (shares > 0.0), s, BLOCK_S), axis=0)
+    chosen = tl.where(chosen < BLOCK_S, chosen, tl.max(tl.where(shares > 0.0, s, 0), axis=0))
+    mine = s == chosen
+    before = tl.sum(tl.where(mine, ends - shares, 0.0), axis=0)
+    rest = ((target - before) / tl.sum(tl.where(mine, shrink, 0.0), axis=0).to(tl.float64)).to(tl.float32)
+    columns = chosen * SPLIT + tl.arange(0, SPLIT)
+    y = _load_logits(row_logits, columns, v, stride_v, INT64)
+    split_top = tl.load(best_values + (row * splits + chosen) * BEST)
+    if FILTER:
+        cut = tl.load(cuts + row * 2)
+        least = tl.load(cuts + row * 2 + 1)
+        quota = tl.load(quotas + row)
+        ties = tl.load(ties_before + row * splits + chosen)
+        e = _kept_mass(y, split_top, top, cut, quota, least, ties, inverse, residual)
+    else:
+        e = tl.exp(scale(y, inverse, residual) - scale(split_top, inverse, residual))
+    crossed = (tl.cumsum(e, axis=0) > rest) & (e > 0.0)
+    token = tl.min(tl.where(crossed, columns, _NO_ID), axis=0)
+    return tl.where(token == _NO_ID, tl.max(tl.where(e > 0.0, columns, 0), axis=0), token)
+
+
 @triton.jit(do_not_specialize=["seed", "step", "threshold"])
 def decode_choice_kernel(
     logits, embedding, neighbor_ids, temperature, mixing_temperature, seed, step, row_ids, enabled, threshold,
-    entropy_threshold, noise_scale, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts, quotas,
+    entropy_threshold, noise_scale, moi_beta, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts, quotas,
     token_ids, gates, ids_out, weights_out, embeddings, logprobs, entropies, faults, v, d, splits,
     stride_b, stride_v, stride_e, stride_d, stride_n, stride_k, stride_s,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
-    NEIGHBOR: tl.constexpr, GUMBEL: tl.constexpr, GAUSSIAN: tl.constexpr, RELEASED: tl.constexpr,
+    NEIGHBOR: tl.constexpr, GUMBEL: tl.constexpr, GAUSSIAN: tl.constexpr, MOI: tl.constexpr, MULTIPLEX: tl.constexpr,
+    RELEASED: tl.constexpr,
     SAMPLE: tl.constexpr, FILTER: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_ENABLED: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, OWN_TAU: tl.constexpr, PER_ROW_T: tl.constexpr, SEED_TENSOR: tl.constexpr,
     STEP_TENSOR: tl.constexpr, INT64: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -342,6 +381,9 @@ def decode_choice_kernel(
     log_total = tl.log(total)
     entropy = log_total - tl.sum(tl.where(empty, 0.0, shrink * (moments + shift * masses)), axis=0) / total
     fault = tl.where(total != total, _NOT_A_NUMBER, tl.where(total == 0.0, _NO_TOKEN, 0))
+    if FILTER:
+        masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
+    gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
 
     # Candidates, the first the anchor.
     c = tl.arange(0, BLOCK_K)
@@ -362,6 +404,31 @@ def decode_choice_kernel(
             ids = tl.where((c >= 1) & known, neighbors.to(tl.int32), ids)
     ids = tl.where(c < tl.where(fault == 0, K, 0), ids, 0)
     greedy_token = tl.sum(tl.where(c == 0, ids, 0), axis=0)
+    first = 0  # the place of the one that is emitted
+    drawn = greedy_token
+    if MOI or MULTIPLEX:
+        DRAWS: tl.constexpr = K if MULTIPLEX else 1
+        if (fault == 0) & (temperature != 0.0):
+            for i in range(DRAWS):
+                if i > 0:
+                    w0, w1, w2, w3 = random_words(seed, step, row_id, tl.zeros([], tl.int64) + (i + 1) // 2)
+                    high = tl.where(i % 2 == 1, w0, w2)
+                    low = tl.where(i % 2 == 1, w1, w3)
+                token = _draw(
+                    _uniform(high, low), row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas, top,
+                    inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
+                )  # fmt: skip
+                drawn = tl.where(i == 0, token, drawn)
+                if MULTIPLEX:
+                    again = tl.max(((ids == token) & (c < i)).to(tl.int32), axis=0)
+                    ids = tl.where(c == i, token, ids)
+                    missing = tl.where(c == i, again, missing)
+        elif MULTIPLEX:
+            missing = (c > 0).to(tl.int32)
+    if MOI:
+        # Among the likeliest, or instead of the last of them.
+        first = tl.min(tl.where((ids == drawn) & (c < K) & (missing == 0), c, K - 1), axis=0)
+        ids = tl.where(c == first, drawn, ids)
     x = tl.load(row_logits + widen(ids, INT64) * stride_v, mask=c < K, other=float("-inf")).to(tl.float32)
     x = tl.where(missing > 0, float("-inf"), x)
     z = scale(x, inverse, residual) - top
@@ -376,13 +443,13 @@ def decode_choice_kernel(
         z = scale(z, inverse, residual)
     weights = tl.exp(z - tl.max(z, axis=0))
     weights = weights / tl.sum(weights, axis=0)
-    emitted = greedy_token
-    if GUMBEL:  # the heaviest comes first, the others keep their order
-        heaviest = tl.min(tl.where((weights == tl.max(weights, axis=0)) & (c < K), c, BLOCK_K), axis=0)
-        emitted = tl.sum(tl.where(c == heaviest, ids, 0), axis=0)
-        place = tl.where(c == heaviest, 0, tl.where(c < heaviest, c + 1, c))
-    else:
-        place = c
+    if GUMBEL:  # the heaviest
+        first = tl.min(tl.where((weights == tl.max(weights, axis=0)) & (c < K), c, BLOCK_K), axis=0)
+    if MOI:
+        share = tl.where(v > 1, tl.maximum(entropy, 0.0) / tl.log(v * 1.0), 0.0)
+        weights = (share * weights + tl.where(c == first, moi_beta + 1.0 - share, 0.0)) / (moi_beta + 1.0)
+    emitted = tl.sum(tl.where(c == first, ids, 0), axis=0)
+    place = tl.where(c == first, 0, tl.where(c < first, c + 1, c))  # the others keep their order
     bad = fault != 0
     tl.store(ids_out + row * K + place, ids.to(tl.int64), mask=c < K)
     tl.store(weights_out + row * K + place, tl.where(bad, float("nan"), weights), mask=c < K)
@@ -390,41 +457,20 @@ def decode_choice_kernel(
     tl.store(faults + row, fault)
 
     if SAMPLE:
-        gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
         gate = (gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)) & (bad == 0)
         if HAS_ENABLED:
             gate = gate & (tl.load(enabled + row) != 0)
         if HAS_ENTROPY:
             gate = gate & (entropy >= entropy_threshold)
         token = emitted
-        if (gate == 0) & (bad == 0):
-            token = greedy_token
-            if temperature != 0.0:
-                u = ((high.to(tl.uint64) << 21) | (low.to(tl.uint64) >> 11)).to(tl.float64) * 1.1102230246251565e-16
-                if FILTER:
-                    masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
-                shares = (masses * shrink).to(tl.float64)
-                ends = tl.cumsum(shares, axis=0)
-                target = u * tl.sum(shares, axis=0)
-                chosen = tl.min(tl.where((ends > target) & (shares > 0.0), s, BLOCK_S), axis=0)
-                chosen = tl.where(chosen < BLOCK_S, chosen, tl.max(tl.where(shares > 0.0, s, 0), axis=0))
-                mine = s == chosen
-                before = tl.sum(tl.where(mine, ends - shares, 0.0), axis=0)
-                rest = ((target - before) / tl.sum(tl.where(mine, shrink, 0.0), axis=0).to(tl.float64)).to(tl.float32)
-                columns = chosen * SPLIT + tl.arange(0, SPLIT)
-                y = _load_logits(row_logits, columns, v, stride_v, INT64)
-                split_top = tl.load(best_values + (row * splits + chosen) * BEST)
-                if FILTER:
-                    cut = tl.load(cuts + row * 2)
-                    least = tl.load(cuts + row * 2 + 1)
-                    quota = tl.load(quotas + row)
-                    ties = tl.load(ties_before + row * splits + chosen)
-                    e = _kept_mass(y, split_top, top, cut, quota, least, ties, inverse, residual)
-                else:
-                    e = tl.exp(scale(y, inverse, residual) - scale(split_top, inverse, residual))
-                crossed = (tl.cumsum(e, axis=0) > rest) & (e > 0.0)
-                token = tl.min(tl.where(crossed, columns, _NO_ID), axis=0)
-                token = tl.where(token == _NO_ID, tl.max(tl.where(e > 0.0, columns, 0), axis=0), token)
+        if MOI == 0 and MULTIPLEX == 0:  # noqa: SIM102 (theirs is the sample itself)
+            if (gate == 0) & (bad == 0):
+                token = greedy_token
+                if temperature != 0.0:
+                    token = _draw(
+                        _uniform(high, low), row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas,
+                        top, inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
+                    )  # fmt: skip
         chosen_x = tl.load(row_logits + widen(token, INT64) * stride_v).to(tl.float32)
         tl.store(logprobs + row, tl.where(bad, float("nan"), scale(chosen_x, inverse, residual) - top - log_total))
         tl.store(token_ids + row, token.to(tl.int64))
@@ -514,10 +560,16 @@ class _Partials:
         }  # fmt: skip
 
 
+_NOTHING_KEPT: dict[str, Any] = dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
+
+
 def _filter(
     logits: Tensor, temperature: Any, partials: _Partials, top_k: Tensor | None, top_p: Tensor | None,
     min_p: Tensor | None,
 ) -> dict[str, Any]:  # fmt: skip
+    """The second launch, where there is a cut."""
+    if top_k is None and top_p is None and min_p is None:
+        return _NOTHING_KEPT
     rows = logits.shape[0]
     k, p, m = (_strided(setting, rows) for setting in (top_k, top_p, min_p))
     like = partials.mass
@@ -536,13 +588,10 @@ def _filter(
     return kept
 
 
-_NOTHING_KEPT: dict[str, Any] = dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
-
-
 def _choose(
     logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Any,
-    mixing_temperature: float | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, partials: _Partials,
-    kept: dict[str, Any], outputs: dict[str, Any], sampling: dict[str, Any],
+    mixing_temperature: float | None, moi_beta: float, seed: Tensor, step: Tensor, row_ids: Tensor | None,
+    partials: _Partials, kept: dict[str, Any], outputs: dict[str, Any], sampling: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = logits.shape[0]
     ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
@@ -557,13 +606,15 @@ def _choose(
         **partials.row_arguments(logits, temperature), neighbor_ids=neighbors,
         stride_n=0 if neighbors is None else neighbors.stride(0),
         stride_k=0 if neighbors is None else neighbors.stride(1),
-        mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, seed=_number(seed),
+        mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, moi_beta=moi_beta,
+        seed=_number(seed),
         step=_number(step), stride_s=step.stride(0) if step.dim() else 0, row_ids=row_ids,
         best_values=partials.values, best_ids=partials.ids, mass=partials.mass, moment=partials.moment, **kept,
         **outputs, ids_out=ids, weights_out=weights, entropies=entropy, faults=fault, **sampling, K=k,
         BLOCK_K=triton.next_power_of_2(k), BEST=partials.best,
         BLOCK_S=triton.next_power_of_2(partials.splits), SPLIT=partials.split, NEIGHBOR=neighbors is not None,
         GUMBEL=strategy == "gumbel", GAUSSIAN=strategy == "gaussian" and embedding is not None,
+        MOI=strategy == "moi", MULTIPLEX=strategy == "multiplex", FILTER=kept is not _NOTHING_KEPT,
         RELEASED=variant == "released", HAS_ROWS=row_ids is not None, OWN_TAU=mixing_temperature is not None,
         SEED_TENSOR=_per_row(_number(seed)), STEP_TENSOR=_per_row(_number(step)),
     )  # fmt: skip
@@ -571,26 +622,27 @@ def _choose(
 
 
 def _best(k: int, strategy: str) -> int:
-    return k if strategy in ("topk", "gumbel", "gaussian") else 1
+    return k if strategy in ("topk", "gumbel", "gaussian", "moi") else 1
 
 
 @launcher("row_ids")
 def mixing_candidates(
     logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Tensor,
-    mixing_temperature: float | None, seed: Tensor, step: Tensor, row_ids: Tensor | None,
-    return_entropy: bool,
+    mixing_temperature: float | None, moi_beta: float, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches."""
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, three with a cut."""
     t = _strided(temperature, logits.shape[0])
     partials = _Partials(logits, t, _best(k, strategy))
+    kept = _filter(logits, t, partials, top_k, top_p, min_p)
     nothing: dict[str, Any] = dict.fromkeys(("token_ids", "gates", "embeddings", "logprobs"))
     no_sample = {
         "embedding": None, "enabled": None, "threshold": 0, "entropy_threshold": 0.0, "noise_scale": 0.0, "d": 0,
-        "stride_e": 0, "stride_d": 0, "SAMPLE": False, "FILTER": False, "HAS_ENABLED": False, "HAS_ENTROPY": False,
+        "stride_e": 0, "stride_d": 0, "SAMPLE": False, "HAS_ENABLED": False, "HAS_ENTROPY": False,
     }  # fmt: skip
     ids, weights, entropy, fault = _choose(
-        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, seed, step, row_ids, partials,
-        _NOTHING_KEPT, nothing, no_sample,
+        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, moi_beta, seed, step, row_ids, partials,
+        kept, nothing, no_sample,
     )  # fmt: skip
     return ids, weights, entropy if return_entropy else entropy.new_empty(0), fault
 
@@ -599,15 +651,14 @@ def mixing_candidates(
 def decode_step(
     logits: Tensor, embedding: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str,
     mixing_rate: float, entropy_threshold: float | None, noise_scale: float, temperature: Tensor,
-    mixing_temperature: float | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seed: Tensor,
-    step: Tensor, row_ids: Tensor | None, enabled: Tensor | None,
+    mixing_temperature: float | None, moi_beta: float, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, enabled: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """token_ids, gate, ids, weights, embeddings, logprobs, entropy, fault: two launches, three with a cut."""
     rows, d = logits.shape[0], embedding.shape[1]
     t = _strided(temperature, rows)
     partials = _Partials(logits, t, _best(k, strategy))
-    cuts = any(setting is not None for setting in (top_k, top_p, min_p))
-    kept = _filter(logits, t, partials, top_k, top_p, min_p) if cuts else _NOTHING_KEPT
+    kept = _filter(logits, t, partials, top_k, top_p, min_p)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     gates = torch.empty(rows, dtype=torch.bool, device=logits.device)
     embeddings = torch.empty(rows, d, dtype=embedding.dtype, device=logits.device)
@@ -616,12 +667,12 @@ def decode_step(
     sampling = {
         "embedding": embedding, "enabled": enabled, "threshold": round(mixing_rate * 2**32),
         "entropy_threshold": 0.0 if entropy_threshold is None else entropy_threshold, "noise_scale": noise_scale,
-        "d": d, "stride_e": embedding.stride(0), "stride_d": embedding.stride(1), "SAMPLE": True, "FILTER": cuts,
+        "d": d, "stride_e": embedding.stride(0), "stride_d": embedding.stride(1), "SAMPLE": True,
         "HAS_ENABLED": enabled is not None, "HAS_ENTROPY": entropy_threshold is not None,
     }  # fmt: skip
     ids, weights, entropy, fault = _choose(
-        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, seed, step, row_ids, partials, kept,
-        outputs, sampling,
+        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, moi_beta, seed, step, row_ids, partials,
+        kept, outputs, sampling,
     )  # fmt: skip
     return tokens, gates, ids, weights, embeddings, logprobs, entropy, fault
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Metric = Literal["cosine", "dot", "l2", "l1"]
-Strategy = Literal["neighbor", "topk", "gumbel", "gaussian", "anchor"]
+Strategy = Literal["neighbor", "topk", "gumbel", "gaussian", "moi", "multiplex", "anchor"]
 Variant = Literal["paper", "released"]
 Sampler = Literal["native", "ngrpo"]
 
 NOISE_SCALE = 0.33  # of STHT
+MOI_BETA = 1.0  # of MoI
+DRAWING = ("moi", "multiplex")  # emit the row's sample, as the cuts of the rollout leave it
+OWN_WEIGHTS = ("gumbel", *DRAWING)  # not those of a softmax over logits, and so without a variant
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,17 @@ class MixingConfig:
             input embedding table (the paper). "topk": the k most likely tokens (Soft Thinking, arXiv 2505.15778).
             "gumbel": the same, their weights softmax((log p + Gumbel noise) / tau) (SofT-GRPO, arXiv 2511.06411); the
             heaviest is emitted, which is a draw from the policy's top k. "gaussian": "topk" and Gaussian noise on the
-            mix (STHT, arXiv 2509.19170). "anchor": k = 1, the control. All but "gumbel" emit the argmax.
+            mix (STHT, arXiv 2509.19170). "moi": the sampled token and the k - 1 most likely others, weighted by
+            (H p + (beta + 1 - H) [sampled]) / (beta + 1), H the policy's entropy over its largest, log V (Mixture of
+            Inputs, arXiv 2505.14827, which mixes the whole vocabulary); the sampled token is emitted. "multiplex": k
+            independent draws, those that differ weighted by their probabilities; the first is emitted (Multiplex
+            Thinking, arXiv 2601.08808). "anchor": k = 1, the control. The others emit the argmax.
         variant: "paper", or "released": the weights the published code really applies, a softmax over the candidates'
             *probabilities* where the paper takes their logits. Only the weights follow it; the rest is the paper's.
         entropy_threshold: a step is mixed only where the entropy of the policy, at the rollout's temperature and in
             nats, is at least this; with ``mixing_rate=1`` it is the whole gate. None: the rate alone.
         noise_scale: of "gaussian": the noise's size over the mix's (root mean square); None: 0.33, STHT's.
+        moi_beta: of "moi": beta, at least 0, the weight of the sample over that of the distribution; None: 1.
         sampler: who draws the tokens of steps that are not mixed: "native", the trainer's or engine's own sampler, so
             that a rate of 0 is stock GRPO bit for bit, or "ngrpo", `decode_step`'s, keyed (seed, row, step) too.
         stop_token_ids: once one of these has been emitted (``</think>``, say) a sequence is no longer mixed.
@@ -58,6 +66,7 @@ class MixingConfig:
     variant: Variant = "paper"
     entropy_threshold: float | None = None
     noise_scale: float | None = None
+    moi_beta: float | None = None
     sampler: Sampler = "native"
     stop_token_ids: Sequence[int] = ()
     allowed_token_ids: Sequence[int] | None = None
@@ -79,14 +88,16 @@ class MixingConfig:
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         if self.strategy == "anchor" and self.k != 1:
             raise ValueError(f"k must be 1 for strategy 'anchor', or left out, got {self.k!r}")
-        if self.strategy == "gumbel" and self.variant == "released":
-            raise ValueError("variant must be 'paper' for strategy 'gumbel', got 'released'")
-        for name in ("entropy_threshold", "noise_scale"):
+        if self.strategy in OWN_WEIGHTS and self.variant == "released":
+            raise ValueError(f"variant must be 'paper' for strategy {self.strategy!r}, got 'released'")
+        for name in ("entropy_threshold", "noise_scale", "moi_beta"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} must be a finite number of at least 0, or None, got {value!r}")
         if self.noise_scale is not None and self.strategy != "gaussian":
             raise ValueError(f"noise_scale is read by strategy 'gaussian' alone, got {self.noise_scale!r}")
+        if self.moi_beta is not None and self.strategy != "moi":
+            raise ValueError(f"moi_beta is read by strategy 'moi' alone, got {self.moi_beta!r}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             tokens = getattr(self, name)
             if tokens is None and name == "allowed_token_ids":
@@ -104,6 +115,11 @@ class MixingConfig:
             raise ValueError(f"seed must be an integer of 64 bits, got {self.seed!r}")
         if not isinstance(self.loss_on_mixed_steps, bool):
             raise ValueError(f"loss_on_mixed_steps must be True or False, got {self.loss_on_mixed_steps!r}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn here, and not by the trainer's or engine's own sampler alone."""
+        return self.sampler == "ngrpo" or self.strategy in DRAWING
 
     def require_vocabulary(self, size: int) -> None:
         """

@@ -5,12 +5,14 @@ Every row is a matter of its own logits, settings and counter alone. Settings ar
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .random import bernoulli, gumbel, normal, philox, uniform
+from .config import DRAWING
+from .random import bernoulli, gumbel, normal, philox, uniforms
 from .reference import compute_dtype, mix_embeddings, require_ids_in_range
 
 NOT_A_NUMBER, NO_TOKEN, NO_SUCH_CANDIDATE = 1, 2, 4
@@ -101,9 +103,10 @@ def _candidates(logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: s
     return torch.cat(found, dim=-1), torch.zeros_like(anchor.squeeze(-1), dtype=torch.bool)
 
 
-def _heaviest_first(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _first(ids: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with `place` [B, 1] first, the others in their order."""
     order = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape).clone()
-    order.scatter_(-1, weights.argmax(-1, keepdim=True), -1)
+    order.scatter_(-1, place, -1)
     order = order.argsort(dim=-1)
     return ids.gather(-1, order), weights.gather(-1, order)
 
@@ -116,20 +119,43 @@ def mixing_candidates(
     variant: str,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     step: Tensor,
     row_ids: Tensor | None,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]. Without the entropy, and but for "released", the
-    logits are only looked through for the largest."""
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]. Without the entropy, and but for "released" and
+    the strategies that draw, the logits are only looked through for the largest."""
+    seed, rows, step = _counter(logits, seed, step, row_ids)
+    d = _distribution(logits, temperature) if return_entropy or strategy in DRAWING else None
+    draws = None
+    if strategy in DRAWING:
+        assert d is not None
+        kept_mass = _kept_mass(logits, d, temperature, top_k, top_p, min_p)
+        draws = _draws(logits, kept_mass, temperature, seed, rows, step, k if strategy == "multiplex" else 1)
     ids, weights, fault = _weighted_candidates(
-        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature,
-        *_counter(logits, seed, step, row_ids),
-    )  # fmt: skip
+        logits,
+        neighbor_ids,
+        k,
+        strategy,
+        variant,
+        temperature,
+        mixing_temperature,
+        moi_beta,
+        seed,
+        rows,
+        step,
+        d,
+        draws,
+    )
     entropy = logits.new_empty(0, dtype=torch.float32)
     if return_entropy:
-        entropy = _distribution(logits, temperature).entropy.float().masked_fill(fault != 0, torch.nan)
+        assert d is not None
+        entropy = d.entropy.float().masked_fill(fault != 0, torch.nan)
     return ids, weights, entropy, fault
 
 
@@ -146,11 +172,27 @@ def _weighted_candidates(
     variant: str,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
     seed: Tensor,
     row_ids: Tensor,
     step: Tensor,
+    d: _Distribution | None,
+    draws: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ids, outside = _candidates(logits, neighbor_ids, k, strategy)
+    """`d` and `draws` [B, 1 or k], the first the row's sample, are given for the strategies that draw."""
+    if strategy == "multiplex":
+        assert draws is not None
+        ids, outside = draws, torch.zeros_like(draws[:, 0], dtype=torch.bool)
+    else:
+        ids, outside = _candidates(logits, neighbor_ids, k, strategy)
+    repeated = None if strategy == "neighbor" else _is_repeated(ids)
+    place = torch.zeros_like(ids[:, :1])  # of the candidate that is emitted
+    if strategy == "moi":
+        assert draws is not None and repeated is not None
+        # Among the likeliest, or instead of the last of them.
+        found = (ids == draws) & ~repeated
+        place = torch.where(found.any(-1, keepdim=True), found.int().argmax(-1, keepdim=True), k - 1)
+        ids = ids.scatter(-1, place, draws)
     dtype = compute_dtype(logits)
     own = column(own_temperature(temperature), logits.device).to(dtype)
     tau = own if mixing_temperature is None else mixing_temperature
@@ -160,11 +202,18 @@ def _weighted_candidates(
         scores = (logits.gather(-1, ids).to(dtype) / own - top + noise) / tau
     else:
         scores = _candidate_scores(logits, ids, tau, variant)
-    if strategy != "neighbor":
-        scores = scores.masked_fill(_is_repeated(ids), -torch.inf)
+    if repeated is not None:
+        scores = scores.masked_fill(repeated, -torch.inf)
     weights = scores.softmax(-1)
     if strategy == "gumbel":
-        ids, weights = _heaviest_first(ids, weights)
+        place = weights.argmax(-1, keepdim=True)
+    if strategy == "moi":
+        assert d is not None
+        share = d.entropy.clamp(min=0)[:, None] / max(math.log(logits.shape[-1]), 1e-9)
+        rest = torch.zeros_like(weights).scatter(-1, place, moi_beta + 1 - share)
+        weights = (share * weights + rest) / (moi_beta + 1)
+    if strategy in ("gumbel", "moi"):
+        ids, weights = _first(ids, weights, place)
     top = top.squeeze(-1)
     fault = torch.where(outside, NO_SUCH_CANDIDATE, 0)
     fault = torch.where(top.isnan() | (top == torch.inf), NOT_A_NUMBER, torch.where(top == -torch.inf, NO_TOKEN, fault))
@@ -173,10 +222,9 @@ def _weighted_candidates(
 
 
 def _is_repeated(ids: Tensor) -> Tensor:
-    """Where the anchor stands for a token that is not there."""
-    repeated = ids == ids[:, :1]
-    repeated[:, 0] = False
-    return repeated
+    """Where an id has been there before: the anchor for a token that does not exist, or a token drawn again."""
+    same = ids[:, :, None] == ids[:, None, :]
+    return same.tril(-1).any(-1)
 
 
 # Sampling ---------------------------------------------------------------------------------------------------------
@@ -249,6 +297,23 @@ def _first_above(ends: Tensor, mass: Tensor, target: Tensor) -> Tensor:
     return torch.where(crossed.any(1, keepdim=True), first, last)
 
 
+def _kept_mass(
+    logits: Tensor, d: _Distribution, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> Tensor:  # fmt: skip
+    keep = kept(logits, d, temperature, top_k, top_p, min_p)
+    return d.mass if keep is None else d.mass * keep
+
+
+def _draws(
+    logits: Tensor, mass: Tensor, temperature: Tensor, seed: Tensor, row_ids: Tensor, step: Tensor, count: int
+) -> Tensor:
+    """[B, count] independent draws; the first is the row's sample, and that of a greedy row is its argmax."""
+    tokens = [sample(mass, u) for u in uniforms(seed, row_ids, step, count)]
+    greedy = (temperature == 0).to(logits.device)
+    return torch.where(column(greedy, logits.device), logits.argmax(-1)[:, None], torch.stack(tokens, dim=-1))
+
+
 # The step ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +329,7 @@ def decode_step(
     noise_scale: float,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
@@ -273,23 +339,32 @@ def decode_step(
     enabled: Tensor | None,
 ) -> Step:
     seed, rows, step = _counter(logits, seed, step, row_ids)
-    word, high, low, _ = philox(seed, rows, step)
     d = _distribution(logits, temperature)
+    kept_mass = _kept_mass(logits, d, temperature, top_k, top_p, min_p)
+    draws = _draws(logits, kept_mass, temperature, seed, rows, step, k if strategy == "multiplex" else 1)
     ids, weights, fault = _weighted_candidates(
-        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, seed, rows, step
+        logits,
+        neighbor_ids,
+        k,
+        strategy,
+        variant,
+        temperature,
+        mixing_temperature,
+        moi_beta,
+        seed,
+        rows,
+        step,
+        d,
+        draws,
     )
     bad = fault != 0
     entropy = d.entropy.float().masked_fill(bad, torch.nan)
-    gate = bernoulli(word, mixing_rate) & ~bad
+    gate = bernoulli(philox(seed, rows, step)[0], mixing_rate) & ~bad
     if enabled is not None:
         gate = gate & enabled
     if entropy_threshold is not None:
         gate = gate & (entropy >= entropy_threshold)
-    keep = kept(logits, d, temperature, top_k, top_p, min_p)
-    sampled = sample(d.mass if keep is None else d.mass * keep, uniform(high, low))
-    greedy = (temperature == 0).to(logits.device)
-    sampled = torch.where(greedy, logits.argmax(-1), sampled)
-    token_ids = torch.where(gate, ids[:, 0], sampled).masked_fill(bad, 0)
+    token_ids = torch.where(gate, ids[:, 0], draws[:, 0]).masked_fill(bad, 0)
     mixed = mix_embeddings(embedding, ids, weights)
     if strategy == "gaussian":
         noise = gaussian_noise(mixed, torch.full_like(entropy, noise_scale), seed.expand(rows.shape), rows, step)

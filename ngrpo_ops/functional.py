@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from . import advantages, backends, decoding, ops, reference, sharded
 from .advantages import Whitening
-from .config import NOISE_SCALE, Metric, Strategy, Variant
+from .config import DRAWING, MOI_BETA, NOISE_SCALE, OWN_WEIGHTS, Metric, Strategy, Variant
 from .search import Progress
 from .validation import (
     require_choice,
@@ -229,7 +229,11 @@ def mixing_candidates(
     strategy: Strategy = "neighbor",
     k: int | None = None,
     temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     mixing_temperature: float | None = None,
+    moi_beta: float | None = None,
     variant: Variant = "paper",
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
@@ -240,9 +244,10 @@ def mixing_candidates(
     """What a step would mix, for a trainer or an engine that samples by itself: `decode_step` without gate and sample.
 
     Args:
-        logits, neighbor_ids, strategy, k, temperature, mixing_temperature, variant, seed, step, row_ids, backend: as in
-            `decode_step`. seed, step and row_ids are what the noise of strategy "gumbel" is drawn by; no other reads
-            them.
+        logits, neighbor_ids, strategy, k, temperature, mixing_temperature, moi_beta, variant, seed, step, row_ids,
+            backend: as in `decode_step`. seed, step and row_ids are what "gumbel", "moi" and "multiplex" draw by; no
+            other strategy reads them.
+        top_k, top_p, min_p: cut what "moi" and "multiplex" draw from, as in `decode_step`; for these alone.
         return_entropy: also return the entropy of softmax(logits / temperature), for a gate by entropy.
 
     Returns:
@@ -255,10 +260,16 @@ def mixing_candidates(
     batch = _require_logits(logits)
     k = _require_strategy(logits, neighbor_ids, strategy, k, variant, mixing_temperature)
     require_flag(return_entropy, "return_entropy")
+    for name, cut in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
+        if cut is not None and strategy not in DRAWING:
+            raise ValueError(
+                f"{name} is read by the strategies {DRAWING}, which draw, alone, got strategy {strategy!r}"
+            )
     ids, weights, entropy, fault = ops.mixing_candidates(
         logits.detach(), neighbor_ids, k, strategy, variant, _temperature(temperature, logits),
-        mixing_temperature, _counter(seed, "seed"), _step(step, batch, logits), _require_rows(row_ids, batch, logits),
-        return_entropy, backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+        mixing_temperature, _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
+        _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits),
+        _require_rows(row_ids, batch, logits), return_entropy, backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return MixingCandidates(ids, weights, fault, entropy if return_entropy else None)
 
@@ -281,6 +292,7 @@ def decode_step(
     k: int | None = None,
     mixing_temperature: float | None = None,
     noise_scale: float | None = None,
+    moi_beta: float | None = None,
     entropy_threshold: float | None = None,
     variant: Variant = "paper",
     backend: str | None = None,
@@ -304,11 +316,13 @@ def decode_step(
             generator keyed (seed, row id, step). torch's generators are not touched. As tensors on the GPU they are
             read there: a captured CUDA graph goes on with what they then hold.
         enabled: bool [B]; a row that is False (ended, past its stop token, being evaluated) is sampled and not mixed.
-        strategy: the candidates and their weights, see `MixingConfig`: "neighbor", "topk", "gumbel" or "gaussian", over
-            the k most likely tokens, or "anchor", k = 1. Only "neighbor" reads `neighbor_ids`.
-        k: candidates of a row, the anchor counted, for "topk", "gumbel" and "gaussian".
+        strategy: the candidates and their weights, see `MixingConfig`: "neighbor"; "topk", "gumbel", "gaussian" and
+            "moi", over the k most likely tokens; "multiplex", k draws; or "anchor", k = 1. Only "neighbor" reads
+            `neighbor_ids`.
+        k: candidates of a row, the one emitted counted, for all but "neighbor" and "anchor".
         mixing_temperature: tau of the weights alone; None: `temperature`.
         noise_scale: of "gaussian": the noise's size over the mix's own (root mean square). None: 0.33.
+        moi_beta: of "moi": beta >= 0. None: 1.
         entropy_threshold: a row is mixed only where the entropy of softmax(logits / tau), in nats, is at least this.
             The gate is then the rate's and the entropy's; with mixing_rate=1 the entropy's alone.
         variant: weights of the "paper", or "released": those the published code really applies.
@@ -317,10 +331,10 @@ def decode_step(
 
     Returns:
         DecodeStep: token_ids [B] int64; gate [B] bool; ids [B, k] int64, ids[:, 0] being the argmax (for "gumbel" that
-        of the noised logits); weights [B, k] float32; embeddings [B, d] in E's dtype; logprobs [B] float32; entropy [B]
-        float32; fault [B] int32. ids and weights are valid on every row: gated rows emit ids[:, 0] and embed the mix,
-        the others emit the sample and embed E[sample]. logprobs: log-softmax of logits / tau at the emitted token,
-        before the cuts. Not differentiable.
+        of the noised logits, for "moi" and "multiplex" the sample); weights [B, k] float32; embeddings [B, d] in E's
+        dtype; logprobs [B] float32; entropy [B] float32; fault [B] int32. ids and weights are valid on every row: gated
+        rows emit ids[:, 0] and embed the mix, the others emit the sample and embed E[sample]. logprobs: log-softmax of
+        logits / tau at the emitted token, before the cuts. Not differentiable.
 
         fault is 0, or not 0 for a row whose logits hold NaN or +inf, or are all -inf, or whose anchor's neighbours are
         not tokens. Such a row is not gated, emits token 0, and has NaN for all that is floating point. Nothing is
@@ -357,8 +371,8 @@ def decode_step(
     out = ops.decode_step(
         logits.detach(), embedding.detach(), neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold,
         NOISE_SCALE if noise_scale is None else noise_scale, _temperature(temperature, logits), mixing_temperature,
-        _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits), _cut(min_p, "min_p", logits),
-        _counter(seed, "seed"), _step(step, batch, logits), _require_rows(row_ids, batch, logits), enabled,
+        _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
+        _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits), _require_rows(row_ids, batch, logits), enabled,
         backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return DecodeStep(*out)
@@ -458,8 +472,8 @@ def _require_strategy(
     require_choice(variant, get_args(Variant), "variant")
     if mixing_temperature is not None:
         require_positive(mixing_temperature, "mixing_temperature")
-    if strategy == "gumbel" and variant == "released":
-        raise ValueError("variant='released' has no strategy 'gumbel': its weights are the probabilities' own")
+    if strategy in OWN_WEIGHTS and variant == "released":
+        raise ValueError(f"variant='released' has no strategy {strategy!r}, whose weights are its own")
     if strategy == "neighbor":
         if neighbor_ids is None:
             raise ValueError("neighbor_ids must be given for strategy 'neighbor'; got None")
@@ -481,6 +495,15 @@ def _require_strategy(
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must be within [1, V = {vocabulary}], got {k}")
     return k
+
+
+def _moi_beta(moi_beta: float | None, strategy: str) -> float:
+    if moi_beta is None:
+        return MOI_BETA
+    require_number(moi_beta, "moi_beta", least=0)
+    if strategy != "moi":
+        raise ValueError(f"moi_beta is read by strategy 'moi' alone, got {moi_beta} with {strategy!r}")
+    return moi_beta
 
 
 def _unsupported_step(k: int, variant: str, mixing_temperature: float | None) -> str | None:

@@ -153,6 +153,10 @@ def mixing_candidates(
     variant: str,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     step: Tensor,
     row_ids: Tensor | None,
@@ -168,6 +172,10 @@ def mixing_candidates(
         variant,
         temperature,
         mixing_temperature,
+        moi_beta,
+        top_k,
+        top_p,
+        min_p,
         seed,
         step,
         row_ids,
@@ -184,6 +192,10 @@ def _(
     variant: str,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     step: Tensor,
     row_ids: Tensor | None,
@@ -212,6 +224,7 @@ def decode_step(
     noise_scale: float,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
@@ -224,7 +237,7 @@ def decode_step(
     implementation = kernels("decode_step") if backend == "triton" else cpu if logits.device.type == "cpu" else decoding
     return implementation.decode_step(
         logits, embedding, neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold, noise_scale,
-        temperature, mixing_temperature, top_k, top_p, min_p, seed, step, row_ids, enabled,
+        temperature, mixing_temperature, moi_beta, top_k, top_p, min_p, seed, step, row_ids, enabled,
     )  # fmt: skip
 
 
@@ -241,6 +254,7 @@ def _(
     noise_scale: float,
     temperature: Tensor,
     mixing_temperature: float | None,
+    moi_beta: float,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,

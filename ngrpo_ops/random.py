@@ -2,7 +2,7 @@
 
 The key is the seed, the counter is (step, row id): the same bits on every device, for every batch size and order of
 the rows, and torch's global generators are never touched. A stream other than 0 has a key of its own: stream 0 draws
-the gate and the sample of a step, the streams from 1 on its noise, four words each.
+the gate and the sample of a step, the streams from 1 on its noise, or the further draws of "multiplex".
 """
 
 from __future__ import annotations
@@ -61,6 +61,16 @@ def bernoulli(word: Tensor, probability: float) -> Tensor:
 def uniform(high: Tensor, low: Tensor) -> Tensor:
     """float64 in [0, 1) with 53 random bits, from two words of `philox`."""
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
+
+
+def uniforms(seed: Tensor, row_ids: Tensor, step: Tensor, count: int) -> list[Tensor]:
+    """`count` of them for every row, [B] each: the first that of the step's sample, the others of further streams."""
+    _, high, low, _ = philox(seed, row_ids, step)
+    pairs = [(high, low)]
+    for stream in range(1, 1 + count // 2):
+        words = philox(seed, row_ids, step, stream)
+        pairs += [words[:2], words[2:]]
+    return [uniform(*pair) for pair in pairs[:count]]
 
 
 def open_uniform(word: Tensor) -> Tensor:

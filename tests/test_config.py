@@ -22,6 +22,8 @@ def test_defaults_are_the_papers():
     [
         {"k": 1, "mixing_rate": 0.0, "temperature": 1e-3},
         {"mixing_rate": 1.0, "metric": "l1", "strategy": "topk", "variant": "released"},
+        {"strategy": "moi", "moi_beta": 0.0, "k": 9},
+        {"strategy": "multiplex", "k": 2},
         {"stop_token_ids": [3, 4], "allowed_token_ids": range(3)},
         {"seed": -(2**63)},
         {"seed": 2**63 - 1},
@@ -61,6 +63,7 @@ def test_frozen():
         ("allowed_token_ids", [5, -1, 2]),
         ("allowed_token_ids", [1, 2]),
         ("allowed_token_ids", []),
+        ("moi_beta", 1.0),
         ("seed", 2**63),
         ("seed", -(2**63) - 1),
     ],

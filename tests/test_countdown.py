@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -19,9 +21,12 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from examples.countdown import evaluate, supervised, task  # noqa: E402
-from examples.countdown.__main__ import _arguments, _checkpoint  # noqa: E402
+from examples.countdown import evaluate, study, study_report, supervised, task  # noqa: E402
+from examples.countdown.__main__ import _arguments  # noqa: E402
+from examples.countdown.arms import ARMS  # noqa: E402
 from examples.countdown.model import build_model, build_tokenizer  # noqa: E402
+from examples.countdown.task import EQUATION, STEPS, TASKS  # noqa: E402
+from ngrpo_ops.integrations.trl import NGRPOConfig  # noqa: E402
 
 trees = st.recursive(st.integers(1, 12), lambda node: st.tuples(st.sampled_from("+-*"), node, node), max_leaves=5)
 
@@ -34,9 +39,9 @@ def test_an_equation_survives_rendering_and_parsing(tree: task.Tree) -> None:
     assert sorted(task.leaves(parsed)) == sorted(task.leaves(tree))
     assert task.normal_form(parsed) == task.normal_form(tree)
     problem = task.Problem(tuple(task.leaves(tree)), task.evaluate(tree))
-    assert task.is_solution(text, problem)
-    assert not task.is_solution(text, task.Problem(problem.numbers, problem.target + 1))
-    assert not task.is_solution(text, task.Problem(problem.numbers[1:], problem.target))
+    assert EQUATION.is_solution(text, problem)
+    assert not EQUATION.is_solution(text, task.Problem(problem.numbers, problem.target + 1))
+    assert not EQUATION.is_solution(text, task.Problem(problem.numbers[1:], problem.target))
 
 
 @given(trees, st.randoms(use_true_random=False))
@@ -74,26 +79,77 @@ def test_normal_form_ignores_order_and_nothing_else(tree: task.Tree, rng: random
 )
 def test_what_is_not_an_equation_earns_nothing(text: str) -> None:
     assert task.parse(text) is None
-    assert not task.is_solution(text, task.Problem((3, 5), 8))
+    assert not EQUATION.is_solution(text, task.Problem((3, 5), 8))
 
 
 def test_at_most_once_and_exact() -> None:
     problem = task.Problem((3, 3, 5, 2), 8)
-    assert task.is_solution("3 + 5", problem) and task.is_solution("( 3 + 3 + 2 )", problem)
-    assert not task.is_solution("5 + 5 - 2", problem)
-    assert not task.is_solution("8", problem)
+    assert EQUATION.is_solution("3 + 5", problem) and EQUATION.is_solution("( 3 + 3 + 2 )", problem)
+    assert not EQUATION.is_solution("5 + 5 - 2", problem)
+    assert not EQUATION.is_solution("8", problem)
     assert task.normal_form(task.parse("1 + 2")) == task.normal_form(task.parse("( 2 + 1 )"))
     assert task.normal_form(task.parse("4 - ( 1 - 2 )")) == task.normal_form(task.parse("2 + 4 - 1"))
     assert task.normal_form(task.parse("1 - 2")) != task.normal_form(task.parse("2 - 1"))
 
 
-def test_no_held_out_problem_is_trained_on() -> None:
-    held_out = task.held_out_problems(50, 3, 5, seed=0)
+@pytest.mark.parametrize("name", TASKS)
+def test_no_held_out_problem_is_trained_on(name: str) -> None:
+    small = dataclasses.replace(TASKS[name], numbers=3, largest=5)
+    held_out = small.held_out(50, seed=0)
     keys = {problem.key for problem in held_out}
-    assert len(keys) == 50 and held_out == task.held_out_problems(50, 3, 5, seed=0)
-    for problem, equation in itertools.islice(task.training_stream(held_out, 3, 5, "x"), 2000):
+    assert len(keys) == 50 and held_out == small.held_out(50, seed=0)
+    tokenizer = build_tokenizer(small)
+    for problem, solution in itertools.islice(small.training(held_out, "x"), 2000):
         assert problem.key not in keys
-        assert task.is_solution(equation, problem)
+        assert small.is_solution(solution, problem)
+        assert len(solution.split()) < small.max_tokens  # and its end
+        assert tokenizer.pad_token_id not in tokenizer(f"{problem.prompt} {solution}")["input_ids"]
+
+
+# Steps in words ---------------------------------------------------------------------------------------------------
+
+
+@given(trees, st.randoms(use_true_random=False))
+def test_steps_survive_rendering_and_parsing(tree: task.Tree, rng: random.Random) -> None:
+    if isinstance(tree, int) or not STEPS.writable(tree):
+        return
+    text = task.render_steps(tree, rng)
+    parsed = task.parse_steps(text)
+    assert parsed is not None and task.evaluate(parsed) == task.evaluate(tree)
+    assert sorted(task.leaves(parsed)) == sorted(task.leaves(tree))
+    problem = task.Problem(tuple(task.leaves(tree)), task.evaluate(tree))
+    assert STEPS.is_solution(text, problem)
+    assert not STEPS.is_solution(text, task.Problem(problem.numbers[1:], problem.target))
+    words = text.split()
+    words[5] = str(int(words[5]) + 1)
+    assert task.parse_steps(" ".join(words)) is None  # a wrong result
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "first 2 plus 1",
+        "then 2 plus 1 makes 3",  # does not begin
+        "first 2 plus 1 makes 3 first 3 times 2 makes 6",
+        "first 2 makes 1 makes 3",
+        "first 2 plus 1 plus 3",
+        "first 2 plus plus makes 3",
+        "first 2 plus 1 makes 3 then 4 times 5 makes 20",  # the 3 is never used
+        "first 2 + 1 = 3",
+    ],
+)
+def test_what_are_not_steps_earns_nothing(text: str) -> None:
+    assert task.parse_steps(text) is None
+
+
+def test_steps_may_use_a_result_once() -> None:
+    assert task.parse_steps("start 2 and 1 gives 3 now 3 by 3 equals 9") == ("*", ("+", 2, 1), 3)
+    assert not STEPS.is_solution("start 2 and 1 gives 3 now 3 by 3 equals 9", task.Problem((2, 1, 4), 9))
+    assert STEPS.is_solution("start 2 and 1 gives 3 now 3 by 3 equals 9", task.Problem((2, 1, 3), 9))
+
+
+# Estimates --------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -115,9 +171,10 @@ def test_summary_counts_usable_groups_and_averages_seeds() -> None:
     solved = np.zeros((2, 16), dtype=bool)
     solved[0, :8] = True  # one group all right, one all wrong
     solved[1, 3] = True  # one usable group, one not
-    out = evaluate.summarize([solved, solved], [np.array([1, 3]), np.array([1, 3])], (1,))
+    run = evaluate.Samples(solved, np.array([1, 3]), np.array([2.0, 4.0]))
+    out = evaluate.summarize([run, run], (1,))
     assert out["usable_groups"] == 0.25
-    assert out["unique_equations"] == 2
+    assert out["unique_equations"] == 2 and out["first_divergence"] == 3
     assert out["pass@1"] == pytest.approx(9 / 32)
     assert out["pass@1_seeds"] == pytest.approx([9 / 32] * 2)
     low, high = out["pass@1_interval"]
@@ -127,13 +184,13 @@ def test_summary_counts_usable_groups_and_averages_seeds() -> None:
 def test_sampling_scores_what_the_model_says_and_leaves_the_global_generator_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(EQUATION)
     model = build_model(tokenizer, tied=False).eval()
-    problems = task.held_out_problems(3, 4, 12, seed=0)
+    problems = EQUATION.held_out(3, seed=0)
     before = torch.get_rng_state()
-    first = evaluate.sample_solutions(model, tokenizer, problems, 4, seed=1, name="x")
+    first = evaluate.sample_solutions(model, tokenizer, EQUATION, problems, 4, seed=1, name="x")
     assert torch.equal(torch.get_rng_state(), before)
-    assert first[0].shape == (3, 4)
+    assert first.right.shape == (3, 4)
 
     class Solver:
         def generate(self, input_ids: torch.Tensor, num_return_sequences: int, **kwargs: object) -> torch.Tensor:
@@ -143,27 +200,32 @@ def test_sampling_scores_what_the_model_says_and_leaves_the_global_generator_alo
             return torch.cat([input_ids.repeat_interleave(num_return_sequences, 0), rows], dim=1)
 
     eight = [task.Problem((3, 5, 1, 1), 8), task.Problem((3, 5, 1, 1), 9)]
-    right, unique = evaluate.sample_solutions(Solver(), tokenizer, eight, 4, seed=0, name="x")  # type: ignore[arg-type]
-    assert right.tolist() == [[True] * 4, [False] * 4] and unique.tolist() == [1, 0]
+    found = evaluate.sample_solutions(Solver(), tokenizer, EQUATION, eight, 4, seed=0, name=None)  # type: ignore[arg-type]
+    assert found.right.tolist() == [[True] * 4, [False] * 4] and found.unique.tolist() == [1, 0]
+    assert found.divergence.tolist() == [0.0, 0.0]  # 5 + 3 and 3 + 5 take turns
 
 
-def test_the_supervised_checkpoint_is_reused_unless_its_settings_change(tmp_path: Path, monkeypatch: object) -> None:
-    class Arguments:
-        out, fresh = tmp_path, False
+def test_first_divergence() -> None:
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4], [5, 5, 5], [5, 5, 5], [1, 2, 3], [2, 2, 3], [7, 7, 7]])
+    assert evaluate.first_divergence(tokens) == pytest.approx((2 + 3 + 0) / 3)
 
-    settings = {"numbers": 3, "largest": 5, "steps": 2, "tied": True, "seed": 0}
-    first = _checkpoint(Arguments, [], settings)  # type: ignore[arg-type]
+
+def test_the_supervised_checkpoint_is_reused_unless_its_settings_change(tmp_path: Path) -> None:
+    small = dataclasses.replace(EQUATION, numbers=3, largest=5)
+    settings = {"steps": 2, "tied": True, "fresh": False}
+    first, _ = supervised.cached_checkpoint(tmp_path, small, [], **settings)  # type: ignore[arg-type]
     written = (first / "model.safetensors").stat().st_mtime_ns
-    assert _checkpoint(Arguments, [], settings) == first  # type: ignore[arg-type]
+    assert supervised.cached_checkpoint(tmp_path, small, [], **settings)[0] == first  # type: ignore[arg-type]
     assert (first / "model.safetensors").stat().st_mtime_ns == written
-    assert _checkpoint(Arguments, [], settings | {"tied": False}) != first  # type: ignore[arg-type]
-    Arguments.fresh = True
-    _checkpoint(Arguments, [], settings)  # type: ignore[arg-type]
+    assert supervised.cached_checkpoint(tmp_path, small, [], **settings | {"tied": False})[0] != first  # type: ignore[arg-type]
+    assert supervised.cached_checkpoint(tmp_path, STEPS, [], **settings)[0] != first  # type: ignore[arg-type]
+    supervised.cached_checkpoint(tmp_path, small, [], **settings | {"fresh": True})  # type: ignore[arg-type]
     assert (first / "model.safetensors").stat().st_mtime_ns > written
 
 
 def test_supervised_training_learns(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    supervised.supervised_checkpoint(tmp_path, [], numbers=2, largest=3, steps=30, tied=False, seed=0)
+    small = dataclasses.replace(EQUATION, numbers=2, largest=3)
+    supervised.supervised_checkpoint(tmp_path, small, [], steps=30, tied=False, seed=0)
     losses = [float(part.split("]")[0]) for part in capfd.readouterr().err.split("loss=")[1:]]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -206,3 +268,108 @@ def test_the_study_in_miniature(tmp_path: Path) -> None:
             assert len(arm["history"]) == 2 and len(arm["history"][0]["reward"]) == 3
     assert max(results["arms"]["ngrpo"]["history"][0]["mix/replay_error"]) < 1e-5
     assert (tmp_path / "countdown.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The study --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_name", TASKS)
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_is_a_configuration(name: str, task_name: str) -> None:
+    fields = ARMS[name].fields(TASKS[task_name])
+    if fields is None:
+        assert name.startswith("grpo")
+        return
+    config = NGRPOConfig("unused", use_cpu=True, bf16=False, **fields).mixing()
+    assert (config.allowed_token_ids is not None) == ARMS[name].words_only
+    if ARMS[name].words_only:
+        tokens = build_tokenizer(TASKS[task_name]).convert_ids_to_tokens(list(config.allowed_token_ids or ()))
+        assert not any(token.isdecimal() or token.startswith("<") for token in tokens)
+
+
+def test_a_study_cut_short_has_every_arm_of_the_seeds_it_has() -> None:
+    preset = study.PRESETS["full"]
+    jobs = list(study.jobs_of(preset))
+    assert (
+        len(jobs)
+        == len(set(jobs))
+        == sum(
+            preset.primary_seeds if arm in study.PRIMARY else preset.seeds
+            for arms in preset.arms.values()
+            for arm in arms
+        )
+    )
+    first = [job for job in jobs if job.seed == 0]
+    assert first == jobs[: len(first)] and {job.task for job in first} == set(TASKS)
+
+
+def runs(folder: Path, rng: np.random.Generator, after: dict[str, tuple[float, float]], seeds: int) -> dict:
+    """A task's files, with samples of arms that solve a share `easy` of easy problems and `hard` of the others."""
+    problems, samples = 40, 16
+
+    def counts(easy: float, hard: float, of: int) -> list[int]:
+        return [int(rng.binomial(of, easy if i < problems // 2 else hard)) for i in range(problems)]
+
+    def write(path: Path, easy: float, hard: float, of: int, **more: object) -> None:
+        rest = {"usable_groups": 0.5, "unique": [1] * problems, "divergence": [2.0] * problems}
+        study._write(path, {"samples": of, "correct": counts(easy, hard, of), **rest, **more})
+
+    write(folder / "supervised.json", 0.1, 0.1, 4 * samples)
+    history = {"reward": [0.1] * 12, "usable_groups": [0.5] * 12, "entropy": [1.0] * 12, "num_tokens": [9.0] * 12}
+    for arm, shares in after.items():
+        for seed in range(seeds):
+            write(folder / arm / f"{seed}.json", *shares, samples, seed=seed, history=history, seconds=1.0)
+    return study_report.load(folder, tuple(after), samples)
+
+
+def test_the_primary_question_is_answered_as_written(tmp_path: Path) -> None:
+    """Arms that trade less, more, and the same, by construction."""
+    rng = np.random.default_rng(0)
+    much, little = (0.7, 0.005), (0.7, 0.08)  # pass@1 rises alike, pass@16 falls much, and little
+    for name, ours, others, expected in (
+        ("less", little, much, "yes"),
+        ("more", much, little, "no:"),
+        ("same", much, much, "not told apart"),
+        ("none", (0.1, 0.1), much, "no answer"),
+    ):
+        arms = runs(tmp_path / name, rng, {"grpo": others, "anchor": others, "ngrpo": ours}, seeds=4)
+        against = [study_report.compare(arms, "ngrpo", other, level=0.975) for other in ("grpo", "anchor")]
+        assert study_report.answer(against).startswith(expected), name
+    mixed = runs(tmp_path / "mixed", rng, {"grpo": much, "anchor": little, "ngrpo": little}, seeds=4)
+    against = [study_report.compare(mixed, "ngrpo", other) for other in ("grpo", "anchor")]
+    assert study_report.answer(against) == "not told apart"
+
+
+def test_intervals_are_paired_and_cover_the_difference(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    arms = runs(tmp_path, rng, {"grpo": (0.6, 0.05), "ngrpo": (0.5, 0.05)}, seeds=6)
+    found = study_report.compare(arms, "ngrpo", "grpo")
+    assert found["pass@1"].low < -0.05 < found["pass@1"].high < 0  # of problems half differ by 0.1
+    # Problems that differ much and arms that do not: the pairing is what makes the interval narrow.
+    both = np.concatenate([np.zeros((3, 50)), np.ones((3, 50))], axis=1)
+    draws = study_report.Draws.of(100, 3)
+    assert np.std(draws.means(both - both + 0.1)) < 1e-12 and np.std(draws.means(both)) > 0.04
+
+
+@pytest.mark.slow
+def test_the_big_study_in_miniature_and_interrupted(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/countdown/study.py", "--preset", "quick", "--out", str(tmp_path / "runs")]
+
+    def run() -> str:
+        done = subprocess.run([*command, "--workers", "2"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    report = Path(run().splitlines()[-1])
+    text = report.read_text()
+    for name in ("trade.png", "differences.png", "training.png", "mixes.png"):
+        assert f"]({name})" in text and (report.parent / name).read_bytes().startswith(b"\x89PNG")
+    every = list(csv.DictReader((report.parent / "seeds.csv").open()))
+    assert len(every) == 2 + len(list(study.jobs_of(study.PRESETS["quick"])))
+    kept, lost = tmp_path / "runs/steps/ngrpo/0.json", tmp_path / "runs/steps/ngrpo/1.json"
+    before, again = kept.stat().st_mtime_ns, json.loads(lost.read_text())
+    lost.unlink()
+    run()
+    assert kept.stat().st_mtime_ns == before
+    now = json.loads(lost.read_text())
+    assert {**now, "seconds": 0} == {**again, "seconds": 0}  # the same run, bit for bit

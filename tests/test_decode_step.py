@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ngrpo_ops import (
     raise_faults,
 )
 from ngrpo_ops.backends import kernels
+from ngrpo_ops.config import Strategy
 from ngrpo_ops.kernels.primitives import forced_int64, recording
 from ngrpo_ops.random import bernoulli, gumbel, normal, philox, uniform
 from ngrpo_ops.testing import (
@@ -471,6 +473,9 @@ def test_candidate_weights_bad_input_is_named(change, error, name):
         ({"neighbor_ids": None, "strategy": "topk", "k": 6}, ValueError, "k must"),
         ({"neighbor_ids": None, "strategy": "anchor", "k": 2}, ValueError, "k must"),
         ({"neighbor_ids": None, "strategy": "gumbel", "k": 2, "variant": "released"}, ValueError, "variant"),
+        ({"neighbor_ids": None, "strategy": "moi", "k": 2, "variant": "released"}, ValueError, "variant"),
+        ({"neighbor_ids": None, "strategy": "multiplex", "k": 2, "moi_beta": 1.0}, ValueError, "moi_beta"),
+        ({"neighbor_ids": None, "strategy": "moi", "k": 2, "moi_beta": -1.0}, ValueError, "moi_beta"),
         ({"k": 2}, ValueError, "k must"),
         ({"mixing_temperature": 0.0}, ValueError, "mixing_temperature"),
         ({"noise_scale": 0.1}, ValueError, "noise_scale"),
@@ -519,16 +524,22 @@ def test_opcheck(dtype, implementation):
     counter = (torch.tensor(3), torch.tensor(4), torch.arange(4))
     t, k, p, m = torch.tensor(0.7), torch.tensor([1, 3, 9, 0]), torch.tensor(0.9), torch.tensor([0.0, 0.1, 0.5, 1.0])
     step, candidates = torch.ops.ngrpo.decode_step.default, torch.ops.ngrpo.mixing_candidates.default
-    cut = (t.expand(4).clone(), 0.5, k, p, m, *counter, torch.ones(4, dtype=torch.bool))
+    cut = (t.expand(4).clone(), 0.5, 1.0, k, p, m, *counter, torch.ones(4, dtype=torch.bool))
     torch.library.opcheck(
         step, (logits, table, a["neighbor_ids"], 3, "neighbor", "paper", 0.5, 0.1, 0.3, *cut, implementation)
     )
-    whole = (t, None, None, None, None, *counter[:2], None, None)
+    whole = (t, None, 1.0, None, None, None, *counter[:2], None, None)
     torch.library.opcheck(
         step, (logits, table, None, 2, "gaussian", "released", 1.0, None, 0.3, *whole, implementation)
     )
-    torch.library.opcheck(candidates, (logits, None, 2, "gumbel", "paper", t, 0.5, *counter, True, implementation))
-    torch.library.opcheck(candidates, (logits, None, 1, "anchor", "paper", t, None, *counter, False, implementation))
+    torch.library.opcheck(step, (logits, table, None, 2, "moi", "paper", 1.0, None, 0.3, *cut, implementation))
+    rest = (*[None] * 3, *counter)
+    torch.library.opcheck(candidates, (logits, None, 2, "gumbel", "paper", t, 0.5, 1.0, *rest, True, implementation))
+    torch.library.opcheck(candidates, (logits, None, 1, "anchor", "paper", t, None, 1.0, *rest, False, implementation))
+    rest = (k, p, m, *counter)
+    torch.library.opcheck(
+        candidates, (logits, None, 3, "multiplex", "paper", t, None, 1.0, *rest, True, implementation)
+    )
     noise = (table[:4], torch.ones(4), *(torch.arange(4) for _ in range(3)), implementation)
     torch.library.opcheck(torch.ops.ngrpo.gaussian_noise.default, noise)
 
@@ -658,6 +669,121 @@ def test_gaussian_noise_is_a_constant_to_the_gradient(backend):
     assert gaussian_noise(mixed[:0], 1.0, seed=0, row_ids=ids[:0], steps=ids[:0]).shape == (0, 7)
 
 
+def draws_by_hand(p: Tensor, seed: int, rows: Tensor, step: int, count: int) -> Tensor:
+    """[B, count]: the first by the words of the step's sample, the others by the streams from 1 on, two words each."""
+    words = [philox(torch.tensor(seed), rows, torch.tensor(step), stream) for stream in range(1 + count // 2)]
+    pairs = [words[0][1:3], *(pair for four in words[1:] for pair in (four[:2], four[2:]))]
+    ends = p.cumsum(1)
+    tokens = [torch.searchsorted(ends, uniform(*pair)[:, None] * ends[:, -1:], right=True) for pair in pairs[:count]]
+    return torch.cat(tokens, dim=1)
+
+
+@pytest.mark.parametrize("beta", [None, 0.0, 2.5])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_moi_mixes_the_sample_into_the_distribution(backend, beta, k):
+    generator = torch.Generator().manual_seed(0)
+    b, v, seed, step = 60, 2100, 5, 9
+    logits = (3 * torch.randn(b, v, generator=generator)).to(DEVICE)
+    rows = torch.randint(2**62, (b,), generator=generator).to(DEVICE)
+    found = mixing_candidates(
+        logits, strategy="moi", k=k, temperature=0.7, moi_beta=beta, seed=seed, step=step, row_ids=rows, backend=backend
+    )
+    p = (logits.double().cpu() / 0.7).softmax(1)
+    share = -(p * p.log()).sum(1) / math.log(v)
+    beta = 1.0 if beta is None else beta
+    outside = 0
+    for row, drawn in enumerate(draws_by_hand(p, seed, rows.cpu(), step, 1)[:, 0].tolist()):
+        likeliest = p[row].topk(k).indices.tolist()
+        if drawn not in likeliest:
+            likeliest[-1], outside = drawn, outside + 1
+        ids = [drawn, *(token for token in likeliest if token != drawn)]
+        assert found.ids[row].tolist() == ids
+        want = share[row] * p[row, ids] / p[row, ids].sum()
+        want[0] += beta + 1 - share[row]
+        assert_within(found.weights[row], want / (beta + 1), 3e-6)
+    assert 0 < outside < b  # both cases were met
+    assert_within(found.weights.sum(1), torch.ones(b), 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_multiplex_mixes_what_it_draws(backend, k):
+    generator = torch.Generator().manual_seed(0)
+    b, v, seed, step = 60, 2100, 5, 9
+    logits = (4 * torch.randn(b, v, generator=generator)).to(DEVICE)
+    rows = torch.randint(2**62, (b,), generator=generator).to(DEVICE)
+    found = mixing_candidates(
+        logits, strategy="multiplex", k=k, temperature=0.7, seed=seed, step=step, row_ids=rows, backend=backend
+    )
+    p = (logits.double().cpu() / 0.7).softmax(1)
+    draws = draws_by_hand(p, seed, rows.cpu(), step, k)
+    assert torch.equal(found.ids.cpu(), draws)
+    again = 0
+    for row in range(b):
+        distinct = [i for i in range(k) if draws[row, i] not in draws[row, :i]]
+        want = torch.zeros(k, dtype=torch.float64)
+        want[distinct] = p[row, draws[row, distinct]] / p[row, draws[row, distinct]].sum()
+        assert_within(found.weights[row], want, 3e-6)
+        again += len(distinct) < k
+    assert k == 1 or again > 5
+
+
+@pytest.mark.parametrize("strategy", ["moi", "multiplex"])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 4, "top_p": 0.9}])
+def test_drawing_strategies_emit_the_sample(backend, strategy, cuts):
+    """Mixed or not the row's own sample, which the cuts hold for, and at temperature 0 the argmax."""
+    a = on(backend, {**plain(64, 1300, mixing_rate=0.5), "neighbor_ids": None, "strategy": strategy, "k": 3, **cuts})
+    a["temperature"] = torch.tensor([0.8, 0.0] * 32, device=DEVICE)
+    out = decode_step(**a)
+    sampled = decode_step(**a | {"strategy": "anchor", "k": None, "mixing_rate": 0.0}).token_ids
+    assert out.gate.any() and not out.gate.all()
+    assert torch.equal(out.token_ids, sampled) and torch.equal(out.ids[:, 0], sampled)
+    assert torch.equal(out.token_ids[1::2], a["logits"][1::2].argmax(1))
+    if strategy == "multiplex":
+        assert torch.equal(out.weights[1::2].cpu(), torch.tensor([[1.0, 0.0, 0.0]]).expand(32, 3))
+        assert not cuts or all(
+            set(ids) <= set(row.topk(4).indices.tolist())
+            for ids, row in zip(out.ids.tolist(), a["logits"], strict=True)
+        )
+    for name in ("embedding", "mixing_rate"):
+        a.pop(name)
+    found = mixing_candidates(**a)
+    assert torch.equal(found.ids, out.ids) and torch.equal(found.weights, out.weights)
+
+
+def test_draws_of_multiplex_are_independent():
+    n = 200_000
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], device=DEVICE)
+    out = decode_step(logits.expand(n, 5), None, strategy="multiplex", k=4, mixing_rate=1.0, top_k=3, seed=3, step=4)
+    p = torch.tensor(cut_by_hand(logits.double().softmax(0).tolist(), 3, None), dtype=torch.float64)
+    for one in range(4):
+        for other in range(one):
+            pairs = (out.ids[:, one] * 5 + out.ids[:, other]).cpu()
+            assert_distributed(pairs.bincount(minlength=25), (p[:, None] * p).flatten())
+
+
+@pytest.mark.parametrize("strategy", ["moi", "multiplex"])
+def test_drawing_strategies_of_few_tokens(backend, strategy):
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, -torch.inf], [-torch.inf] * 4 + [3.0]], device=DEVICE)
+    for step in range(8):
+        out = decode_step(
+            logits, torch.eye(5, device=DEVICE), strategy=strategy, k=4, mixing_rate=1.0, seed=0, step=step,
+            backend=backend,
+        )  # fmt: skip
+        assert not out.fault.any() and out.token_ids[0] in (1, 3) and out.token_ids[1] == 4
+        assert_within(out.weights.sum(1), torch.ones(2), 1e-6)
+        assert_within(out.embeddings[0, [1, 3]].sum(), torch.ones(()), 1e-6)
+        assert torch.equal(out.embeddings[1].cpu(), torch.eye(5)[4])
+    alone = decode_step(
+        torch.ones(1, 1, device=DEVICE), None, strategy=strategy, k=1, mixing_rate=1.0, seed=0, step=0, backend=backend
+    )
+    assert alone.weights.item() == 1 and alone.token_ids.item() == 0
+
+
+def test_cuts_of_candidates_are_refused_where_nothing_is_drawn():
+    with pytest.raises(ValueError, match="top_p is read by the strategies"):
+        mixing_candidates(torch.ones(1, 5), strategy="topk", k=2, top_p=0.9)
+
+
 def test_the_anchor_alone(backend):
     a = on(backend, plain(8, mixing_rate=0.5))
     control = decode_step(**{**a, "neighbor_ids": None, "strategy": "anchor"})
@@ -728,7 +854,7 @@ def test_faulty_rows_are_flagged_and_nothing_is_sampled_from_them(backend):
             assert all(torch.equal(x[good], y[good]) for x, y in zip(out, clean, strict=True))
     found = mixing_candidates(a["logits"], a["neighbor_ids"], backend=backend)
     assert torch.equal(found.fault, out.fault) and torch.equal(found.ids, out.ids)
-    for strategy in ("topk", "gumbel", "gaussian"):
+    for strategy in ("topk", "gumbel", "gaussian", "moi", "multiplex"):
         step = decode_step(
             a["logits"], a["embedding"], strategy=strategy, k=3, seed=0, step=0, mixing_rate=1.0, backend=backend
         )
@@ -756,7 +882,7 @@ def test_candidates_are_those_of_the_step(backend):
     assert all(torch.equal(x, getattr(out, name)) for name, x in found._asdict().items())
 
 
-@pytest.mark.parametrize("strategy", ["neighbor", "gumbel", "gaussian"])
+@pytest.mark.parametrize("strategy", ["neighbor", "gumbel", "gaussian", "moi", "multiplex"])
 def test_rows_at_steps_of_their_own_are_those_of_each_step(backend, strategy):
     a = on(backend, plain(6, 1300, mixing_rate=0.5, k=3))
     a |= {"strategy": strategy, "row_ids": torch.arange(6, device=DEVICE) + 5}
@@ -787,7 +913,7 @@ def wide_steps(draw: st.DrawFn) -> dict:
         draw(st.integers(1, 150)),
     )
     k = draw(st.integers(1, 6))
-    strategy = draw(st.sampled_from(["neighbor", "topk", "gumbel", "gaussian", "anchor"]))
+    strategy = draw(st.sampled_from(get_args(Strategy)))
     scale = draw(st.sampled_from([0.0, 0.3, 3.0, 30.0]))
     logits = (torch.randn(b, v, generator=generator, dtype=torch.float64) * scale).round(
         decimals=draw(st.integers(0, 3))
@@ -811,7 +937,8 @@ def wide_steps(draw: st.DrawFn) -> dict:
         "embedding": lay_out(table.to(draw(st.sampled_from(FLOATS[1:]))), draw(layouts)),
         "neighbor_ids": torch.randint(v, (v, k - 1), generator=generator) if strategy == "neighbor" else None,
         "strategy": strategy,
-        "k": k if strategy in ("topk", "gumbel", "gaussian") else None,
+        "k": None if strategy in ("neighbor", "anchor") else k,
+        "moi_beta": draw(st.sampled_from([None, 0.0, 3.0])) if strategy == "moi" else None,
         "mixing_rate": draw(st.sampled_from([0.0, 0.3, 1.0])),
         "temperature": 1.0 if temperature is None else temperature,
         "mixing_temperature": draw(st.sampled_from([None, 0.5])),
@@ -835,16 +962,21 @@ def test_kernel_against_oracle(arguments):
     ours, oracle = (decode_step(**on(backend, arguments)) for backend in ("triton", "eager"))
     a = on("triton", arguments)
     double = decode_step(**{**a, "backend": "eager", "logits": a["logits"].double()})
-    for name in ("gate", "ids", "fault"):
-        if name == "ids" and arguments["strategy"] == "gumbel":
-            continue  # two candidates may weigh the same to the last bit
-        assert torch.equal(getattr(ours, name), getattr(oracle, name)), name
+    assert torch.equal(ours.gate, oracle.gate) and torch.equal(ours.fault, oracle.fault)
     same = ours.token_ids == oracle.token_ids
+    if arguments["strategy"] == "multiplex":  # each candidate is a draw
+        same = (ours.ids == oracle.ids).all(1)
+    elif arguments["strategy"] != "gumbel":  # of which two may weigh the same to the last bit
+        assert torch.equal(ours.ids[same], oracle.ids[same])
     near_a_boundary[0] += int((~same).sum())
     near_a_boundary[1] += same.numel()
     assert near_a_boundary[0] <= 1 + near_a_boundary[1] // 100
     for row in (~same).nonzero()[:, 0].tolist():
-        assert_neighbouring_draws(a, row, int(ours.token_ids[row]), int(oracle.token_ids[row]))
+        draws = [[step.token_ids[row], *(step.ids[row] if arguments["strategy"] == "multiplex" else [])]
+                 for step in (ours, oracle)]  # fmt: skip
+        for one, other in zip(*draws, strict=True):
+            if one != other:
+                assert_neighbouring_draws(a, row, int(one), int(other))
     z = torch.where(a["logits"].isinf(), 0, a["logits"].double()).abs().amax(1).clamp(min=1)
     roundoff = 4e-7 * z[same] / 0.3
     if arguments["strategy"] != "gumbel":
@@ -905,7 +1037,7 @@ def test_offsets_are_64_bits_wide_where_they_must_be():
         with recording() as launches:
             kernels("decode_step").decode_step(
                 torch.empty(b, v, **meta), torch.empty(v, d, **meta), torch.empty(v, k - 1, dtype=torch.int64, **meta),
-                k, "neighbor", "paper", 0.1, None, 0.3, torch.tensor(1.0), None, zero + 5, None, None, zero, zero,
+                k, "neighbor", "paper", 0.1, None, 0.3, torch.tensor(1.0), None, 1.0, zero + 5, None, None, zero, zero,
                 None, None,
             )  # fmt: skip
         return [launch.arguments["INT64"] for launch in launches]
@@ -925,7 +1057,7 @@ def test_two_launches_three_with_a_cut_and_no_other_work():
         with recording() as launches:
             kernels("decode_step").decode_step(
                 a["logits"], a["embedding"], a["neighbor_ids"], 3, "neighbor", "paper", 0.1, None, 0.3,
-                torch.tensor(1.0), None, *(torch.tensor(x) for x in cut.values()), *[None] * (3 - len(cut)),
+                torch.tensor(1.0), None, 1.0, *(torch.tensor(x) for x in cut.values()), *[None] * (3 - len(cut)),
                 tensors["seed"], tensors["step"], None, None,
             )  # fmt: skip
         assert [launch.kernel.__name__ for launch in launches] == [f"decode_{name}_kernel" for name in names]

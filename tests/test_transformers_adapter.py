@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import get_args
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ngrpo_ops import MixingConfig, MixRecord, candidate_weights, nearest_neighbors
+from ngrpo_ops.config import OWN_WEIGHTS, Strategy
 from ngrpo_ops.integrations.transformers import NeighborMixing
 
 PARITY = 1e-5
@@ -80,7 +82,7 @@ def test_replay_equals_rollout_on_left_padded_prompts(family: str, tied: bool, s
     rate=st.sampled_from([0.2, 0.5, 1.0]),
     temperature=st.sampled_from([None, 0.4, 2.0]),
     metric=st.sampled_from(["cosine", "dot", "l2", "l1"]),
-    strategy=st.sampled_from(["neighbor", "topk", "gumbel", "gaussian", "anchor"]),
+    strategy=st.sampled_from(get_args(Strategy)),
     variant=st.sampled_from(["paper", "released"]),
     sampler=st.sampled_from(["native", "ngrpo"]),
     entropy_threshold=st.sampled_from([None, 4.1]),
@@ -92,7 +94,7 @@ def test_replay_equals_rollout_for_every_configuration(**fields: object) -> None
     fields["mixing_rate"] = fields.pop("rate")
     if fields["strategy"] == "anchor":
         fields["k"] = None
-    if fields["strategy"] == "gumbel":
+    if fields["strategy"] in OWN_WEIGHTS:
         fields["variant"] = "paper"
     config = MixingConfig(**fields)  # type: ignore[arg-type]
     error, _ = replay_errors(NeighborMixing(model, config), model, left_padded(), do_sample=True)
@@ -497,7 +499,7 @@ def test_k_of_one_emits_the_anchor_and_embeds_it_alone() -> None:
 # Strategies and samplers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["topk", "gumbel", "gaussian", "anchor"])
+@pytest.mark.parametrize("strategy", ["topk", "gumbel", "gaussian", "moi", "multiplex", "anchor"])
 @pytest.mark.parametrize("sampler", ["native", "ngrpo"])
 def test_strategies_replay(strategy: str, sampler: str) -> None:
     model = tiny_model()
@@ -527,6 +529,26 @@ def test_gaussian_noise_is_replayed_after_a_shuffle_and_is_what_the_mix_is_fed()
     with mixing.replay(without), torch.no_grad():
         silent = completion_logprobs(model, sequences, mask, 6, 1.0)
     assert (silent - record.logprobs)[record.logprobs != 0].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("strategy", ["moi", "multiplex"])
+def test_a_strategy_that_draws_draws_from_what_generate_would(strategy: str) -> None:
+    """Its tokens are within the cuts, the argmax in a greedy rollout; cuts that it does not have are refused."""
+    model, batch = tiny_model(), left_padded(16)
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0, strategy=strategy))  # type: ignore[arg-type]
+    length = {"max_new_tokens": 10, "eos_token_id": None}
+    sequences, record = mixing.generate(**batch, do_sample=True, top_k=2, **length)
+    mask = full_mask(batch["attention_mask"], sequences)
+    with mixing.replay(record), torch.no_grad():
+        logits = model(input_ids=sequences, attention_mask=mask).logits[:, -11:-1]
+    place = (logits > logits.gather(2, sequences[:, -10:, None])).sum(2)  # of the emitted token among the likeliest
+    assert place.max() == 1 and 0.1 < (place == 1).double().mean() < 0.9
+    sequences, record = mixing.generate(**batch, do_sample=False, **length)
+    with mixing.replay(record), torch.no_grad():
+        logits = model(input_ids=sequences, attention_mask=mask).logits[:, -11:-1]
+    assert torch.equal(logits.argmax(2), sequences[:, -10:])
+    with pytest.raises(ValueError, match="typical_p"):
+        mixing.generate(**batch, do_sample=True, typical_p=0.5, **length)
 
 
 def test_our_sampler_knows_no_batch_and_no_global_generator() -> None:

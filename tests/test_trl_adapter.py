@@ -133,11 +133,13 @@ MULTI_STEP = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumula
         {"mixing_strategy": "topk", "mixing_sampler": "ngrpo", "top_p": 0.9},
         {**MULTI_STEP, "mixing_strategy": "gumbel", "mixing_temperature": 0.5},
         {**MULTI_STEP, "mixing_strategy": "gaussian", "mixing_noise_scale": 1.0},
+        {"mixing_strategy": "moi", "mixing_moi_beta": 0.5, "top_p": 0.9},
+        {**MULTI_STEP, "mixing_strategy": "multiplex", "mixing_sampler": "ngrpo"},
         {"mixing_strategy": "anchor", "mixing_entropy_threshold": 4.1, "mixing_sampler": "ngrpo"},
     ],
     ids=[
         "default", "multi-step", "reentrant", "non-reentrant", "padded-topk", "anchor-static", "truncated-gspo",
-        "topk-ngrpo", "gumbel", "gaussian", "anchor-ngrpo",
+        "topk-ngrpo", "gumbel", "gaussian", "moi", "multiplex-ngrpo", "anchor-ngrpo",
     ],
 )  # fmt: skip
 def test_the_policy_scores_the_rollouts_own_history(train: Any, settings: dict) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -22,15 +21,15 @@ from transformers import AutoModelForCausalLM
 
 import ngrpo_ops
 
+from .arms import ARMS
 from .evaluate import sample_solutions, summarize
 from .model import build_tokenizer
 from .report import draw, print_table
 from .rl import train_arm
-from .supervised import BATCH, LEARNING_RATE, supervised_checkpoint
-from .task import held_out_problems
+from .supervised import cached_checkpoint
+from .task import EQUATION
 
 KS = (1, 4, 16, 32, 64)
-NUMBERS, LARGEST_NUMBER = 4, 12
 
 
 def _arguments() -> argparse.Namespace:
@@ -51,26 +50,12 @@ def _arguments() -> argparse.Namespace:
     if not 0 <= arguments.rate <= 1:
         parser.error(f"--rate must be within [0, 1], got {arguments.rate}")
     # These would otherwise fail only after minutes of training.
-    vocabulary = len(build_tokenizer())
+    vocabulary = len(build_tokenizer(EQUATION))
     if arguments.k > vocabulary:
         parser.error(f"--k must be at most {vocabulary}, the size of the vocabulary, got {arguments.k}")
     if any(path.exists() and not path.is_dir() for path in (arguments.out, *arguments.out.parents)):
         parser.error(f"--out must be a folder or a place for one, got {arguments.out}")
     return arguments
-
-
-def _checkpoint(arguments: argparse.Namespace, held_out: list, settings: dict[str, Any]) -> Path:
-    """The supervised checkpoint of these settings, from the cache if it is there."""
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = arguments.out / "supervised" / name
-    done = folder / "settings.json"  # written last: a run that was cut off leaves none
-    if done.exists() and not arguments.fresh:
-        print(f"supervised checkpoint from the cache: {folder} (--fresh trains it again)")
-        return folder
-    keys = ("numbers", "largest", "steps", "tied", "seed")
-    supervised_checkpoint(folder, held_out, **{key: settings[key] for key in keys})
-    done.write_text(json.dumps(settings, indent=1))
-    return folder
 
 
 def main() -> None:
@@ -82,44 +67,44 @@ def main() -> None:
     quick = arguments.quick
     steps = min(arguments.steps, 3) if quick else arguments.steps
     ks, samples = ((1, 4, 16), 16) if quick else (KS, max(KS))
-    supervised = {
-        "numbers": NUMBERS,
-        "largest": LARGEST_NUMBER,
-        "steps": 30 if quick else 900,
-        "batch": BATCH,
-        "learning_rate": LEARNING_RATE,
-        "tied": arguments.tied,
-        "seed": 0,
-    }
-    held_out = held_out_problems(16 if quick else 200, NUMBERS, LARGEST_NUMBER, seed=0)
-    checkpoint = _checkpoint(arguments, held_out, supervised | {"held_out": len(held_out)})
+    task = EQUATION
+    held_out = task.held_out(16 if quick else 200, seed=0)
+    checkpoint, supervised = cached_checkpoint(
+        arguments.out / "supervised",
+        task,
+        held_out,
+        steps=30 if quick else 900,
+        tied=arguments.tied,
+        fresh=arguments.fresh,
+    )
     seconds = {"supervised": time.perf_counter() - started}
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(task)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    right, unique = sample_solutions(model, tokenizer, held_out, samples, seed=0, name="supervised")
-    arms: dict[str, Any] = {"supervised": summarize([right], [unique], ks)}
-    for arm in arguments.arms:
+    scored = sample_solutions(model, tokenizer, task, held_out, samples, seed=0, name="supervised")
+    arms: dict[str, Any] = {"supervised": summarize([scored], ks)}
+    for name in arguments.arms:
         begun = time.perf_counter()
-        scored, histories = [], []
+        mixing = ARMS[name].mixing
+        if mixing is not None:
+            k = 1 if name == "anchor" else arguments.k
+            mixing = mixing | {"mixing_k": k, "mixing_rate": arguments.rate}
+        runs, histories = [], []
         for seed in range(arguments.seeds):
             model, history = train_arm(
-                arm,
+                task,
                 checkpoint,
                 held_out,
                 arguments.out / "trainer",
-                numbers=NUMBERS,
-                largest=LARGEST_NUMBER,
+                mixing=mixing,
                 steps=steps,
-                k=arguments.k,
-                rate=arguments.rate,
                 seed=seed,
+                name=name,
             )
-            scored.append(sample_solutions(model, tokenizer, held_out, samples, seed=0, name=arm))
+            runs.append(sample_solutions(model, tokenizer, task, held_out, samples, seed=0, name=name))
             histories.append(history)
-        rights, uniques = zip(*scored, strict=True)
-        arms[arm] = summarize(rights, uniques, ks) | {"history": histories}
-        seconds[arm] = time.perf_counter() - begun
+        arms[name] = summarize(runs, ks) | {"history": histories}
+        seconds[name] = time.perf_counter() - begun
     seconds["total"] = time.perf_counter() - started
 
     print_table(arms, ks)

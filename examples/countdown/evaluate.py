@@ -1,18 +1,32 @@
-"""Evaluation on held-out problems: unbiased pass@k, usable groups, distinct solutions."""
+"""Evaluation on held-out problems: unbiased pass@k, usable groups, distinct solutions, first divergence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .rl import GROUP, MAX_COMPLETION
-from .task import Problem, is_solution, normal_form, parse
+from .rl import GROUP
+from .task import Problem, Task, normal_form
 
 _BATCH = 2048
+
+
+class Samples(NamedTuple):
+    """What a model answered.
+
+    right: bool [problems, samples].
+    unique: int [problems], distinct solutions up to the order and grouping of sums and products.
+    divergence: float [problems], the token, from 0, at which two samples of a problem first differ; mean over pairs.
+    """
+
+    right: np.ndarray
+    unique: np.ndarray
+    divergence: np.ndarray
 
 
 def pass_at_k(samples: int, correct: np.ndarray, k: int) -> np.ndarray:
@@ -41,23 +55,21 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
 def sample_solutions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
+    task: Task,
     problems: Sequence[Problem],
     samples: int,
     seed: int,
-    name: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sample at temperature 1 and score.
-
-    Returns:
-        right: bool [problems, samples].
-        unique: int [problems], distinct solutions up to the order and grouping of sums and products.
-    """
+    name: str | None,
+) -> Samples:
+    """Sample at temperature 1, without mixing, and score. `name` is the progress bar's; None: no bar."""
     right = np.zeros((len(problems), samples), dtype=bool)
     unique = np.zeros(len(problems), dtype=int)
+    divergence = np.full(len(problems), np.nan)
     at_once = max(1, _BATCH // samples)
+    batches = range(0, len(problems), at_once)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(problems), at_once), desc=f"evaluate {name}", unit="batch", leave=False):
+        for start in tqdm(batches, desc=f"evaluate {name}", unit="batch", leave=False, disable=name is None):
             part = problems[start : start + at_once]
             batch = tokenizer([p.prompt for p in part], return_tensors="pt", return_token_type_ids=False)
             output = model.generate(
@@ -65,28 +77,47 @@ def sample_solutions(
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
-                max_new_tokens=MAX_COMPLETION,
+                max_new_tokens=task.max_tokens,
                 num_return_sequences=samples,
             )
-            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            tokens = output[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for i, problem in enumerate(part):
-                answers = texts[i * samples : (i + 1) * samples]
-                right[start + i] = [is_solution(text, problem) for text in answers]
+                rows = slice(i * samples, (i + 1) * samples)
+                answers = texts[rows]
+                right[start + i] = [task.is_solution(text, problem) for text in answers]
                 solved = {text for text, ok in zip(answers, right[start + i], strict=True) if ok}
-                unique[start + i] = len({normal_form(parse(text)) for text in solved})
-    return right, unique
+                unique[start + i] = len({normal_form(task.read(text)) for text in solved})
+                divergence[start + i] = first_divergence(tokens[rows])
+    return Samples(right, unique, divergence)
 
 
-def summarize(right: Sequence[np.ndarray], unique: Sequence[np.ndarray], ks: Sequence[int]) -> dict[str, object]:
+def first_divergence(tokens: torch.Tensor) -> float:
+    """Of neighbouring pairs of [samples, length]: the mean place of the first token that differs; those that are the
+    same throughout count as the length."""
+    a, b = tokens[:-1:2], tokens[1::2]
+    differ = a != b
+    first = torch.where(differ.any(1), differ.int().argmax(1), tokens.shape[1])
+    return first.double().mean().item()
+
+
+def summarize(runs: Sequence[Samples], ks: Sequence[int]) -> dict[str, object]:
     """The metrics of an arm over its seeds: means, and intervals over problems of the mean over seeds."""
-    samples = right[0].shape[1]
+    samples = runs[0].right.shape[1]
     out: dict[str, object] = {}
     for k in ks:
-        by_seed = np.stack([pass_at_k(samples, r.sum(1), k) for r in right])
+        by_seed = np.stack([pass_at_k(samples, run.right.sum(1), k) for run in runs])
         out[f"pass@{k}"] = float(by_seed.mean())
         out[f"pass@{k}_interval"] = bootstrap_interval(by_seed.mean(0))
         out[f"pass@{k}_seeds"] = by_seed.mean(1).tolist()
-    groups = np.stack([r[:, : samples - samples % GROUP].reshape(-1, GROUP) for r in right])
-    out["usable_groups"] = float((groups.any(-1) & ~groups.all(-1)).mean())
-    out["unique_equations"] = float(np.mean(unique))
+    out["usable_groups"] = float(np.mean([usable_groups(run.right) for run in runs]))
+    out["unique_equations"] = float(np.mean([run.unique for run in runs]))
+    out["first_divergence"] = float(np.mean([run.divergence for run in runs]))
     return out
+
+
+def usable_groups(right: np.ndarray) -> float:
+    """The share of groups of GROUP samples, of [problems, samples], in which some are right and some are not."""
+    samples = right.shape[1]
+    groups = right[:, : samples - samples % GROUP].reshape(-1, GROUP)
+    return float((groups.any(-1) & ~groups.all(-1)).mean())

@@ -6,12 +6,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from .task import LARGEST, OPERATORS
+from .task import LARGEST, Task
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word: the integers, the operators, parentheses and two separators."""
-    words = ["<pad>", "<eos>", *map(str, range(LARGEST + 1)), *OPERATORS, "(", ")", "->", ":"]
+def build_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+    """A token a word: the integers, the task's words and two separators."""
+    words = ["<pad>", "<eos>", *map(str, range(LARGEST + 1)), *task.words, "->", ":"]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,9 +1,9 @@
-"""The arms: the same checkpoint, prompts and seeds through TRL's GRPOTrainer and through NGRPOTrainer."""
+"""Reinforcement learning of one arm, through TRL's GRPOTrainer or through NGRPOTrainer."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from trl import GRPOConfig, GRPOTrainer
 from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
 
 from .model import build_tokenizer
-from .task import Problem, is_solution, training_stream
+from .task import Problem, Task
 
 PROMPTS = 32
 GROUP = 8
-MAX_COMPLETION = 14
 HISTORY = (
     "reward",
     "frac_reward_zero_std",
     "entropy",
+    "num_tokens",
     "mix/gated_share",
     "mix/anchor_differs",
     "mix/anchor_weight",
@@ -32,10 +32,14 @@ HISTORY = (
 )
 
 
-def reward(completions: list[str], numbers: list, target: list, **kwargs: Any) -> list[float]:
-    """1 for a solution, else 0."""
-    problems = (Problem(tuple(n), t) for n, t in zip(numbers, target, strict=True))
-    return [float(is_solution(text, problem)) for text, problem in zip(completions, problems, strict=True)]
+def reward_of(task: Task) -> Callable[..., list[float]]:
+    """The task's reward function: 1 for a solution, else 0."""
+
+    def reward(completions: list[str], numbers: list, target: list, **kwargs: Any) -> list[float]:
+        problems = (Problem(tuple(n), t) for n, t in zip(numbers, target, strict=True))
+        return [float(task.is_solution(text, problem)) for text, problem in zip(completions, problems, strict=True)]
+
+    return reward
 
 
 class _Progress(TrainerCallback):
@@ -52,28 +56,28 @@ class _Progress(TrainerCallback):
 
 
 def train_arm(
-    arm: str,
+    task: Task,
     checkpoint: Path,
     held_out: Sequence[Problem],
     output: Path,
     *,
-    numbers: int,
-    largest: int,
+    mixing: dict[str, Any] | None,
     steps: int,
-    k: int,
-    rate: float,
     seed: int,
+    temperature: float = 1.0,
+    name: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, list[float]]]:
     """Train one arm.
 
     Args:
-        arm: "grpo" (TRL's own trainer), "ngrpo", or "anchor" (N-GRPO with k = 1: only emits the argmax).
+        mixing: the fields of NGRPOConfig that the arm sets; None: TRL's own trainer.
+        temperature: of the rollouts, and of the policy in the loss.
+        name: the progress bar's; None: no bar.
 
     Returns:
         The trained model, and the history by metric, a value a step.
     """
-    stream = itertools.islice(training_stream(held_out, numbers, largest, f"rl {seed}"), steps * PROMPTS)
-    problems = [problem for problem, _ in stream]
+    problems = [p for p, _ in itertools.islice(task.training(held_out, f"rl {seed}"), steps * PROMPTS)]
     dataset = Dataset.from_list(
         [{"prompt": p.prompt, "numbers": list(p.numbers), "target": p.target} for p in problems]
     )
@@ -88,27 +92,26 @@ def train_arm(
         "max_steps": steps,
         "per_device_train_batch_size": PROMPTS * GROUP,
         "num_generations": GROUP,
-        "max_completion_length": MAX_COMPLETION,
+        "max_completion_length": task.max_tokens,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
-        "temperature": 1.0,
+        "temperature": temperature,
         "beta": 0.0,
         "loss_type": "grpo",
         "gradient_checkpointing": False,
         "seed": seed,
     }
-    if arm == "grpo":
+    if mixing is None:
         trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
     else:
-        trainer_class = NGRPOTrainer
-        args = NGRPOConfig(**settings, mixing_k=1 if arm == "anchor" else k, mixing_rate=rate)
+        trainer_class, args = NGRPOTrainer, NGRPOConfig(**settings, **mixing)
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(checkpoint),
-        reward_funcs=reward,
+        reward_funcs=reward_of(task),
         args=args,
         train_dataset=dataset,
-        processing_class=build_tokenizer(),
-        callbacks=[_Progress(f"{arm}, seed {seed}", steps)],
+        processing_class=build_tokenizer(task),
+        callbacks=[] if name is None else [_Progress(f"{name}, seed {seed}", steps)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

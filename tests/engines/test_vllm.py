@@ -165,6 +165,8 @@ STRATEGIES = [
     {"strategy": "topk"},
     {"strategy": "gumbel", "temperature": 0.7},
     {"strategy": "gaussian", "noise_scale": 1.0},
+    {"strategy": "moi", "moi_beta": 0.5},
+    {"strategy": "multiplex", "temperature": 0.5},
     {"strategy": "anchor", "entropy_threshold": 3.0},
     {"stop_token_ids": [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]},
     {"allowed_token_ids": [5, 6, 7, 8, 9]},

@@ -1,0 +1,283 @@
+"""The study: does mixing soften what reinforcement learning does to pass@k? Arms, controls, seeds, report.
+
+    python examples/countdown/study.py --preset full
+
+Every run, an arm on a task with a seed, leaves a file, so that an interrupted study goes on where it was. The report
+is written from those files alone (`--report-only`).
+
+The primary question and its test, written down before the runs:
+
+    Reinforcement learning gains pass@1 and loses pass@64. Does N-GRPO lose less pass@64 per point of pass@1 gained than
+    GRPO, and than the anchor-only control (k = 1)?
+
+    cost(arm) = (pass@64 before - pass@64 after) / (pass@1 after - pass@1 before), means over held-out problems and
+    seeds. On each task: "yes" if the intervals of both cost(N-GRPO) - cost(GRPO) and cost(N-GRPO) - cost(anchor only)
+    lie below 0, "no" if both lie above, else "not told apart". The intervals are of 97.5 % each (95 % over the two
+    tasks), percentiles of a paired bootstrap: held-out problems and seeds are drawn with replacement, the same for all
+    arms. Where an arm gains no pass@1 in more than 1 % of the draws, its cost has no meaning, and that is the answer.
+    The primary arms have 20 seeds, the others 10; both numbers were fixed before the first run.
+
+All else in the report is secondary: intervals of 95 % of differences from GRPO, not corrected for their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from tqdm import tqdm
+
+from examples.countdown.arms import ARMS
+from examples.countdown.task import TASKS, Problem, Task
+from ngrpo_ops import MixingConfig
+
+PRIMARY = ("grpo", "anchor", "ngrpo")
+TEMPERATURE_TOLERANCE = 0.002  # of matched entropies, relative
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How large a study is.
+
+    Args:
+        arms: by task; the seeds of an arm are 0, 1, ...
+        primary_seeds, seeds: of the arms of the primary question, and of the others.
+        supervised_steps: by task.
+        steps: of reinforcement learning.
+        problems, samples: of the evaluation. The checkpoint is sampled four times as often, as all arms share it.
+    """
+
+    arms: dict[str, tuple[str, ...]]
+    primary_seeds: int
+    seeds: int
+    supervised_steps: dict[str, int]
+    steps: int = 100
+    problems: int = 200
+    samples: int = 64
+
+
+_STEPS_ARMS = (*PRIMARY, "grpo_matched", "words_only", "released", "rate_0.3", "topk", "gumbel", "gaussian")
+PRESETS = {
+    "full": Preset({"equation": tuple(ARMS), "steps": _STEPS_ARMS}, 20, 10, {"equation": 900, "steps": 900}),
+    "quick": Preset(
+        {"equation": (*PRIMARY, "grpo_matched"), "steps": (*PRIMARY, "words_only")},
+        2, 1, {"equation": 20, "steps": 20}, steps=2, problems=8, samples=16,
+    ),
+}  # fmt: skip
+
+
+class Job(NamedTuple):
+    task: str
+    arm: str
+    seed: int
+
+
+def jobs_of(preset: Preset) -> Iterator[Job]:
+    """Seed by seed, the primary arms first, so that a study cut short is balanced."""
+    for seed in range(max(preset.primary_seeds, preset.seeds)):
+        for task, arms in preset.arms.items():
+            for arm in arms:
+                if seed < (preset.primary_seeds if arm in PRIMARY else preset.seeds):
+                    yield Job(task, arm, seed)
+
+
+def _quiet(threads: int) -> None:
+    import warnings
+
+    import transformers
+
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _write(path: Path, value: Any) -> None:
+    """All of it or nothing, should the study be stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
+
+
+def _evaluated(model: Any, task: Any, held_out: list[Problem], samples: int, seed: int) -> dict[str, Any]:
+    from examples.countdown.evaluate import sample_solutions, usable_groups
+    from examples.countdown.model import build_tokenizer
+
+    result = sample_solutions(model, build_tokenizer(task), task, held_out, samples, seed=seed, name=None)
+    return {
+        "samples": samples,
+        "correct": result.right.sum(1).tolist(),
+        "usable_groups": usable_groups(result.right),
+        "unique": result.unique.tolist(),
+        "divergence": [round(value, 3) for value in result.divergence],
+    }
+
+
+def run_job(job: Job, checkpoint: Path, preset: Preset, temperature: float, path: Path) -> float:
+    """One arm, one seed, from the checkpoint to its file. The seconds it took."""
+    from examples.countdown.rl import train_arm
+
+    _quiet(threads=1)
+    begun = time.perf_counter()
+    task = TASKS[job.task]
+    held_out = task.held_out(preset.problems, seed=0)
+    with tempfile.TemporaryDirectory() as scratch:
+        model, history = train_arm(
+            task,
+            checkpoint,
+            held_out,
+            Path(scratch),
+            mixing=ARMS[job.arm].fields(task),
+            steps=preset.steps,
+            seed=job.seed,
+            temperature=temperature,
+        )
+    # Evaluation draws another stream for every seed, and the same for all arms of one.
+    result = _evaluated(model, task, held_out, preset.samples, seed=1000 + job.seed)
+    seconds = time.perf_counter() - begun
+    _write(path, job._asdict() | result | {"history": history, "temperature": temperature, "seconds": seconds})
+    return seconds
+
+
+def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperature: float) -> float:
+    """Mean entropy in nats, over tokens of rollouts of the checkpoint, of the distribution each was drawn from: 0 where
+    it was a forced anchor."""
+    from transformers import AutoModelForCausalLM
+
+    from examples.countdown.model import build_tokenizer
+    from ngrpo_ops.integrations.transformers import NeighborMixing
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = build_tokenizer(task)
+    stream = task.training([], "entropy")
+    prompts = [next(stream)[0].prompt for _ in range(2048)]
+    batch = tokenizer(prompts, return_tensors="pt", return_token_type_ids=False)
+    mixing = NeighborMixing(model, config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        sequences, record = mixing.generate(
+            **batch, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=task.max_tokens
+        )
+        with mixing.replay(record):
+            logits = model(input_ids=sequences).logits
+    first = batch["input_ids"].shape[1]
+    logprobs = (logits[:, first - 1 : -1] / temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    ended = (sequences[:, first:] == tokenizer.eos_token_id).int()
+    answer = ended.cumsum(1) - ended == 0  # the end itself is a token of it
+    return float(entropy.masked_fill(record.gate, 0.0)[answer].mean())
+
+
+def matched_temperature(checkpoint: Path, task: Task) -> dict[str, float]:
+    """The temperature at which GRPO's rollouts of the checkpoint have the entropy of N-GRPO's at 1, by bisection."""
+    from ngrpo_ops.integrations.trl import NGRPOConfig
+
+    config = NGRPOConfig("unused", use_cpu=True, bf16=False, **ARMS["ngrpo"].fields(task)).mixing()
+    wanted = emitted_entropy(checkpoint, task, config, 1.0)
+    low, high = 0.5, 1.5
+    while True:
+        middle = (low + high) / 2
+        found = emitted_entropy(checkpoint, task, replace(config, mixing_rate=0.0), middle)
+        if abs(found / wanted - 1) < TEMPERATURE_TOLERANCE or high - low < 1e-3:
+            return {"temperature": middle, "entropy": found, "ngrpo_entropy": wanted}
+        low, high = (middle, high) if found < wanted else (low, middle)
+
+
+def prepare(task_name: str, preset: Preset, out: Path) -> Path:
+    """The task's checkpoint, its evaluation and the matched temperature, from their files where they are there."""
+    from transformers import AutoModelForCausalLM
+
+    from examples.countdown.supervised import cached_checkpoint
+
+    task = TASKS[task_name]
+    held_out = task.held_out(preset.problems, seed=0)
+    steps = preset.supervised_steps[task_name]
+    checkpoint, _ = cached_checkpoint(out / "supervised", task, held_out, steps=steps, tied=False, fresh=False)
+    path = out / task_name / "supervised.json"
+    if not path.exists():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+        _write(path, _evaluated(model, task, held_out, 4 * preset.samples, seed=999))
+    path = out / task_name / "matched.json"
+    if not path.exists() and any(ARMS[arm].matched for arm in preset.arms[task_name]):
+        _write(path, matched_temperature(checkpoint, task))
+    return checkpoint
+
+
+def run(preset: Preset, out: Path, workers: int) -> None:
+    """All runs that are not there yet."""
+    _quiet(threads=workers)
+    settings = out / "preset.json"
+    now = json.loads(json.dumps(asdict(preset)))
+    if settings.exists() and json.loads(settings.read_text()) != now:
+        # Runs that are there count only where all but the choice of arms and seeds is the same.
+        before = json.loads(settings.read_text())
+        changed = [name for name in now if name not in ("arms", "seeds", "primary_seeds") and now[name] != before[name]]
+        if changed:
+            raise SystemExit(
+                f"--out {out} holds runs with other settings ({', '.join(changed)}): choose another folder"
+            )
+    _write(settings, now)
+    checkpoints = {task: prepare(task, preset, out) for task in preset.arms}
+    jobs = list(jobs_of(preset))
+    paths = {job: out / job.task / job.arm / f"{job.seed}.json" for job in jobs}
+    open_jobs = [job for job in jobs if not paths[job].exists()]
+    # A fresh interpreter for each worker: forked ones would share the threads of torch.
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="study", unit="run", smoothing=0.05) as bar,
+    ):
+        futures = {}
+        for job in open_jobs:
+            temperature = 1.0
+            if ARMS[job.arm].matched:
+                temperature = json.loads((out / job.task / "matched.json").read_text())["temperature"]
+            futures[pool.submit(run_job, job, checkpoints[job.task], preset, temperature, paths[job])] = job
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.set_postfix_str(" ".join(map(str, futures[future])), refresh=False)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/study-<preset>")
+    parser.add_argument("--report", type=Path, help="folder of report.md and its pictures; default: <out>/report")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error(f"--workers must be at least 1, got {arguments.workers}")
+    out = arguments.out or Path("runs") / f"study-{arguments.preset}"
+    preset = PRESETS[arguments.preset]
+    if not arguments.report_only:
+        run(preset, out, arguments.workers)
+    from examples.countdown.study_report import write_report
+
+    checkpoints = {task: prepare(task, preset, out) for task in preset.arms}
+    print(write_report(out, preset, checkpoints, arguments.report or out / "report"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""From the runs of the study to report.md, seeds.csv and the pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .arms import ARMS
+from .evaluate import pass_at_k
+from .mixes import STRATEGIES, draw_mixes
+from .report import COLORS
+from .task import TASKS
+
+if TYPE_CHECKING:
+    from .study import Preset
+
+DRAWS = 10_000
+KS = (1, 2, 4, 8, 16, 32, 64)
+_CHUNK = 500
+
+
+class Arm(NamedTuple):
+    """An arm's runs on a task. pass_at: by k, float [seeds, problems]; runs: the files, in the order of their seeds."""
+
+    pass_at: dict[int, np.ndarray]
+    runs: list[dict[str, Any]]
+
+    def mean(self, k: int) -> float:
+        return float(self.pass_at[k].mean())
+
+    def spread(self, values: np.ndarray) -> float:
+        """Standard error over seeds."""
+        return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def load(folder: Path, arms: tuple[str, ...], top: int) -> dict[str, Arm]:
+    """pass@k for k up to `top`, and the runs of a task by arm, "supervised" first; arms without runs are left out."""
+    found: dict[str, Arm] = {}
+    for name in ("supervised", *arms):
+        if name == "supervised":
+            paths = [folder / "supervised.json"]
+        else:
+            paths = sorted((folder / name).glob("*.json"), key=lambda path: int(path.stem))
+        runs = [json.loads(path.read_text()) for path in paths]
+        if runs:
+            samples = runs[0]["samples"]
+            correct = [np.array(run["correct"]) for run in runs]
+            found[name] = Arm({k: np.stack([pass_at_k(samples, c, k) for c in correct]) for k in KS if k <= top}, runs)
+    return found
+
+
+# Intervals --------------------------------------------------------------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """A paired bootstrap: how often each problem and each seed was drawn, as shares; [DRAWS, problems], [DRAWS, seeds].
+
+    Seeds are paired by their number; an arm that has fewer of them is compared on those it has.
+    """
+
+    problems: np.ndarray
+    seeds: np.ndarray
+
+    @classmethod
+    def of(cls, problems: int, seeds: int) -> Draws:
+        rng = np.random.default_rng(0)
+
+        def shares(count: int) -> np.ndarray:
+            return rng.multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
+
+        return cls(shares(problems), shares(seeds))
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """[DRAWS]: the mean of [seeds, problems], or of [1, problems], which all seeds share."""
+        if len(values) == 1:
+            return self.problems @ values[0]
+        return np.einsum("ds,sp,dp->d", self.seeds, values, self.problems, optimize=True)
+
+
+class Estimate(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def estimate(value: float, draws: np.ndarray, level: float = 0.95) -> Estimate:
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high))
+
+
+class Costs(NamedTuple):
+    """pass@K lost per pass@1 gained. value: of the means; draws: of the bootstrap; lost: share of them without gain."""
+
+    value: float
+    draws: np.ndarray
+    lost: float
+
+
+def costs(before: Arm, after: Arm, draws: Draws, seeds: int) -> Costs:
+    top = max(after.pass_at)
+
+    def cost(mean: Callable[[np.ndarray], Any]) -> Any:
+        gained = mean(after.pass_at[1][:seeds]) - mean(before.pass_at[1])
+        lost = mean(before.pass_at[top]) - mean(after.pass_at[top][:seeds])
+        return lost / np.where(gained > 0, gained, np.nan), gained
+
+    drawn, gained = cost(draws.means)
+    return Costs(float(cost(np.mean)[0]), drawn, float((gained <= 0).mean()))
+
+
+def compare(arms: dict[str, Arm], name: str, other: str, level: float = 0.95) -> dict[str, Any]:
+    """Paired differences name - other of pass@1, pass@K and cost, on the seeds that both have."""
+    one, two = arms[name], arms[other]
+    seeds = min(len(one.runs), len(two.runs))
+    draws = Draws.of(one.pass_at[1].shape[1], seeds)
+    out: dict[str, Any] = {"seeds": seeds}
+    for k in (1, max(one.pass_at)):
+        difference = one.pass_at[k][:seeds] - two.pass_at[k][:seeds]
+        out[f"pass@{k}"] = estimate(float(difference.mean()), draws.means(difference), level)
+    first, second = (costs(arms["supervised"], arm, draws, seeds) for arm in (one, two))
+    out["cost"] = estimate(first.value - second.value, first.draws - second.draws, level)
+    out["lost"] = max(first.lost, second.lost)
+    return out
+
+
+def answer(against: list[dict[str, Any]]) -> str:
+    """Of the primary question on a task, by its pre-written rule."""
+    if any(comparison["lost"] > 0.01 for comparison in against):
+        return "no answer: an arm gains no pass@1 in more than 1 % of the draws, so that its cost has no meaning"
+    if all(comparison["cost"].high < 0 for comparison in against):
+        return "yes: it loses less than both"
+    if all(comparison["cost"].low > 0 for comparison in against):
+        return "no: it loses more than both"
+    return "not told apart"
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _color(name: str, index: int) -> Any:
+    return COLORS.get(name) or plt.get_cmap("tab20")(index % 20)
+
+
+def _bare(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
+    """pass@K against pass@1: every seed, the means, and where all began."""
+    figure, all_axes = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 5.6), layout="constrained", squeeze=False)
+    for axes, (task, arms) in zip(all_axes[0], tasks.items(), strict=True):
+        top = max(arms["supervised"].pass_at)
+        for i, (name, arm) in enumerate(arms.items()):
+            x, y = arm.pass_at[1].mean(1), arm.pass_at[top].mean(1)
+            color = _color(name, i)
+            label = "before (supervised)" if name == "supervised" else ARMS[name].label
+            axes.plot(x, y, ".", color=color, alpha=0.25, markersize=5)
+            axes.plot(
+                x.mean(), y.mean(), "*" if name == "supervised" else "o", color=color, markersize=11, label=label,
+                markeredgecolor="white",
+            )  # fmt: skip
+        axes.set(xlabel="pass@1", ylabel=f"pass@{top}", title=f"{task}: small points are runs, large ones means")
+        axes.legend(frameon=False, fontsize=8)
+        _bare(axes)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int, path: Path) -> None:
+    """Each arm's differences from GRPO, with their intervals."""
+    measures = {"pass@1": "pass@1", f"pass@{top}": f"pass@{top}", "cost": f"pass@{top} lost per pass@1 gained"}
+    figure, all_axes = plt.subplots(
+        len(comparisons), 3, figsize=(13, 1.2 + 0.34 * sum(map(len, comparisons.values())) + 1.1 * len(comparisons)),
+        layout="constrained", squeeze=False, height_ratios=[len(c) + 2 for c in comparisons.values()],
+    )  # fmt: skip
+    for row, (task, arms) in zip(all_axes, comparisons.items(), strict=True):
+        for column, (axes, (measure, title)) in enumerate(zip(row, measures.items(), strict=True)):
+            for i, (name, comparison) in enumerate(arms.items()):
+                value, low, high = comparison[measure]
+                axes.plot([low, high], [-i, -i], color=_color(name, i + 1), linewidth=2)
+                axes.plot(value, -i, "o", color=_color(name, i + 1))
+            labels = [ARMS[name].label for name in arms] if column == 0 else [""] * len(arms)
+            axes.set_yticks([-i for i in range(len(arms))], labels)
+            axes.axvline(0, color="black", linewidth=1)
+            axes.set_title(f"{task}: {title}, arm - GRPO", fontsize=10)
+            _bare(axes)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_training(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
+    """Reward, usable groups and entropy over the steps, of the primary arms and of GRPO at matched entropy."""
+    shown = ("grpo", "grpo_matched", "anchor", "ngrpo")
+    measures = {"reward": "mean reward", "usable_groups": "groups with reward std > 0", "entropy": "entropy, nats"}
+    figure, all_axes = plt.subplots(len(tasks), 3, figsize=(13, 3.6 * len(tasks)), layout="constrained", squeeze=False)
+    for row, (task, arms) in zip(all_axes, tasks.items(), strict=True):
+        for axes, (measure, label) in zip(row, measures.items(), strict=True):
+            for name in (name for name in shown if name in arms):
+                curve = np.array([run["history"][measure] for run in arms[name].runs]).mean(0)
+                window = min(5, len(curve))
+                smooth = np.convolve(curve, np.ones(window) / window, "valid")
+                axes.plot(np.arange(window, len(curve) + 1), smooth, color=_color(name, 1), label=ARMS[name].label)
+            axes.set(xlabel="step", title=f"{task}: {label}")
+            _bare(axes)
+    all_axes[0][0].legend(frameon=False, fontsize=8, title="mean over seeds, of 5 steps", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _last(run: dict[str, Any], metric: str) -> float:
+    return float(np.mean(run["history"][metric][-10:]))
+
+
+def _arm_row(name: str, arms: dict[str, Arm]) -> list[str]:
+    arm = arms[name]
+    cells = ["before" if name == "supervised" else ARMS[name].label, str(len(arm.runs))]
+    for k in arm.pass_at:
+        by_seed = arm.pass_at[k].mean(1)
+        error = arm.spread(by_seed)
+        cells.append(f"{by_seed.mean():.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}"))
+    for measure in ("usable_groups", "unique", "divergence"):
+        cells.append(f"{np.mean([np.mean(run[measure]) for run in arm.runs]):.2f}")
+    if name == "supervised":
+        return [*cells, "", "", ""]
+    cells.append(f"{np.mean([_last(run, 'usable_groups') for run in arm.runs]):.2f}")
+    cells.append(f"{np.mean([_last(run, 'entropy') for run in arm.runs]):.2f}")
+    cells.append(f"{np.mean([run['history']['num_tokens'][-1] for run in arm.runs]) / 1e3:.0f}k")
+    return cells
+
+
+def _seed_rows(task: str, arms: dict[str, Arm]) -> list[list[str]]:
+    rows = []
+    for name, arm in arms.items():
+        for i, run in enumerate(arm.runs):
+            passes = [f"{values[i].mean():.4f}" for values in arm.pass_at.values()]
+            rest = [f"{np.mean(run[m]):.4f}" for m in ("usable_groups", "unique", "divergence")]
+            rows.append([task, name, str(run.get("seed", "")), *passes, *rest])
+    return rows
+
+
+def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder: Path) -> Path:
+    """report.md, seeds.csv and the pictures, in `folder`; the path of the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    top = preset.samples
+    tasks = {task: load(out / task, names, top) for task, names in preset.arms.items()}
+    lines = [
+        "# The Countdown study",
+        "",
+        "Written by `python examples/countdown/study.py`; the question and its test are in that file's docstring, "
+        "which was committed before the runs.",
+        "",
+        f"{preset.steps} steps of 32 prompts x 8 rollouts from the same checkpoint, the same prompts for all arms of a "
+        f"seed; {preset.problems} held-out problems, {preset.samples} samples of each without mixing at temperature 1. "
+        "A Qwen2 of 0.2 million parameters, trained here. What it says about larger models is unknown.",
+        "",
+    ]
+    comparisons: dict[str, dict[str, dict[str, Any]]] = {}
+    answers = []
+    for task, arms in tasks.items():
+        if not all(name in arms for name in ("grpo", "anchor", "ngrpo")):
+            continue
+        against = [compare(arms, "ngrpo", other, level=0.975) for other in ("grpo", "anchor")]
+        answers.append([
+            task,
+            *(f"{costs_of(arms, name)}" for name in ("grpo", "anchor", "ngrpo")),
+            *(str(comparison["cost"]) for comparison in against),
+            f"**{answer(against)}**",
+        ])  # fmt: skip
+        comparisons[task] = {name: compare(arms, name, "grpo") for name in arms if name not in ("supervised", "grpo")}
+    lines += [
+        "## The primary question",
+        "",
+        f"Does N-GRPO lose less pass@{top} per point of pass@1 gained than GRPO, and than the anchor-only control? The "
+        f"cost is pass@{top} lost per pass@1 gained; intervals of 97.5 %, paired over problems and seeds.",
+        "",
+        _table(
+            ["task", "cost, GRPO", "anchor only", "N-GRPO", "N-GRPO - GRPO", "N-GRPO - anchor only", "answer"], answers
+        ),
+        "",
+        f"![pass@{top} against pass@1](trade.png)",
+        "",
+    ]
+    draw_trade(tasks, folder / "trade.png")
+    draw_differences(comparisons, top, folder / "differences.png")
+    draw_training(tasks, folder / "training.png")
+    for task, arms in tasks.items():
+        matched = out / task / "matched.json"
+        lines += [f"## {task}", "", TASKS_SAY[task], ""]
+        if matched.exists():
+            found = json.loads(matched.read_text())
+            lines += [
+                f"On the checkpoint N-GRPO's rollouts have {found['ngrpo_entropy']:.3f} nats a token, forced anchors "
+                f"counted as 0; GRPO's have {found['entropy']:.3f} at temperature {found['temperature']:.3f}, which is "
+                "that of the arm at matched entropy.",
+                "",
+            ]
+        header = ["arm", "seeds", *(f"pass@{k}" for k in arms["supervised"].pass_at), "usable groups",
+                  "unique equations", "first divergence", "usable groups in training", "entropy", "tokens"]  # fmt: skip
+        lines += [
+            _table(header, [_arm_row(name, arms) for name in arms]),
+            "",
+            "Means and standard errors over seeds. Usable groups (of 8, some right and some not), distinct solutions "
+            "of a problem up to order and grouping, and the token at which two samples first differ: of the evaluation. "
+            "The last columns: of training, its last 10 steps, and the tokens of prompts and rollouts in all.",
+            "",
+        ]
+        if task in comparisons:
+            rows = [
+                [ARMS[name].label, str(c["seeds"]), str(c["pass@1"]), str(c[f"pass@{top}"]), str(c["cost"])]
+                for name, c in comparisons[task].items()
+            ]
+            lines += [
+                _table(["arm - GRPO", "seeds", "pass@1", f"pass@{top}", "cost"], rows),
+                "",
+                "Intervals of 95 %, paired, not corrected for their number.",
+                "",
+            ]
+    lines += ["![differences from GRPO](differences.png)", "", "![training](training.png)", ""]
+    landed = draw_mixes(checkpoints, folder / "mixes.png")
+    lines += [
+        "## Where mixes land",
+        "",
+        "On the checkpoints, every step of 512 rollouts mixed (k = 3). Above, a line leads from each mix to its "
+        "anchor; below, how far they go.",
+        "",
+        "![mixed and noised embeddings among the tokens](mixes.png)",
+        "",
+        _table(
+            [
+                "task",
+                "strategy",
+                "nearest token is the anchor",
+                "median distance from it over that of its nearest token",
+            ],
+            [
+                [task, STRATEGIES[strategy], f"{found['nearest_is_anchor']:.1%}", f"{found['median_distance']:.2f}"]
+                for task, strategies in landed.items()
+                for strategy, found in strategies.items()
+            ],
+        ),
+        "",
+    ]
+    every = [row for task, arms in tasks.items() for row in _seed_rows(task, arms)]
+    header = ["task", "arm", "seed", *(f"pass@{k}" for k in KS if k <= top), "usable_groups", "unique", "divergence"]
+    with (folder / "seeds.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *every])
+    seconds = sum(run.get("seconds", 0) for arms in tasks.values() for arm in arms.values() for run in arm.runs)
+    lines += [
+        "<details><summary>Every seed</summary>", "", _table(header, every), "", "</details>", "",
+        f"{len(every) - len(tasks)} runs, {seconds / 3600:.1f} hours of one CPU thread.", "",
+    ]  # fmt: skip
+    path = folder / "report.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+TASKS_SAY = {
+    "equation": "The solution is an equation, `4 * ( 2 + 1 )`: the nearest neighbours of a number are numbers.",
+    "steps": "The solution is a chain of steps in words that have synonyms, `first 2 plus 1 makes 3 then 4 times 3 "
+    "gives 12`: neighbours carry meaning.",
+}
+assert TASKS_SAY.keys() == TASKS.keys()
+
+
+def costs_of(arms: dict[str, Arm], name: str) -> str:
+    arm = arms[name]
+    draws = Draws.of(arm.pass_at[1].shape[1], len(arm.runs))
+    found = costs(arms["supervised"], arm, draws, len(arm.runs))
+    spread = estimate(found.value, found.draws)
+    return f"{spread.value:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
