@@ -462,8 +462,8 @@ def refuse_native_cuts(generation: GenerationConfig) -> None:
         value = getattr(generation, name, None)
         if generation.do_sample and value not in off:
             raise ValueError(
-                f"{name}={value} is not supported by sampler 'ngrpo' nor by strategies that draw, which have temperature, "
-                "top_k, top_p and min_p: leave it out, or take sampler 'native' and another strategy"
+                f"{name}={value} is not supported by sampler 'ngrpo' nor by strategies that draw, which have "
+                "temperature, top_k, top_p and min_p: leave it out, or take sampler 'native' and another strategy"
             )
 
 

@@ -269,7 +269,8 @@ def mixing_candidates(
         logits.detach(), neighbor_ids, k, strategy, variant, _temperature(temperature, logits),
         mixing_temperature, _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
         _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits),
-        _require_rows(row_ids, batch, logits), return_entropy, backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+        _require_rows(row_ids, batch, logits), return_entropy,
+        backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return MixingCandidates(ids, weights, fault, entropy if return_entropy else None)
 
@@ -372,7 +373,8 @@ def decode_step(
         logits.detach(), embedding.detach(), neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold,
         NOISE_SCALE if noise_scale is None else noise_scale, _temperature(temperature, logits), mixing_temperature,
         _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
-        _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits), _require_rows(row_ids, batch, logits), enabled,
+        _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits),
+        _require_rows(row_ids, batch, logits), enabled,
         backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return DecodeStep(*out)
