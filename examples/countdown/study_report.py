@@ -322,7 +322,8 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
             "",
             "Means and standard errors over seeds. Usable groups (of 8, some right and some not), distinct solutions "
             "of a problem up to order and grouping, and the token at which two samples first differ: of the "
-            "evaluation. The last columns: of training, its last 10 steps, and the tokens of prompts and rollouts in all.",
+            "evaluation. The last columns: of training, its last 10 steps, and the tokens of prompts and rollouts in "
+            "all.",
             "",
         ]
         if task in comparisons:
