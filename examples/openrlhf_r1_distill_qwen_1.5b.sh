@@ -18,6 +18,8 @@ import torch
 from openrlhf.utils import extract_boxed_answer, grade_answer
 
 
+# Its limit of time for sympy is off outside the main thread, where rewards are computed: for answers that are not checked
+# for their size, grade in a process that can be ended.
 def reward_func(queries, prompts, labels, **kwargs):
     answers = [extract_boxed_answer(query[len(prompt) :]) for query, prompt in zip(queries, prompts)]
     right = [answer is not None and grade_answer(answer, label) for answer, label in zip(answers, labels)]
@@ -65,7 +67,7 @@ python -m ngrpo_ops.integrations.openrlhf \
     --train.colocate_all \
     --ds.enable_sleep \
     --ds.packing_samples \
-    --ds.zero_stage 3 \
+    --ds.zero_stage 2 \
     --logger.tensorboard_dir "$OUT/log" \
     --ckpt.output_dir "$OUT/model" \
     --ckpt.path "$OUT/checkpoints" \

@@ -11,7 +11,7 @@ The loop, losses, advantages, rewards and weight syncs are OpenRLHF's. What is a
   processor's output of a vision-language model, which OpenRLHF carries along with every sample.
 - actors, policy and reference: `forward` and `training_step` replay the records on their input embeddings.
 
-`install` changes a module just after its import, so that a worker loads nothing that it would not have loaded.
+`install` changes a module just after its import, so that a worker loads no part of OpenRLHF that it would not have.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ngrpo_ops import MixingConfig, MixRecord
 from ngrpo_ops.environment import TESTED, is_tested
 
 _SETTINGS = "NGRPO_OPS_OPENRLHF"  # the environment variable by which workers know what the launcher read
+_LONGEST_SETTING = 100_000  # characters; Linux takes 128 KiB with its name
 _CLI = "openrlhf.cli.train_ppo_ray"
 
 # Of everything that is changed or relied on: OpenRLHF promises none of it, and a change must stop the start.
@@ -99,7 +100,7 @@ def check_openrlhf() -> None:
     try:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError("this adapter needs OpenRLHF: pip install 'ngrpo-ops[vllm]' openrlhf") from error
+        raise ImportError("this adapter needs OpenRLHF and its vLLM: pip install 'openrlhf[vllm]'") from error
     if not is_tested("openrlhf", version):
         raise ImportError(
             f"OpenRLHF {version} is not tested with this version of ngrpo-ops, which replays in OpenRLHF "
@@ -302,6 +303,20 @@ def _dispatched(original: Callable) -> Callable:
     return _dispatch_prompts_to_vllm
 
 
+def _whole(original: Callable) -> Callable:
+    """SamplesGenerator._process_response_into_experience: it measures from the first token in the loss to the last."""
+
+    def _process_response_into_experience(self: Any, response: dict, **kwargs: Any) -> Any:
+        experience = original(self, response, **kwargs)
+        sample = response.get("mm_train_inputs")
+        if isinstance(sample, MixedSample):
+            length = len(sample.cut(len(experience.sequences[0])).logprobs)
+            experience.response_length = torch.full_like(experience.response_length, length)
+        return experience
+
+    return _process_response_into_experience
+
+
 def _measured(original: Callable) -> Callable:
     """RemoteExperienceMaker.make_experience: what it puts into `info` is logged as the mean over samples."""
 
@@ -416,6 +431,7 @@ _PATCHES: dict[str, Callable[[Callable], Callable]] = {
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.__init__": _numbered,
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.generate_eval_samples": _unmixed,
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._dispatch_prompts_to_vllm": _dispatched,
+    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._process_response_into_experience": _whole,
     "openrlhf.trainer.ray.launcher:BaseModelActor.execute_batch": _scored,
     "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.ppo_train": _averaged,
     "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step": _trained,
@@ -466,18 +482,25 @@ class _AfterImport:
     """A finder of the modules to be patched, which patches them once they have been executed."""
 
     def __init__(self) -> None:
-        self.left = {target.partition(":")[0] for target in _PATCHES} - set(sys.modules)
+        self.targets = {target.partition(":")[0] for target in _PATCHES}
+        self.finding: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self.left:
+        # Every time that it is asked: a look for the module alone, or an import that failed, patches nothing.
+        if name not in self.targets or name in self.finding:
             return None
-        self.left.remove(name)
-        spec = importlib.util.find_spec(name)
+        self.finding.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.finding.remove(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 execute(module)
+                for target in [target for target in _originals if target.partition(":")[0] == name]:
+                    del _originals[target]  # of an earlier import
                 _patch(name)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -509,8 +532,15 @@ def main() -> None:
         args = parse(parser, *given, **keywords)
         config = read_arguments(parser, args)
         read["dry_run"] = vars(args).pop("ngrpo.dry_run")
-        settings = {"mixing": asdict(config), "reward_url": vars(args)["reward.remote_url"]}
-        os.environ[_SETTINGS] = json.dumps(settings)
+        if read["dry_run"]:
+            config = strongly_mixed(config)
+        settings = json.dumps({"mixing": asdict(config), "reward_url": vars(args)["reward.remote_url"]})
+        if len(settings) > _LONGEST_SETTING:
+            parser.error(
+                f"--ngrpo.allowed_token_ids: {len(config.allowed_token_ids or ())} token ids are too many, as they "
+                f"reach the workers in an environment variable of at most {_LONGEST_SETTING} characters"
+            )
+        os.environ[_SETTINGS] = settings
         vars(args)["train.agent_func_path"] = str(Path(__file__).with_name("openrlhf_executor.py"))
         return args
 
@@ -602,7 +632,23 @@ def read_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for name, (is_set, reason) in _refused(values).items():
         if is_set:
             parser.error(f"{name} is not supported with N-GRPO: {reason}")
+    size = _vocabulary_size(values["actor.model_name_or_path"])
+    try:
+        if size is not None:
+            config.require_vocabulary(size)
+    except ValueError as error:
+        parser.error(f"--ngrpo.{error}")
     return config
+
+
+def _vocabulary_size(model: str) -> int | None:
+    """None: there is no such model, which OpenRLHF will say."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=True).get_text_config().vocab_size
+    except OSError:
+        return None
 
 
 def _refused(values: dict[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -645,14 +691,26 @@ def _refused(values: dict[str, Any]) -> dict[str, tuple[Any, str]]:
 _DRY_TOKENS = 128  # at most, of a sample
 
 
+def strongly_mixed(config: MixingConfig) -> MixingConfig:
+    """The configuration with mixes that a policy which does not replay them could not overlook: at the paper's settings
+    they may be within bfloat16's rounding of the anchor."""
+    rate = max(config.mixing_rate, 0.5)
+    temperature = max(config.temperature or 1.0, 4.0)
+    return replace(
+        config, mixing_rate=rate, temperature=temperature, variant="paper", entropy_threshold=None, stop_token_ids=(),
+        loss_on_mixed_steps=True,
+    )  # fmt: skip
+
+
 def dry_run(strategy: Any) -> int:
     """Two prompts, rolled out with and without mixes by an engine, then scored by the policy; in this process.
 
-    The engine, the executor, the records and the policy's forward are those of a training run; DeepSpeed, the optimizer
-    and Ray are left out.
+    The engine, the executor, the records and the policy's forward are those of a training run, the mixes stronger (see
+    `strongly_mixed`); DeepSpeed, the optimizer and Ray are left out.
 
     Returns:
-        An exit status: 0 if the policy agrees with the engine on mixed rollouts as well as it does on plain ones.
+        An exit status: 0 if the policy agrees with the engine on mixed rollouts as well as it does on plain ones, and
+        does not where it is not given the mixes.
     """
     import asyncio
 
@@ -706,16 +764,22 @@ def dry_run(strategy: Any) -> int:
     for title, values in rows.items():
         mean, largest = (float(values.mean()), float(values.max())) if len(values) else (float("nan"),) * 2
         print(f"  {title:44} {len(values):7} {mean:12.2e} {largest:12.2e}")
-    replayed = rows["mixed, replayed"]
+    status, text = verdict(*rows.values(), mixes=read_settings()[0].k > 1)
+    print(text)
+    return status
+
+
+def verdict(plain: Tensor, replayed: Tensor, ids: Tensor, mixes: bool) -> tuple[int, str]:
+    """The exit status of a dry run and what it says, of the differences on plain rollouts, on mixed ones, and on mixed
+    ones given plain ids. `mixes`: whether a mix is not the anchor alone."""
     if not len(replayed):
-        print("no token follows a mixed step: nothing was compared")
-        return 1
-    bound = max(2 * float(rows["plain rollouts"].mean()), 1e-5)
+        return 1, "no token follows a mixed step: nothing was compared"
+    bound = max(2 * float(plain.mean()), 1e-5)
     if not float(replayed.mean()) <= bound:
-        print(f"NO PARITY: on mixed rollouts the mean is to be at most {bound:.2e}, twice that on plain ones")
-        return 1
-    print("parity: the policy agrees with the engine on mixed rollouts as it does on plain ones")
-    return 0
+        return 1, f"NO PARITY: on mixed rollouts the mean is to be at most {bound:.2e}, twice that on plain ones"
+    if mixes and not float(ids.mean()) > bound:
+        return 1, "INCONCLUSIVE: given plain ids the policy agrees as well, so that a replay cannot be told from none"
+    return 0, "parity: the policy agrees with the engine on mixed rollouts as it does on plain ones"
 
 
 async def _roll_out(args: Any, tokenizer: Any, prompts: list[tuple[str, str]]) -> tuple[list[dict], list[dict]]:

@@ -115,6 +115,9 @@ class MixingConfig:
             raise ValueError(f"seed must be an integer of 64 bits, got {self.seed!r}")
         if not isinstance(self.loss_on_mixed_steps, bool):
             raise ValueError(f"loss_on_mixed_steps must be True or False, got {self.loss_on_mixed_steps!r}")
+        always = self.mixing_rate == 1 and self.entropy_threshold is None and not self.stop_token_ids
+        if always and not self.loss_on_mixed_steps:
+            raise ValueError("mixing_rate must be below 1 where loss_on_mixed_steps=False, or no token is in the loss")
 
     @property
     def draws(self) -> bool:

@@ -428,6 +428,30 @@ def test_a_module_is_patched_when_it_is_imported(monkeypatch: pytest.MonkeyPatch
         importlib.import_module("openrlhf.models").actor = actor_module
 
 
+@pytest.mark.parametrize("name", ["openrlhf.models.actor", "openrlhf.trainer.ray.launcher"])
+def test_a_look_for_a_module_or_a_failed_import_does_not_lose_the_patch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = next(target for target in adapter._PATCHES if target.startswith(name))
+    parent, _, short = name.rpartition(".")
+    kept = sys.modules[name]
+    monkeypatch.delitem(sys.modules, name)
+    adapter.install()
+    try:
+        assert importlib.util.find_spec(name) is not None
+        with monkeypatch.context() as changed:
+            changed.setitem(adapter._EXPECTED_PARAMETERS, target, ["self"])
+            with pytest.raises(ImportError, match="OpenRLHF has changed"):
+                importlib.import_module(name)
+        assert name not in sys.modules
+        importlib.import_module(name)
+        owner, method = adapter._resolve(target)
+        assert hasattr(getattr(owner, method), "__wrapped__")
+    finally:
+        adapter.uninstall()
+        setattr(importlib.import_module(parent), short, kept)
+
+
 def launch(monkeypatch: pytest.MonkeyPatch, inputs: Path, *arguments: str) -> Any:
     """Our launcher up to where OpenRLHF connects to Ray; returns what it would connect with."""
     import ray
@@ -503,13 +527,32 @@ def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pyt
         ("--ngrpo.loss_on_mixed_steps maybe", "expected true or false"),
         ("--ngrpo.strategy none", "invalid choice"),
         ("--ngrpo.nothing 1", "unrecognized arguments: --ngrpo.nothing"),
-        ("--algo.advantage.estimator gae", "its critic would value plain tokens"),
-        ("--train.agent_func_path mine.py", "an executor of your own is not mixed"),
-        ("--reward.remote_url=", "OpenRLHF leaves its reward model out"),
-        ("--vllm.num_engines 0", "the engines are what mixes"),
-        ("--vllm.enable_prefix_caching", "cached blocks are found by token ids alone"),
-        ("--data.max_images_per_prompt 1", "vision-language models"),
-        ("--ds.deepcompile", "not part of a compiled forward"),
+        ("--ngrpo.mixing_rate 1 --ngrpo.loss_on_mixed_steps false", "--ngrpo.mixing_rate must be below 1"),
+        ("--ngrpo.k 100000", "--ngrpo.k must be at most the vocabulary size"),
+        ("--ngrpo.stop_token_ids 999999", "--ngrpo.stop_token_ids must be below the vocabulary size"),
+        (
+            "--ngrpo.allowed_token_ids " + "10 11 12 " * 10_000,
+            "--ngrpo.allowed_token_ids: 30000 token ids are too many",
+        ),
+        (
+            "--algo.advantage.estimator gae",
+            "--algo.advantage.estimator gae is not supported with N-GRPO: its critic would value plain tokens",
+        ),
+        (
+            "--train.agent_func_path mine.py",
+            "--train.agent_func_path is not supported with N-GRPO: an executor of your own",
+        ),
+        (
+            "--reward.remote_url=",
+            "--reward.remote_url is not supported with N-GRPO: OpenRLHF leaves its reward model out",
+        ),
+        ("--vllm.num_engines 0", "--vllm.num_engines 0 is not supported with N-GRPO: the engines are what mixes"),
+        ("--vllm.enable_prefix_caching", "--vllm.enable_prefix_caching is not supported with N-GRPO: cached blocks"),
+        (
+            "--data.max_images_per_prompt 1",
+            "--data.max_images_per_prompt is not supported with N-GRPO: vision-language",
+        ),
+        ("--ds.deepcompile", "--ds.deepcompile is not supported with N-GRPO: the hooks"),
     ],
 )
 def test_settings_under_which_nothing_would_mix_are_refused(
@@ -591,7 +634,7 @@ def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, differen
     evaluation = (
         f"--eval.dataset {inputs}/prompts.jsonl --eval.steps 1 --eval.temperature 0 --eval.n_samples_per_prompt 1"
     )
-    result = train("--ngrpo.mixing_rate", "0.5", *evaluation.split(), float32=False)
+    result = train(*IN_BFLOAT16.split(), *evaluation.split(), float32=False)
     assert_mixed(result, steps=2)
     assert max(map(abs, result.logged("vllm_kl"))) <= 5e-4
     assert result.logged("kl")[0] == 0  # the reference has the policy's weights, and replays the same record
@@ -677,7 +720,7 @@ def test_asynchronous_rollouts_with_a_reward_server(train: Any, difference: Diff
     try:
         words = (
             "--ngrpo.mixing_rate 0.5 --train.async_enable --train.partial_rollout_enable --actor.adam.lr 0 "
-            f"--reward.remote_url http://127.0.0.1:{server.server_port}/score"
+            f"--reward.remote_url http://127.0.0.1:{server.server_port}/score --algo.advantage.estimator rloo"
         )
         result = train(*words.split())
     finally:
@@ -710,9 +753,31 @@ def test_a_plugin_that_is_not_loaded_stops_the_first_rollout(train: Any) -> None
     assert not result.rollouts()
 
 
+def test_the_verdict_of_a_dry_run() -> None:
+    far, near, none = torch.full((3,), 0.1), torch.full((3,), 1e-6), torch.empty(0)
+    assert adapter.verdict(near, near, far, mixes=True)[0] == 0
+    assert adapter.verdict(near, near, near, mixes=False)[0] == 0  # a mix of the anchor alone
+    for differences, text in (
+        ((near, far, far), "NO PARITY"),
+        ((near, near * torch.nan, far), "NO PARITY"),
+        ((near, near, near), "INCONCLUSIVE"),
+        ((near, none, none), "nothing was compared"),
+    ):
+        status, said = adapter.verdict(*differences, mixes=True)
+        assert status == 1 and text in said
+
+
+def test_the_mixes_of_a_dry_run_are_strong() -> None:
+    config = MixingConfig(k=5, mixing_rate=0.0, stop_token_ids=[3], entropy_threshold=9.0, loss_on_mixed_steps=False)
+    strong = adapter.strongly_mixed(config)
+    assert (strong.k, strong.mixing_rate, strong.temperature) == (5, 0.5, 4.0)
+    assert strong.stop_token_ids == () and strong.entropy_threshold is None and strong.loss_on_mixed_steps
+    assert adapter.strongly_mixed(MixingConfig(mixing_rate=1.0, temperature=9.0)).temperature == 9.0
+
+
 @pytest.mark.slow
 def test_a_dry_run_prints_the_parity(train: Any) -> None:
-    result = train("--ngrpo.mixing_rate", "0.5", "--ngrpo.dry_run")
+    result = train("--ngrpo.dry_run", "--ngrpo.loss_on_mixed_steps", "false")
     assert result.status == 0, result.output
     assert "parity: the policy agrees with the engine on mixed rollouts" in result.output
     broken = train("--ngrpo.mixing_rate", "0.5", "--ngrpo.dry_run", name="broken", OPENRLHF_WITHOUT_REPLAY="1")
