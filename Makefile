@@ -3,10 +3,12 @@ BIN := .venv/bin
 ENGINES := .venv-engines/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
+.PHONY: help venv demo study docs test test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
+	@echo "make study      arms, controls and seeds of the same task: some two hours on 2 cores, can be interrupted"
+	@echo "make docs       write what is generated of docs/, follow every link and run every snippet"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make test-full  lint, types and every test but those with engines"
 	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines"
@@ -46,6 +48,14 @@ venv: .venv/installed
 
 demo: venv
 	$(BIN)/python -m examples.countdown
+
+study: venv
+	$(BIN)/python examples/countdown/study.py --preset full
+
+docs: venv
+	$(BIN)/python docs/contract.py
+	$(BIN)/python docs/figures.py
+	$(BIN)/python -m pytest -n 2 tests/test_docs.py
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -27,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ngrpo_ops.config import DRAWING
 from ngrpo_ops.kernels import configs, decode_step, group_advantages, log_softmax, mix_embeddings, nearest_neighbors
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
 
@@ -91,24 +92,29 @@ DECODE_STEPS: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
     (151_936, 4, "gumbel", {"tau": 0.5, "cut": True, "alone": True}),
     (262_144, 32, "gumbel", {}),
     (151_936, 3, "gaussian", {}),
+    (151_936, 3, "moi", {"cut": True, "alone": True}),
+    (262_144, 8, "multiplex", {"alone": True}),
 )
 
 
 def _decode_step(dtype: torch.dtype, v: int, k: int, strategy: str, **other: Any) -> None:
     b, d = 64, 1536
     rows = {name: _meta(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
-    cuts = {"top_k": _meta(b), "top_p": rows["top_p"], "min_p": rows["min_p"]} if other.get("cut") else {}
+    cuts = dict.fromkeys(("top_k", "top_p", "min_p"))
+    if other.get("cut"):
+        cuts |= {"top_k": _meta(b), "top_p": rows["top_p"], "min_p": rows["min_p"]}
     common = {
         "neighbor_ids": _meta(v, k - 1) if strategy == "neighbor" else None, "k": k, "strategy": strategy,
         "variant": other.get("variant", "paper"), "temperature": rows["temperature"], "seed": _meta(), "step": _meta(),
-        "mixing_temperature": other.get("tau"), "row_ids": _meta(b),
+        "mixing_temperature": other.get("tau"), "moi_beta": 1.0, "row_ids": _meta(b),
     }  # fmt: skip
     logits = _meta(b, v, dtype=dtype)
     if other.get("alone"):
-        decode_step.mixing_candidates(logits, **common, return_entropy=True)
+        of_draws = cuts if strategy in DRAWING else dict.fromkeys(cuts)
+        decode_step.mixing_candidates(logits, **common, **of_draws, return_entropy=True)
     decode_step.decode_step(
         logits, _meta(v, d, dtype=dtype), **common, mixing_rate=0.1, entropy_threshold=other.get("entropy"),
-        noise_scale=0.33, **dict.fromkeys(("top_k", "top_p", "min_p")) | cuts, enabled=_meta(b, dtype=torch.bool),
+        noise_scale=0.33, **cuts, enabled=_meta(b, dtype=torch.bool),
     )  # fmt: skip
     if strategy == "gaussian":
         n = _meta(4096)

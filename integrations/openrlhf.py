@@ -764,7 +764,8 @@ def dry_run(strategy: Any) -> int:
     for title, values in rows.items():
         mean, largest = (float(values.mean()), float(values.max())) if len(values) else (float("nan"),) * 2
         print(f"  {title:44} {len(values):7} {mean:12.2e} {largest:12.2e}")
-    status, text = verdict(*rows.values(), mixes=read_settings()[0].k > 1)
+    plain_ones, replayed, ids = rows.values()
+    status, text = verdict(plain_ones, replayed, ids, mixes=read_settings()[0].k > 1)  # a mix of one token is the token
     print(text)
     return status
 

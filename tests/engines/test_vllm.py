@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import snippets
 import torch
 from cpu_engine import SETTINGS, SHAPE, mixer_of, on_two_ranks
 from models import EOS, PAD, VOCABULARY, tiny_model
@@ -465,3 +467,16 @@ def test_the_plugin_is_an_entry_point() -> None:
     create()
     assert EngineArgs.create_engine_config is before
     assert Path(adapter.__file__).name == "vllm.py"
+
+
+# The page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS | {"skip_tokenizer_init": False, "max_model_len": 64, "max_num_seqs": 8}
+    monkeypatch.setattr("vllm.LLM", functools.partial(LLM, **settings))
+    model = snippets.save_model(tmp_path / "model", **SHAPE)
+    names: dict[str, Any] = snippets.run(snippets.ROOT / "docs" / "vllm.md", model)
+    names["llm"].llm_engine.engine_core.shutdown()
+    record = names["record"]
+    assert len(record) == 2 and record.length <= 32 and record.gate.any()
