@@ -66,6 +66,7 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (2**31, _config(8, BLOCK_V=4096)),
     ),
     "decode_filter_kernel": ((2**31, _config(8, BLOCK_V=2048)),),
+    "decode_draws_kernel": ((2**31, _config(8)),),
     "decode_choice_kernel": ((2**31, _config(8, BLOCK_D=1024)),),
     "gaussian_noise_kernel": ((2**31, _config(4, BLOCK_D=1024)),),
     # The width is the number of queries, and 0 for l1, which has no matrix product and so no use for large tiles.
@@ -94,6 +95,7 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "group_advantages_backward_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "decode_partials_kernel": {"BLOCK_V": 1024},
     "decode_filter_kernel": {"BLOCK_V": 2048},
+    "decode_draws_kernel": {},
     "decode_choice_kernel": {"BLOCK_D": 128},
     "gaussian_noise_kernel": {"BLOCK_D": 128},
     "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
@@ -121,8 +123,8 @@ ACCUMULATED: dict[str, list[str]] = {"mix_grad_atomic_kernel": ["out"]}
 def pinned(kernel: str, width: int, *, interpreted: bool = False) -> Config:
     if interpreted:
         blocks = dict(_INTERPRETED[kernel])
-        columns = list(blocks)[-1]
-        blocks[columns] = min(blocks[columns], max(16, next_power_of_2(width)))
+        for columns in list(blocks)[-1:]:
+            blocks[columns] = min(blocks[columns], max(16, next_power_of_2(width)))
         return Config(blocks)
     return next(config for limit, config in PINNED[kernel] if width <= limit)
 

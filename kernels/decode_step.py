@@ -1,4 +1,5 @@
-"""The decode step: sample, anchor, gate, weights, mix and record in two launches, three where the sample is cut.
+"""The decode step: sample, anchor, gate, weights, mix and record in two launches; one more where the sample is cut, and
+where a strategy mixes draws.
 
 1. Partials: a program a row and a piece of the vocabulary reads its logits once and leaves their largest, the sum of
    exp(z - largest) and its first moment. How the vocabulary is cut depends on V alone, so a row's bits do not depend on
@@ -6,7 +7,8 @@
 2. Only with top-k, top-p or min-p: a program a row finds the last logit that is kept. Between the smallest and the
    largest candidate for it a few pivots are tried at a time, each with the count and the mass above it; the ends then
    move to logits that exist, so that the search ends with the exact one. It leaves what mass each piece keeps.
-3. Choice: a program a row merges the pieces, draws gate and sample from the row's counter, finds the piece in which the
+3. Only for the strategies that mix draws: a program a draw.
+4. Choice: a program a row merges the pieces, draws gate and sample from the row's counter, finds the piece in which the
    mass first exceeds u times the total (in float64), reads that piece again and finds the token; then the candidates,
    their weights, the mix and the record.
 
@@ -223,7 +225,7 @@ def _kept_mass(x, split_top, top, cut, quota, least, ties, inverse, residual):
     return tl.where(place < quota, e, 0.0)
 
 
-# 3. Choice --------------------------------------------------------------------------------------------------------
+# 3. and 4. Draws and choice -----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -344,10 +346,45 @@ def _draw(
     return tl.where(token == _NO_ID, tl.max(tl.where(e > 0.0, columns, 0), axis=0), token)
 
 
+@triton.jit(do_not_specialize=["seed", "step"])
+def decode_draws_kernel(
+    logits, temperature, seed, step, row_ids, best_values, mass, kept_mass, ties_before, cuts, quotas, draws, v, splits,
+    stride_b, stride_v, stride_s,
+    DRAWS: tl.constexpr, BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, FILTER: tl.constexpr,
+    HAS_ROWS: tl.constexpr, PER_ROW_T: tl.constexpr, SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr,
+    INT64: tl.constexpr,
+):  # fmt: skip
+    """A draw of a row each: the first by the words of its sample, the others by the streams from 1 on, two words each.
+    Rows without a distribution, and greedy ones, are looked after by who reads them."""
+    pid = tl.program_id(0)
+    row, i = pid // DRAWS, pid % DRAWS
+    row_id = tl.load(row_ids + row) if HAS_ROWS else row.to(tl.int64)
+    stream = ((i + 1) // 2).to(tl.int64)
+    w0, w1, w2, w3 = random_words(
+        _counter(seed, SEED_TENSOR), _counter(step + row * stride_s, STEP_TENSOR), row_id, stream
+    )
+    high = tl.where(i == 0, w1, tl.where(i % 2 == 1, w0, w2))
+    low = tl.where(i == 0, w2, tl.where(i % 2 == 1, w1, w3))
+    inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
+    s = tl.arange(0, BLOCK_S)
+    piece = row * splits + s
+    tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
+    top_x = tl.max(tops_x, axis=0)
+    top = tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
+    shrink = tl.exp(tl.where(tops_x == float("-inf"), 0.0, scale(tops_x, inverse, residual) - top))
+    masses = tl.load((kept_mass if FILTER else mass) + piece, mask=s < splits, other=0.0)
+    token = _draw(
+        _uniform(high, low), logits + widen(row, INT64) * stride_b, masses, shrink, row, best_values, ties_before, cuts,
+        quotas, top, inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
+    )  # fmt: skip
+    tl.store(draws + pid, token)
+
+
 @triton.jit(do_not_specialize=["seed", "step", "threshold"])
 def decode_choice_kernel(
     logits, embedding, neighbor_ids, temperature, mixing_temperature, seed, step, row_ids, enabled, threshold,
-    entropy_threshold, noise_scale, moi_beta, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts, quotas,
+    entropy_threshold, noise_scale, moi_beta, draws, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts,
+    quotas,
     token_ids, gates, ids_out, weights_out, embeddings, logprobs, entropies, faults, v, d, splits,
     stride_b, stride_v, stride_e, stride_d, stride_n, stride_k, stride_s,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
@@ -381,9 +418,6 @@ def decode_choice_kernel(
     log_total = tl.log(total)
     entropy = log_total - tl.sum(tl.where(empty, 0.0, shrink * (moments + shift * masses)), axis=0) / total
     fault = tl.where(total != total, _NOT_A_NUMBER, tl.where(total == 0.0, _NO_TOKEN, 0))
-    if FILTER:
-        masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
-    gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
 
     # Candidates, the first the anchor.
     c = tl.arange(0, BLOCK_K)
@@ -406,26 +440,15 @@ def decode_choice_kernel(
     greedy_token = tl.sum(tl.where(c == 0, ids, 0), axis=0)
     first = 0  # the place of the one that is emitted
     drawn = greedy_token
-    if MOI or MULTIPLEX:
-        DRAWS: tl.constexpr = K if MULTIPLEX else 1
-        if (fault == 0) & (temperature != 0.0):
-            for i in range(DRAWS):
-                if i > 0:
-                    w0, w1, w2, w3 = random_words(seed, step, row_id, tl.zeros([], tl.int64) + (i + 1) // 2)
-                    high = tl.where(i % 2 == 1, w0, w2)
-                    low = tl.where(i % 2 == 1, w1, w3)
-                token = _draw(
-                    _uniform(high, low), row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas, top,
-                    inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
-                )  # fmt: skip
-                drawn = tl.where(i == 0, token, drawn)
-                if MULTIPLEX:
-                    again = tl.max(((ids == token) & (c < i)).to(tl.int32), axis=0)
-                    ids = tl.where(c == i, token, ids)
-                    missing = tl.where(c == i, again, missing)
-        elif MULTIPLEX:
-            missing = (c > 0).to(tl.int32)
+    usable = (fault == 0) & (temperature != 0.0)
+    if MULTIPLEX:
+        tokens = tl.load(draws + row * K + c, mask=c < K, other=0)
+        ids = tl.where(usable, tokens, greedy_token)
+        again = (ids[:, None] == ids[None, :]) & (c[None, :] < c[:, None])
+        missing = tl.max(again.to(tl.int32), axis=1)
+        drawn = tl.sum(tl.where(c == 0, ids, 0), axis=0)
     if MOI:
+        drawn = tl.where(usable, tl.load(draws + row), greedy_token)
         # Among the likeliest, or instead of the last of them.
         first = tl.min(tl.where((ids == drawn) & (c < K) & (missing == 0), c, K - 1), axis=0)
         ids = tl.where(c == first, drawn, ids)
@@ -457,6 +480,7 @@ def decode_choice_kernel(
     tl.store(faults + row, fault)
 
     if SAMPLE:
+        gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
         gate = (gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)) & (bad == 0)
         if HAS_ENABLED:
             gate = gate & (tl.load(enabled + row) != 0)
@@ -467,6 +491,8 @@ def decode_choice_kernel(
             if (gate == 0) & (bad == 0):
                 token = greedy_token
                 if temperature != 0.0:
+                    if FILTER:
+                        masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
                     token = _draw(
                         _uniform(high, low), row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas,
                         top, inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
@@ -600,23 +626,36 @@ def _choose(
     fault = torch.empty(rows, dtype=torch.int32, device=logits.device)
     neighbors = neighbor_ids if k > 1 else None
     embedding = sampling.get("embedding")
+    counter: dict[str, Any] = {
+        "seed": _number(seed), "step": _number(step), "stride_s": step.stride(0) if step.dim() else 0,
+        "row_ids": row_ids, "HAS_ROWS": row_ids is not None, "SEED_TENSOR": _per_row(_number(seed)),
+        "STEP_TENSOR": _per_row(_number(step)),
+    }  # fmt: skip
+    pieces: dict[str, Any] = {
+        "best_values": partials.values, "mass": partials.mass, **kept, "BEST": partials.best,
+        "BLOCK_S": triton.next_power_of_2(partials.splits), "SPLIT": partials.split,
+        "FILTER": kept is not _NOTHING_KEPT,
+    }  # fmt: skip
+    draws = None
+    if strategy in ("moi", "multiplex"):
+        count = k if strategy == "multiplex" else 1
+        draws = torch.empty(rows, count, dtype=torch.int32, device=logits.device)
+        launch(
+            decode_draws_kernel, lambda meta: (rows * count,), width=logits.shape[1], int64_for=(logits,),
+            **partials.row_arguments(logits, temperature), **counter, **pieces, draws=draws, DRAWS=count,
+        )  # fmt: skip
     launch(
         decode_choice_kernel, lambda meta: (rows,), width=0 if embedding is None else embedding.shape[1],
         int64_for=(logits, embedding, neighbors, outputs.get("embeddings")),
         **partials.row_arguments(logits, temperature), neighbor_ids=neighbors,
         stride_n=0 if neighbors is None else neighbors.stride(0),
         stride_k=0 if neighbors is None else neighbors.stride(1),
-        mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, moi_beta=moi_beta,
-        seed=_number(seed),
-        step=_number(step), stride_s=step.stride(0) if step.dim() else 0, row_ids=row_ids,
-        best_values=partials.values, best_ids=partials.ids, mass=partials.mass, moment=partials.moment, **kept,
-        **outputs, ids_out=ids, weights_out=weights, entropies=entropy, faults=fault, **sampling, K=k,
-        BLOCK_K=triton.next_power_of_2(k), BEST=partials.best,
-        BLOCK_S=triton.next_power_of_2(partials.splits), SPLIT=partials.split, NEIGHBOR=neighbors is not None,
-        GUMBEL=strategy == "gumbel", GAUSSIAN=strategy == "gaussian" and embedding is not None,
-        MOI=strategy == "moi", MULTIPLEX=strategy == "multiplex", FILTER=kept is not _NOTHING_KEPT,
-        RELEASED=variant == "released", HAS_ROWS=row_ids is not None, OWN_TAU=mixing_temperature is not None,
-        SEED_TENSOR=_per_row(_number(seed)), STEP_TENSOR=_per_row(_number(step)),
+        mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, moi_beta=moi_beta, draws=draws,
+        **counter, **pieces, best_ids=partials.ids, moment=partials.moment, **outputs, ids_out=ids, weights_out=weights,
+        entropies=entropy, faults=fault, **sampling, K=k, BLOCK_K=triton.next_power_of_2(k),
+        NEIGHBOR=neighbors is not None, GUMBEL=strategy == "gumbel",
+        GAUSSIAN=strategy == "gaussian" and embedding is not None, MOI=strategy == "moi",
+        MULTIPLEX=strategy == "multiplex", RELEASED=variant == "released", OWN_TAU=mixing_temperature is not None,
     )  # fmt: skip
     return ids, weights, entropy, fault
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
 import re
@@ -74,6 +73,13 @@ def test_the_contract_is_generated_from_the_docstrings_there_are() -> None:
     assert contract.PAGE.read_text() == contract.page(), "make docs writes it again"
 
 
+class _Here(adapter.NGRPOConfig):
+    """What a page leaves to the machine: no GPU, and no hours."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1} | kwargs)
+
+
 @pytest.mark.parametrize(
     "page",
     [page for page in snippets.PAGES if snippets.blocks(page) and page.name not in WITH_AN_ENGINE],
@@ -82,9 +88,7 @@ def test_the_contract_is_generated_from_the_docstrings_there_are() -> None:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = snippets.save_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    # What a page leaves to the machine: no GPU, and no hours.
-    here = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
-    monkeypatch.setattr(adapter, "NGRPOConfig", functools.partial(adapter.NGRPOConfig, **here))
+    monkeypatch.setattr(adapter, "NGRPOConfig", _Here)
     names: dict[str, Any] = snippets.run(page, model)
     if "trainer" in names:
         rows = [row for row in names["trainer"].state.log_history if "mix/replay_error" in row]
