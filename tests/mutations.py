@@ -89,7 +89,13 @@ MUTATIONS = [
     Mutation("choice: a faulty row is mixed", "decode_step", "gate = (gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)) & (bad == 0)", "gate = gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)"),
     Mutation("choice: neighbours outside the vocabulary", "decode_step", "known = (neighbors >= 0) & (neighbors < v)", "known = neighbors >= 0"),
     Mutation("choice: candidates that are not there", "decode_step", 'x = tl.where(missing > 0, float("-inf"), x)', "x = x"),
-    Mutation("choice: the heaviest is not first", "decode_step", "place = tl.where(c == heaviest, 0, tl.where(c < heaviest, c + 1, c))", "place = c"),
+    Mutation("choice: the emitted one is not first", "decode_step", "place = tl.where(c == first, 0, tl.where(c < first, c + 1, c))", "place = c"),
+    Mutation("draws of moi: a sample that is not among the likeliest", "decode_step", "& (missing == 0), c, K - 1), axis=0)", "& (missing == 0), c, 0), axis=0)"),
+    Mutation("draws of moi: beta", "decode_step", "moi_beta + 1.0 - share, 0.0)) / (moi_beta + 1.0)", "moi_beta + 1.0 - share, 0.0)) / 2.0"),
+    Mutation("draws of multiplex: a token drawn twice", "decode_step", "& (c[None, :] < c[:, None])", "& (c[None, :] < 0)"),
+    Mutation("draws: the stream", "decode_step", "stream = ((i + 1) // 2).to(tl.int64)", "stream = (i // 2).to(tl.int64)"),
+    Mutation("draws: the cuts", "decode_step", "masses = tl.load((kept_mass if FILTER else mass) + piece", "masses = tl.load(mass + piece"),
+    Mutation("draws: of greedy rows", "decode_step", "usable = (fault == 0) & (temperature != 0.0)", "usable = fault == 0"),
     Mutation("choice: one noise for all candidates", "decode_step", "at = index % 4", "at = index % 2"),
     Mutation("choice: the mix of a row that is not", "decode_step", "weights = tl.where(gate, weights, tl.where(c == 0, 1.0, 0.0))", "weights = weights"),
     Mutation("choice: noise on every row", "decode_step", "size = tl.where(gate, noise_scale * tl.sqrt(size / d), 0.0)", "size = noise_scale * tl.sqrt(size / d)"),
@@ -101,7 +107,9 @@ def survives(mutation: Mutation) -> bool:
     """Whether the tests of the operation pass although it is broken."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkout"
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "*.egg-info", "runs"))
+        shutil.copytree(
+            ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv*", ".git", "*.egg-info", "runs")
+        )
         source = copy / "kernels" / f"{mutation.module}.py"
         text = source.read_text()
         if text.count(mutation.before) != 1:

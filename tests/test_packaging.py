@@ -97,3 +97,51 @@ def test_wheel_and_sdist_bring_the_package_and_no_top_level_kernels(tmp_path: Pa
     site = str(tmp_path / "site")
     code = f"import sys; sys.path.insert(0, {site!r}); import ngrpo_ops.integrations.trl as t; print(t.__file__)"
     assert site in run(code, tmp_path)
+
+
+_SMOKE = """
+import importlib.util
+import torch
+import ngrpo_ops as ops
+
+assert not any(map(importlib.util.find_spec, ("transformers", "trl", "peft", "vllm", "openrlhf", "ray")))
+embedding = torch.randn(500, 32, requires_grad=True)
+table = ops.NeighborTable(k=3)
+table.refresh(embedding.detach())
+step = ops.decode_step(torch.randn(4, 500), embedding, table.ids, mixing_rate=0.5, seed=1, step=2)
+ops.raise_faults(step.fault)
+ops.mix_embeddings(embedding, step.ids, step.weights).sum().backward()
+assert embedding.grad.isfinite().all() and embedding.grad.any()
+assert ops.group_advantages(torch.rand(8), group_size=4).shape == (8,)
+logprobs = ops.selective_log_softmax(torch.randn(2, 3, 500), torch.zeros(2, 3, dtype=torch.int64))
+assert (logprobs < 0).all()
+for adapter in ("transformers", "trl", "vllm", "openrlhf"):
+    try:
+        __import__(f"ngrpo_ops.integrations.{adapter}")
+    except ImportError as error:
+        assert "pip install" in str(error), error
+    else:
+        assert adapter == "openrlhf"  # looks for it when it is started
+print(ops.__version__, ops.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    """Nothing but what the wheel asks for, and nothing of this checkout."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pinned = ["--quiet", "--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([python, "-m", "pip", "install", *pinned, "torch"], check=True)
+    subprocess.run([python, "-m", "pip", "install", *pinned, str(wheel)], check=True)
+
+    def run_there(*command: str) -> str:
+        done = subprocess.run([python, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"{ngrpo_ops.__version__} {tmp_path}" in run_there("-c", _SMOKE)
+    assert "not installed" in run_there("-m", "ngrpo_ops", "env")
