@@ -299,8 +299,11 @@ def test_a_study_cut_short_has_every_arm_of_the_seeds_it_has() -> None:
             for arm in arms
         )
     )
-    first = [job for job in jobs if job.seed == 0]
-    assert first == jobs[: len(first)] and {job.task for job in first} == set(TASKS)
+    primary = [job for job in jobs if job.arm in study.PRIMARY]
+    assert primary == jobs[: len(primary)]
+    for part in (primary, jobs[len(primary) :]):
+        assert [job.seed for job in part] == sorted(job.seed for job in part)
+        assert {job.task for job in part if job.seed == 0} == set(TASKS)
 
 
 def runs(folder: Path, rng: np.random.Generator, after: dict[str, tuple[float, float]], seeds: int) -> dict:
@@ -319,7 +322,7 @@ def runs(folder: Path, rng: np.random.Generator, after: dict[str, tuple[float, f
     for arm, shares in after.items():
         for seed in range(seeds):
             write(folder / arm / f"{seed}.json", *shares, samples, seed=seed, history=history, seconds=1.0)
-    return study_report.load(folder, tuple(after), samples)
+    return study_report.load(folder, dict.fromkeys(after, seeds), samples)
 
 
 def test_the_primary_question_is_answered_as_written(tmp_path: Path) -> None:
@@ -334,10 +337,47 @@ def test_the_primary_question_is_answered_as_written(tmp_path: Path) -> None:
     ):
         arms = runs(tmp_path / name, rng, {"grpo": others, "anchor": others, "ngrpo": ours}, seeds=4)
         against = [study_report.compare(arms, "ngrpo", other, level=0.975) for other in ("grpo", "anchor")]
-        assert study_report.answer(against).startswith(expected), name
+        assert study_report.answer(against, 4).startswith(expected), name
+        assert study_report.answer(against, 5) == "incomplete: 4 of 5 seeds"
     mixed = runs(tmp_path / "mixed", rng, {"grpo": much, "anchor": little, "ngrpo": little}, seeds=4)
     against = [study_report.compare(mixed, "ngrpo", other) for other in ("grpo", "anchor")]
-    assert study_report.answer(against) == "not told apart"
+    assert study_report.answer(against, 4) == "not told apart"
+
+
+def test_runs_are_paired_by_their_seeds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    runs(tmp_path, rng, {"grpo": (0.6, 0.05), "ngrpo": (0.6, 0.05)}, seeds=4)
+    (tmp_path / "ngrpo" / "1.json").unlink()
+    (tmp_path / "ngrpo" / "9.json").write_text("of another study")
+    arms = study_report.load(tmp_path, {"grpo": 4, "ngrpo": 4}, 16)
+    assert arms["ngrpo"].seeds == [0, 2, 3]
+    found = study_report.compare(arms, "ngrpo", "grpo")
+    rows = [0, 2, 3]
+    difference = arms["ngrpo"].pass_at[1] - arms["grpo"].pass_at[1][rows]
+    assert found["seeds"] == 3 and found["pass@1"].value == pytest.approx(difference.mean())
+
+
+def test_a_cost_without_gain_is_none(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    arms = runs(tmp_path, rng, {"grpo": (0.7, 0.005), "ngrpo": (0.11, 0.1)}, seeds=3)
+    assert study_report.compare(arms, "ngrpo", "grpo")["cost"] is None
+    assert study_report.costs_of(arms, "ngrpo") == "no gain" != study_report.costs_of(arms, "grpo")
+
+
+def test_runs_of_other_settings_are_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = study.PRESETS["quick"]
+    study.check_settings(preset, tmp_path)
+    study.check_settings(dataclasses.replace(preset, seeds=9, arms={"equation": ("grpo", "topk")}), tmp_path)
+    with pytest.raises(SystemExit, match="samples"):
+        study.check_settings(dataclasses.replace(preset, samples=32), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.countdown.rl.LEARNING_RATE", 1.0)
+        with pytest.raises(SystemExit, match="learning_rate"):
+            study.check_settings(preset, tmp_path)
+    monkeypatch.setitem(ARMS, "topk", ARMS["gumbel"])
+    study.check_settings(preset, tmp_path)
+    with pytest.raises(SystemExit, match="arm equation/topk"):
+        study.check_settings(dataclasses.replace(preset, arms={"equation": ("topk",)}), tmp_path)
 
 
 def test_intervals_are_paired_and_cover_the_difference(tmp_path: Path) -> None:
@@ -348,6 +388,10 @@ def test_intervals_are_paired_and_cover_the_difference(tmp_path: Path) -> None:
     # Problems that differ much and arms that do not: the pairing is what makes the interval narrow.
     both = np.concatenate([np.zeros((3, 50)), np.ones((3, 50))], axis=1)
     draws = study_report.Draws.of(100, 3)
+    for name in ("seeds", "problems"):
+        assert np.allclose(getattr(draws, name).sum(1), 1)
+    twins = {"supervised": arms["supervised"], "one": arms["ngrpo"], "other": arms["ngrpo"]}
+    assert study_report.compare(twins, "one", "other")["cost"] == (0, 0, 0)  # the same draws for both
     assert np.std(draws.means(both - both + 0.1)) < 1e-12 and np.std(draws.means(both)) > 0.04
 
 

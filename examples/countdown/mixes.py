@@ -103,7 +103,10 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path) -> dict[str, dict[str, 
             ordered = np.sort(to_anchor)
             bottom.plot(ordered, np.linspace(0, 1, len(ordered)), color=color, label=f"{label}: {stays:.0%} nearest")
         _label_tokens(top, tokenizer, used, (table[used] - center) @ axis)
-        top.set_title(f"{name}: token embeddings (two main axes) and where {_SHOWN} mixes of each kind land")
+        top.set_title(
+            f"{name}: token embeddings (two main axes) and where {_SHOWN} mixes of each kind land\n"
+            "(of those that moved by more than 5 % of the way to the nearest token)"
+        )
         top.legend(frameon=False, fontsize=9, loc="upper right")
         bottom.axvline(1, color="black", linewidth=0.8, linestyle=":")
         bottom.set(

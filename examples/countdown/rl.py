@@ -19,6 +19,7 @@ from .task import Problem, Task
 
 PROMPTS = 32
 GROUP = 8
+LEARNING_RATE = 2e-4
 HISTORY = (
     "reward",
     "frac_reward_zero_std",
@@ -93,7 +94,7 @@ def train_arm(
         "per_device_train_batch_size": PROMPTS * GROUP,
         "num_generations": GROUP,
         "max_completion_length": task.max_tokens,
-        "learning_rate": 2e-4,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "temperature": temperature,
         "beta": 0.0,

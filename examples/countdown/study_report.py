@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,37 +24,46 @@ if TYPE_CHECKING:
     from .study import Preset
 
 DRAWS = 10_000
+LOST = 0.01  # of the draws may have no gain, for a cost to have a meaning
 KS = (1, 2, 4, 8, 16, 32, 64)
 _CHUNK = 500
 
 
 class Arm(NamedTuple):
-    """An arm's runs on a task. pass_at: by k, float [seeds, problems]; runs: the files, in the order of their seeds."""
+    """An arm's runs on a task. pass_at: by k, float [seeds, problems]; runs: the files, in the order of `seeds`."""
 
     pass_at: dict[int, np.ndarray]
     runs: list[dict[str, Any]]
+    seeds: list[int]
 
-    def mean(self, k: int) -> float:
-        return float(self.pass_at[k].mean())
+    def of(self, seeds: Sequence[int]) -> Arm:
+        """Some of the runs."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return Arm({k: v[rows] for k, v in self.pass_at.items()}, [self.runs[row] for row in rows], list(seeds))
 
     def spread(self, values: np.ndarray) -> float:
         """Standard error over seeds."""
         return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
-def load(folder: Path, arms: tuple[str, ...], top: int) -> dict[str, Arm]:
-    """pass@k for k up to `top`, and the runs of a task by arm, "supervised" first; arms without runs are left out."""
+def load(folder: Path, arms: dict[str, int], top: int) -> dict[str, Arm]:
+    """pass@k for k up to `top`, and the runs of a task by arm, "supervised" first; arms without runs are left out.
+
+    Args:
+        arms: the number of seeds of each; runs of other seeds are not read.
+    """
     found: dict[str, Arm] = {}
-    for name in ("supervised", *arms):
-        if name == "supervised":
-            paths = [folder / "supervised.json"]
-        else:
-            paths = sorted((folder / name).glob("*.json"), key=lambda path: int(path.stem))
-        runs = [json.loads(path.read_text()) for path in paths]
+    for name, count in {"supervised": 1, **arms}.items():
+        where = {0: folder / "supervised.json"}
+        if name != "supervised":
+            where = {seed: folder / name / f"{seed}.json" for seed in range(count)}
+        where = {seed: path for seed, path in where.items() if path.exists()}
+        runs = [json.loads(path.read_text()) for path in where.values()]
         if runs:
             samples = runs[0]["samples"]
             correct = [np.array(run["correct"]) for run in runs]
-            found[name] = Arm({k: np.stack([pass_at_k(samples, c, k) for c in correct]) for k in KS if k <= top}, runs)
+            passes = {k: np.stack([pass_at_k(samples, c, k) for c in correct]) for k in KS if k <= top}
+            found[name] = Arm(passes, runs, list(where))
     return found
 
 
@@ -62,10 +71,7 @@ def load(folder: Path, arms: tuple[str, ...], top: int) -> dict[str, Arm]:
 
 
 class Draws(NamedTuple):
-    """A paired bootstrap: how often each problem and each seed was drawn, as shares; [DRAWS, problems], [DRAWS, seeds].
-
-    Seeds are paired by their number; an arm that has fewer of them is compared on those it has.
-    """
+    """A paired bootstrap: how often each problem and seed was drawn, as shares; [DRAWS, problems], [DRAWS, seeds]."""
 
     problems: np.ndarray
     seeds: np.ndarray
@@ -108,12 +114,12 @@ class Costs(NamedTuple):
     lost: float
 
 
-def costs(before: Arm, after: Arm, draws: Draws, seeds: int) -> Costs:
+def costs(before: Arm, after: Arm, draws: Draws) -> Costs:
     top = max(after.pass_at)
 
     def cost(mean: Callable[[np.ndarray], Any]) -> Any:
-        gained = mean(after.pass_at[1][:seeds]) - mean(before.pass_at[1])
-        lost = mean(before.pass_at[top]) - mean(after.pass_at[top][:seeds])
+        gained = mean(after.pass_at[1]) - mean(before.pass_at[1])
+        lost = mean(before.pass_at[top]) - mean(after.pass_at[top])
         return lost / np.where(gained > 0, gained, np.nan), gained
 
     drawn, gained = cost(draws.means)
@@ -121,23 +127,27 @@ def costs(before: Arm, after: Arm, draws: Draws, seeds: int) -> Costs:
 
 
 def compare(arms: dict[str, Arm], name: str, other: str, level: float = 0.95) -> dict[str, Any]:
-    """Paired differences name - other of pass@1, pass@K and cost, on the seeds that both have."""
-    one, two = arms[name], arms[other]
-    seeds = min(len(one.runs), len(two.runs))
-    draws = Draws.of(one.pass_at[1].shape[1], seeds)
-    out: dict[str, Any] = {"seeds": seeds}
+    """Paired differences name - other of pass@1, pass@K and cost, on the seeds that both have; the cost None where one
+    of the two often gains nothing."""
+    common = sorted(set(arms[name].seeds) & set(arms[other].seeds))
+    one, two = arms[name].of(common), arms[other].of(common)
+    draws = Draws.of(one.pass_at[1].shape[1], len(common))
+    out: dict[str, Any] = {"seeds": len(common)}
     for k in (1, max(one.pass_at)):
-        difference = one.pass_at[k][:seeds] - two.pass_at[k][:seeds]
+        difference = one.pass_at[k] - two.pass_at[k]
         out[f"pass@{k}"] = estimate(float(difference.mean()), draws.means(difference), level)
-    first, second = (costs(arms["supervised"], arm, draws, seeds) for arm in (one, two))
-    out["cost"] = estimate(first.value - second.value, first.draws - second.draws, level)
-    out["lost"] = max(first.lost, second.lost)
+    first, second = (costs(arms["supervised"], arm, draws) for arm in (one, two))
+    meaningful = max(first.lost, second.lost) <= LOST
+    out["cost"] = estimate(first.value - second.value, first.draws - second.draws, level) if meaningful else None
     return out
 
 
-def answer(against: list[dict[str, Any]]) -> str:
-    """Of the primary question on a task, by its pre-written rule."""
-    if any(comparison["lost"] > 0.01 for comparison in against):
+def answer(against: list[dict[str, Any]], planned: int) -> str:
+    """Of the primary question on a task, by its pre-written rule, once the planned seeds are there."""
+    seeds = min(comparison["seeds"] for comparison in against)
+    if seeds < planned:
+        return f"incomplete: {seeds} of {planned} seeds"
+    if any(comparison["cost"] is None for comparison in against):
         return "no answer: an arm gains no pass@1 in more than 1 % of the draws, so that its cost has no meaning"
     if all(comparison["cost"].high < 0 for comparison in against):
         return "yes: it loses less than both"
@@ -189,6 +199,8 @@ def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int
     for row, (task, arms) in zip(all_axes, comparisons.items(), strict=True):
         for column, (axes, (measure, title)) in enumerate(zip(row, measures.items(), strict=True)):
             for i, (name, comparison) in enumerate(arms.items()):
+                if comparison[measure] is None:
+                    continue
                 value, low, high = comparison[measure]
                 axes.plot([low, high], [-i, -i], color=_color(name, i + 1), linewidth=2)
                 axes.plot(value, -i, "o", color=_color(name, i + 1))
@@ -204,7 +216,11 @@ def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int
 def draw_training(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
     """Reward, usable groups and entropy over the steps, of the primary arms and of GRPO at matched entropy."""
     shown = ("grpo", "grpo_matched", "anchor", "ngrpo")
-    measures = {"reward": "mean reward", "usable_groups": "groups with reward std > 0", "entropy": "entropy, nats"}
+    measures = {
+        "reward": "mean reward",
+        "usable_groups": "groups with reward std > 0",
+        "entropy": "policy's entropy, nats",
+    }
     figure, all_axes = plt.subplots(len(tasks), 3, figsize=(13, 3.6 * len(tasks)), layout="constrained", squeeze=False)
     for row, (task, arms) in zip(all_axes, tasks.items(), strict=True):
         for axes, (measure, label) in zip(row, measures.items(), strict=True):
@@ -226,6 +242,10 @@ def draw_training(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cost(comparison: dict[str, Any]) -> str:
+    return "no gain" if comparison["cost"] is None else str(comparison["cost"])
 
 
 def _last(run: dict[str, Any], metric: str) -> float:
@@ -263,12 +283,15 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
     """report.md, seeds.csv and the pictures, in `folder`; the path of the report."""
     folder.mkdir(parents=True, exist_ok=True)
     top = preset.samples
-    tasks = {task: load(out / task, names, top) for task, names in preset.arms.items()}
+    tasks = {
+        task: load(out / task, {name: preset.seeds_of(name) for name in names}, top)
+        for task, names in preset.arms.items()
+    }
     lines = [
         "# The Countdown study",
         "",
         "Written by `python examples/countdown/study.py`; the question and its test are in that file's docstring, "
-        "which was committed before the runs.",
+        "which was committed before the runs; it says what was changed since.",
         "",
         f"{preset.steps} steps of 32 prompts x 8 rollouts from the same checkpoint, the same prompts for all arms of a "
         f"seed; {preset.problems} held-out problems, {preset.samples} samples of each without mixing at temperature 1. "
@@ -284,8 +307,8 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
         answers.append([
             task,
             *(f"{costs_of(arms, name)}" for name in ("grpo", "anchor", "ngrpo")),
-            *(str(comparison["cost"]) for comparison in against),
-            f"**{answer(against)}**",
+            *(_cost(comparison) for comparison in against),
+            f"**{answer(against, preset.primary_seeds)}**",
         ])  # fmt: skip
         comparisons[task] = {name: compare(arms, name, "grpo") for name in arms if name not in ("supervised", "grpo")}
     lines += [
@@ -302,7 +325,8 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
         "",
     ]
     draw_trade(tasks, folder / "trade.png")
-    draw_differences(comparisons, top, folder / "differences.png")
+    if comparisons:
+        draw_differences(comparisons, top, folder / "differences.png")
     draw_training(tasks, folder / "training.png")
     for task, arms in tasks.items():
         matched = out / task / "matched.json"
@@ -312,23 +336,26 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
             lines += [
                 f"On the checkpoint N-GRPO's rollouts have {found['ngrpo_entropy']:.3f} nats a token, forced anchors "
                 f"counted as 0; GRPO's have {found['entropy']:.3f} at temperature {found['temperature']:.3f}, which is "
-                "that of the arm at matched entropy.",
+                "that of the arm at matched entropy. Its policy is trained at that temperature and, like all, "
+                "evaluated at 1, hotter than it was trained, which by itself favours pass@k at large k.",
                 "",
             ]
         header = ["arm", "seeds", *(f"pass@{k}" for k in arms["supervised"].pass_at), "usable groups",
-                  "unique equations", "first divergence", "usable groups in training", "entropy", "tokens"]  # fmt: skip
+                  "unique equations", "first divergence", "usable groups in training", "policy's entropy",
+                  "tokens"]  # fmt: skip
         lines += [
             _table(header, [_arm_row(name, arms) for name in arms]),
             "",
             "Means and standard errors over seeds. Usable groups (of 8, some right and some not), distinct solutions "
             "of a problem up to order and grouping, and the token at which two samples first differ: of the "
-            "evaluation. The last columns: of training, its last 10 steps, and the tokens of prompts and rollouts in "
+            "evaluation. The last columns: of training, its last 10 steps (the entropy is the whole policy's at the "
+            "temperature of its rollouts, forced anchors not counted as 0), and the tokens of prompts and rollouts in "
             "all.",
             "",
         ]
         if task in comparisons:
             rows = [
-                [ARMS[name].label, str(c["seeds"]), str(c["pass@1"]), str(c[f"pass@{top}"]), str(c["cost"])]
+                [ARMS[name].label, str(c["seeds"]), str(c["pass@1"]), str(c[f"pass@{top}"]), _cost(c)]
                 for name, c in comparisons[task].items()
             ]
             lines += [
@@ -387,6 +414,8 @@ assert TASKS_SAY.keys() == TASKS.keys()
 def costs_of(arms: dict[str, Arm], name: str) -> str:
     arm = arms[name]
     draws = Draws.of(arm.pass_at[1].shape[1], len(arm.runs))
-    found = costs(arms["supervised"], arm, draws, len(arm.runs))
+    found = costs(arms["supervised"], arm, draws)
+    if found.lost > LOST:
+        return "no gain"
     spread = estimate(found.value, found.draws)
     return f"{spread.value:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
