@@ -606,11 +606,15 @@ class EngineMixer:
         pool.ids[entry], pool.weights[entry], pool.gate[entry], pool.fault[entry] = ids, weights, gate, fault
         sampled = sampled.index_copy(0, row, tokens.to(sampled.dtype))
         # A forced anchor was not drawn from what the cuts left: its log-probability is that of the policy without them.
+        # So is that of a draw of ours which vLLM's cuts, in another order and with other rounding, would not have left.
         # Where they are not the model's own logits, the processed ones are a copy that vLLM made for its sampler.
-        if config.strategy not in DRAWING and processed.data_ptr() != logits.data_ptr():
+        if processed.data_ptr() != logits.data_ptr():
             greedy = temperature == 0
             whole = scores.to(processed.dtype) / torch.where(greedy, 1, temperature)[:, None]
-            processed.index_copy_(0, row, torch.where(gate[:, None], whole, processed[row]))
+            of_rows = processed[row]
+            forced = torch.zeros_like(gate) if config.strategy in DRAWING else gate
+            uncut = forced | (of_rows.gather(1, tokens[:, None].long())[:, 0] == -torch.inf)
+            processed.index_copy_(0, row, torch.where(uncut[:, None], whole, of_rows))
         return sampled, processed
 
     def _penalized(self, sampler: Any, logits: Tensor, row: Tensor, slots: np.ndarray) -> Tensor:

@@ -670,7 +670,7 @@ def mixing_candidates(
     mixing_temperature: float | None, moi_beta: float, top_k: Tensor | None, top_p: Tensor | None,
     min_p: Tensor | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, three with a cut."""
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, and one each for cuts and draws."""
     t = _strided(temperature, logits.shape[0])
     partials = _Partials(logits, t, _best(k, strategy))
     kept = _filter(logits, t, partials, top_k, top_p, min_p)
@@ -693,7 +693,7 @@ def decode_step(
     mixing_temperature: float | None, moi_beta: float, top_k: Tensor | None, top_p: Tensor | None,
     min_p: Tensor | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, enabled: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """token_ids, gate, ids, weights, embeddings, logprobs, entropy, fault: two launches, three with a cut."""
+    """token_ids, gate, ids, weights, embeddings, logprobs, entropy, fault: two launches, one each for cuts, draws."""
     rows, d = logits.shape[0], embedding.shape[1]
     t = _strided(temperature, rows)
     partials = _Partials(logits, t, _best(k, strategy))

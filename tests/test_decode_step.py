@@ -1022,29 +1022,32 @@ def test_64_bit_kernels_agree(generator, dtype, layout):
     a = plain(3, 1500, top_p=0.8)
     a["logits"], a["embedding"] = (lay_out(a[name].to(dtype), layout) for name in ("logits", "embedding"))
     a["seed"] = int(torch.randint(1000, (), generator=generator))
-    narrow = decode_step(**on("triton", a))
-    with forced_int64():
-        wide = decode_step(**on("triton", a))
-    assert all(torch.equal(x, y) for x, y in zip(wide, narrow, strict=True))
+    for strategy in ({}, {"strategy": "multiplex", "neighbor_ids": None, "k": 3}):
+        narrow = decode_step(**on("triton", a | strategy))
+        with forced_int64():
+            wide = decode_step(**on("triton", a | strategy))
+        assert all(torch.equal(x, y) for x, y in zip(wide, narrow, strict=True))
 
 
 def test_offsets_are_64_bits_wide_where_they_must_be():
     """On meta tensors: too many logits, a table too large, a neighbour table too large."""
 
-    def launched(b: int = 4, v: int = 1000, d: int = 8, k: int = 3) -> list[bool]:
+    def launched(b: int = 4, v: int = 1000, d: int = 8, k: int = 3, strategy: str = "neighbor") -> list[bool]:
         meta = {"device": "meta"}
         zero = torch.tensor(0)
+        neighbors = torch.empty(v, k - 1, dtype=torch.int64, **meta) if strategy == "neighbor" else None
         with recording() as launches:
             kernels("decode_step").decode_step(
-                torch.empty(b, v, **meta), torch.empty(v, d, **meta), torch.empty(v, k - 1, dtype=torch.int64, **meta),
-                k, "neighbor", "paper", 0.1, None, 0.3, torch.tensor(1.0), None, 1.0, zero + 5, None, None, zero, zero,
-                None, None,
+                torch.empty(b, v, **meta), torch.empty(v, d, **meta), neighbors, k, strategy, "paper",
+                0.1, None, 0.3, torch.tensor(1.0), None, 1.0, zero + 5, None, None, zero, zero, None, None,
             )  # fmt: skip
         return [launch.arguments["INT64"] for launch in launches]
 
     assert launched() == [False, False, False]
     assert launched(b=20_000, v=262_144) == [True, True, True]
     assert launched(v=262_144, d=8200) == [False, False, True]
+    assert launched(strategy="moi") == [False] * 4
+    assert launched(b=20_000, v=262_144, strategy="multiplex") == [True] * 4
 
 
 @pytest.mark.slow

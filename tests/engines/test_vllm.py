@@ -202,6 +202,16 @@ def test_every_strategy_emits_and_records_what_transformers_does(
     assert torch.allclose(theirs.weights[theirs.gate], record.weights[record.gate], atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"strategy": "moi"}, {"strategy": "multiplex"}, {"sampler": "ngrpo"}], ids=str)
+def test_a_draw_that_the_engines_own_cuts_would_not_leave_has_a_log_probability(engine: Any, settings: dict) -> None:
+    """vLLM cuts by min-p first, which leaves less of the others; ours are in the order of transformers."""
+    llm = engine(MixingConfig(mixing_rate=1.0, seed=3, **settings), logprobs_mode="processed_logprobs")
+    cuts = {"temperature": 1.0, "top_p": 0.8, "min_p": 0.1, "logprobs": 0}
+    outputs = llm.generate(prompts(8), [params(row, **cuts) for row in range(8)], use_tqdm=False)
+    found = [next(iter(token.values())).logprob for output in outputs for token in output.outputs[0].logprobs]
+    assert len(found) == 8 * 20 and min(found) > -torch.inf
+
+
 def test_native_gates_are_those_of_transformers(engine: Any, model: Any) -> None:
     config = MixingConfig(mixing_rate=0.3, seed=11)
     llm = engine(config)
