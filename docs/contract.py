@@ -11,7 +11,7 @@ from typing import Any
 import ngrpo_ops
 
 PAGE = Path(__file__).with_name("contract.md")
-_SECTIONS = ("Args:", "Returns:", "Raises:")
+_SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")
 _METHODS = {"NeighborTable": ("refresh", "state_dict", "load_state_dict"), "MixRecord": ("to", "fit", "cat")}
 
 
