@@ -400,7 +400,7 @@ def test_the_big_study_in_miniature_and_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "examples/countdown/study.py", "--preset", "quick", "--out", str(tmp_path / "runs")]
 
     def run() -> str:
-        done = subprocess.run([*command, "--workers", "2"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, "--workers", "1"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

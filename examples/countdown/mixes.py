@@ -22,7 +22,6 @@ from .task import TASKS, Task
 
 STRATEGIES = {"neighbor": "N-GRPO", "topk": "Soft Thinking (top-k)", "gaussian": "STHT (top-k and noise)"}
 _COLORS = {"neighbor": COLORS["ngrpo"], "topk": COLORS["anchor"], "gaussian": COLORS["grpo"]}
-_PROMPTS = 512
 _SHOWN = 120  # mixes of each strategy in the map
 
 
@@ -33,12 +32,12 @@ class Mixes(NamedTuple):
     embeddings: np.ndarray
 
 
-def collect(checkpoint: Path, task: Task, strategy: str) -> Mixes:
+def collect(checkpoint: Path, task: Task, strategy: str, rollouts: int) -> Mixes:
     """Rollouts of the checkpoint in which every step is mixed, k = 3."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = build_tokenizer(task)
     stream = task.training([], "mixes")
-    batch = tokenizer([next(stream)[0].prompt for _ in range(_PROMPTS)], return_tensors="pt")
+    batch = tokenizer([next(stream)[0].prompt for _ in range(rollouts)], return_tensors="pt")
     batch.pop("token_type_ids", None)
     mixing = NeighborMixing(model, MixingConfig(k=3, mixing_rate=1.0, strategy=strategy))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -62,7 +61,7 @@ def _nearest(points: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.sqrt(np.clip(squared, 0, None))
 
 
-def draw_mixes(checkpoints: dict[str, Path], path: Path) -> dict[str, dict[str, dict[str, float]]]:
+def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[str, dict[str, dict[str, float]]]:
     """Draw the picture.
 
     Returns:
@@ -87,7 +86,7 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path) -> dict[str, dict[str, 
         top, bottom = axes[0][column], axes[1][column]
         out[name] = {}
         for strategy, label in STRATEGIES.items():
-            mixes = collect(checkpoint, task, strategy)
+            mixes = collect(checkpoint, task, strategy, rollouts)
             distances = _nearest(mixes.embeddings, table)
             to_anchor = distances[np.arange(len(mixes.anchors)), mixes.anchors] / spacing[mixes.anchors]
             stays = float((distances.argmin(1) == mixes.anchors).mean())

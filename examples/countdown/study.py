@@ -62,6 +62,7 @@ class Preset:
         primary_seeds, seeds: of the arms of the primary question, and of the others.
         supervised_steps: by task.
         steps: of reinforcement learning.
+        rollouts: of the checkpoint, for the matched temperature and the picture of the mixes.
         problems, samples: of the evaluation. The checkpoint is sampled four times as often, as all arms share it.
     """
 
@@ -70,6 +71,7 @@ class Preset:
     seeds: int
     supervised_steps: dict[str, int]
     steps: int = 100
+    rollouts: int = 2048
     problems: int = 200
     samples: int = 64
 
@@ -82,7 +84,7 @@ PRESETS = {
     "full": Preset({"equation": tuple(ARMS), "steps": _STEPS_ARMS}, 12, 10, {"equation": 900, "steps": 900}),
     "quick": Preset(
         {"equation": (*PRIMARY, "grpo_matched"), "steps": (*PRIMARY, "words_only")},
-        2, 1, {"equation": 20, "steps": 20}, steps=2, problems=8, samples=16,
+        2, 1, {"equation": 20, "steps": 20}, steps=2, rollouts=64, problems=8, samples=16,
     ),
 }  # fmt: skip
 
@@ -160,7 +162,7 @@ def run_job(job: Job, checkpoint: Path, preset: Preset, temperature: float, path
     return seconds
 
 
-def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperature: float) -> float:
+def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperature: float, rollouts: int) -> float:
     """Mean entropy in nats, over tokens of rollouts of the checkpoint, of the distribution each was drawn from: 0 where
     it was a forced anchor."""
     from transformers import AutoModelForCausalLM
@@ -171,7 +173,7 @@ def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperat
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = build_tokenizer(task)
     stream = task.training([], "entropy")
-    prompts = [next(stream)[0].prompt for _ in range(2048)]
+    prompts = [next(stream)[0].prompt for _ in range(rollouts)]
     batch = tokenizer(prompts, return_tensors="pt", return_token_type_ids=False)
     mixing = NeighborMixing(model, config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -189,17 +191,18 @@ def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperat
     return float(entropy.masked_fill(record.gate, 0.0)[answer].mean())
 
 
-def matched_temperature(checkpoint: Path, task: Task) -> dict[str, float]:
+def matched_temperature(checkpoint: Path, task: Task, rollouts: int) -> dict[str, float]:
     """The temperature at which GRPO's rollouts of the checkpoint have the entropy of N-GRPO's at 1, by bisection."""
     from ngrpo_ops.integrations.trl import NGRPOConfig
 
     config = NGRPOConfig("unused", use_cpu=True, bf16=False, **ARMS["ngrpo"].fields(task)).mixing()
-    wanted = emitted_entropy(checkpoint, task, config, 1.0)
+    wanted = emitted_entropy(checkpoint, task, config, 1.0, rollouts)
     low, high = 0.5, 1.5
     while True:
         middle = (low + high) / 2
-        found = emitted_entropy(checkpoint, task, replace(config, mixing_rate=0.0), middle)
-        if abs(found / wanted - 1) < TEMPERATURE_TOLERANCE:
+        found = emitted_entropy(checkpoint, task, replace(config, mixing_rate=0.0), middle, rollouts)
+        inside = 0.501 < middle < 1.499
+        if abs(found / wanted - 1) < TEMPERATURE_TOLERANCE or (high - low < 1e-4 and inside):  # few rollouts: it jumps
             return {"temperature": middle, "entropy": found, "ngrpo_entropy": wanted}
         if high - low < 1e-4:
             raise RuntimeError(f"no temperature within [0.5, 1.5] has the entropy of N-GRPO, {wanted:.3f} nats")
@@ -227,7 +230,7 @@ def prepare(task_name: str, preset: Preset, out: Path) -> Path:
         )
     path = out / task_name / "matched.json"
     if not path.exists() and any(ARMS[arm].matched for arm in preset.arms[task_name]):
-        _write(path, matched_temperature(checkpoint, task))
+        _write(path, matched_temperature(checkpoint, task, preset.rollouts))
     return checkpoint
 
 
@@ -260,7 +263,6 @@ def check_settings(preset: Preset, out: Path) -> None:
 
 def run(preset: Preset, out: Path, workers: int) -> None:
     """All runs that are not there yet."""
-    _quiet(threads=workers)
     check_settings(preset, out)
     checkpoints = {task: prepare(task, preset, out) for task in preset.arms}
     jobs = list(jobs_of(preset))
@@ -300,6 +302,7 @@ def main() -> None:
         parser.error(f"--workers must be at least 1, got {arguments.workers}")
     out = arguments.out or Path("runs") / f"study-{arguments.preset}"
     preset = PRESETS[arguments.preset]
+    _quiet(threads=arguments.workers)
     if arguments.report_only:
         if not (out / "settings.json").exists():
             parser.error(f"--report-only: there are no runs in {out}")

@@ -365,12 +365,12 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
                 "",
             ]
     lines += ["![differences from GRPO](differences.png)", "", "![training](training.png)", ""]
-    landed = draw_mixes(checkpoints, folder / "mixes.png")
+    landed = draw_mixes(checkpoints, folder / "mixes.png", preset.rollouts)
     lines += [
         "## Where mixes land",
         "",
-        "On the checkpoints, every step of 512 rollouts mixed (k = 3). Above, a line leads from each mix to its "
-        "anchor; below, how far they go.",
+        f"On the checkpoints, every step of {preset.rollouts:,} rollouts mixed (k = 3). Above, a line leads from each "
+        "mix to its anchor; below, how far they go.",
         "",
         "![mixed and noised embeddings among the tokens](mixes.png)",
         "",
