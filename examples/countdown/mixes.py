@@ -104,7 +104,8 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
         _label_tokens(top, tokenizer, used, (table[used] - center) @ axis)
         top.set_title(
             f"{name}: token embeddings (two main axes) and where {_SHOWN} mixes of each kind land\n"
-            "(of those that moved by more than 5 % of the way to the nearest token)"
+            "(of those that moved by more than 5 % of the way to the nearest token)",
+            fontsize=10,
         )
         top.legend(frameon=False, fontsize=9, loc="upper right")
         bottom.axvline(1, color="black", linewidth=0.8, linestyle=":")

@@ -159,8 +159,8 @@ def answer(against: list[dict[str, Any]], planned: int) -> str:
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _color(name: str, index: int) -> Any:
-    return COLORS.get(name) or plt.get_cmap("tab20")(index % 20)
+def _color(name: str) -> Any:
+    return COLORS.get(name) or plt.get_cmap("tab20")(list(ARMS).index(name) % 20)
 
 
 def _bare(axes: Any) -> None:
@@ -173,9 +173,9 @@ def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
     figure, all_axes = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 5.6), layout="constrained", squeeze=False)
     for axes, (task, arms) in zip(all_axes[0], tasks.items(), strict=True):
         top = max(arms["supervised"].pass_at)
-        for i, (name, arm) in enumerate(arms.items()):
+        for name, arm in arms.items():
             x, y = arm.pass_at[1].mean(1), arm.pass_at[top].mean(1)
-            color = _color(name, i)
+            color = _color(name)
             label = "before (supervised)" if name == "supervised" else ARMS[name].label
             axes.plot(x, y, ".", color=color, alpha=0.25, markersize=5)
             axes.plot(
@@ -191,7 +191,7 @@ def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
 
 def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int, path: Path) -> None:
     """Each arm's differences from GRPO, with their intervals."""
-    measures = {"pass@1": "pass@1", f"pass@{top}": f"pass@{top}", "cost": f"pass@{top} lost per pass@1 gained"}
+    measures = {"pass@1": "pass@1", f"pass@{top}": f"pass@{top}", "cost": "cost"}
     figure, all_axes = plt.subplots(
         len(comparisons), 3, figsize=(13, 1.2 + 0.34 * sum(map(len, comparisons.values())) + 1.1 * len(comparisons)),
         layout="constrained", squeeze=False, height_ratios=[len(c) + 2 for c in comparisons.values()],
@@ -202,8 +202,8 @@ def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int
                 if comparison[measure] is None:
                     continue
                 value, low, high = comparison[measure]
-                axes.plot([low, high], [-i, -i], color=_color(name, i + 1), linewidth=2)
-                axes.plot(value, -i, "o", color=_color(name, i + 1))
+                axes.plot([low, high], [-i, -i], color=_color(name), linewidth=2)
+                axes.plot(value, -i, "o", color=_color(name))
             labels = [ARMS[name].label for name in arms] if column == 0 else [""] * len(arms)
             axes.set_yticks([-i for i in range(len(arms))], labels)
             axes.axvline(0, color="black", linewidth=1)
@@ -228,7 +228,7 @@ def draw_training(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
                 curve = np.array([run["history"][measure] for run in arms[name].runs]).mean(0)
                 window = min(5, len(curve))
                 smooth = np.convolve(curve, np.ones(window) / window, "valid")
-                axes.plot(np.arange(window, len(curve) + 1), smooth, color=_color(name, 1), label=ARMS[name].label)
+                axes.plot(np.arange(window, len(curve) + 1), smooth, color=_color(name), label=ARMS[name].label)
             axes.set(xlabel="step", title=f"{task}: {label}")
             _bare(axes)
     all_axes[0][0].legend(frameon=False, fontsize=8, title="mean over seeds, of 5 steps", title_fontsize=8)
@@ -364,6 +364,11 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
                 "Intervals of 95 %, paired, not corrected for their number.",
                 "",
             ]
+    lines += [
+        "At a rate of 1 every step emits the argmax: the rollouts of a group are all the same, no group is usable, and "
+        "nothing is learned.",
+        "",
+    ] * any("rate_1" in arms for arms in tasks.values())
     lines += ["![differences from GRPO](differences.png)", "", "![training](training.png)", ""]
     landed = draw_mixes(checkpoints, folder / "mixes.png", preset.rollouts)
     lines += [
