@@ -401,7 +401,7 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
     seconds = sum(run.get("seconds", 0) for arms in tasks.values() for arm in arms.values() for run in arm.runs)
     lines += [
         "<details><summary>Every seed</summary>", "", _table(header, every), "", "</details>", "",
-        f"{len(every) - len(tasks)} runs, {seconds / 3600:.1f} hours of one CPU thread.", "",
+        f"{len(every) - len(tasks)} runs of {seconds / 3600:.1f} hours in all, one beside another.", "",
     ]  # fmt: skip
     path = folder / "report.md"
     path.write_text("\n".join(lines))
