@@ -28,6 +28,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -268,6 +269,7 @@ def run(preset: Preset, out: Path, workers: int) -> None:
     jobs = list(jobs_of(preset))
     paths = {job: out / job.task / job.arm / f"{job.seed}.json" for job in jobs}
     open_jobs = [job for job in jobs if not paths[job].exists()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
     # A fresh interpreter for each worker: forked ones would share the threads of torch.
     context = multiprocessing.get_context("spawn")
     with (
@@ -287,6 +289,8 @@ def run(preset: Preset, out: Path, workers: int) -> None:
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():  # else they would go on with what they have
+                worker.terminate()
             raise
 
 
