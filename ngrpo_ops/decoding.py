@@ -135,23 +135,12 @@ def mixing_candidates(
     draws = None
     if strategy in DRAWING:
         assert d is not None
-        kept_mass = _kept_mass(logits, d, temperature, top_k, top_p, min_p)
-        draws = _draws(logits, kept_mass, temperature, seed, rows, step, k if strategy == "multiplex" else 1)
+        count = k if strategy == "multiplex" else 1
+        draws = _draws(logits, d, temperature, top_k, top_p, min_p, seed, rows, step, count)
     ids, weights, fault = _weighted_candidates(
-        logits,
-        neighbor_ids,
-        k,
-        strategy,
-        variant,
-        temperature,
-        mixing_temperature,
-        moi_beta,
-        seed,
-        rows,
-        step,
-        d,
+        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, moi_beta, seed, rows, step, d,
         draws,
-    )
+    )  # fmt: skip
     entropy = logits.new_empty(0, dtype=torch.float32)
     if return_entropy:
         assert d is not None
@@ -297,18 +286,13 @@ def _first_above(ends: Tensor, mass: Tensor, target: Tensor) -> Tensor:
     return torch.where(crossed.any(1, keepdim=True), first, last)
 
 
-def _kept_mass(
-    logits: Tensor, d: _Distribution, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None,
-    min_p: Tensor | None,
-) -> Tensor:  # fmt: skip
-    keep = kept(logits, d, temperature, top_k, top_p, min_p)
-    return d.mass if keep is None else d.mass * keep
-
-
 def _draws(
-    logits: Tensor, mass: Tensor, temperature: Tensor, seed: Tensor, row_ids: Tensor, step: Tensor, count: int
-) -> Tensor:
+    logits: Tensor, d: _Distribution, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None, seed: Tensor, row_ids: Tensor, step: Tensor, count: int,
+) -> Tensor:  # fmt: skip
     """[B, count] independent draws; the first is the row's sample, and that of a greedy row is its argmax."""
+    keep = kept(logits, d, temperature, top_k, top_p, min_p)
+    mass = d.mass if keep is None else d.mass * keep
     tokens = [sample(mass, u) for u in uniforms(seed, row_ids, step, count)]
     greedy = (temperature == 0).to(logits.device)
     return torch.where(column(greedy, logits.device), logits.argmax(-1)[:, None], torch.stack(tokens, dim=-1))
@@ -340,23 +324,12 @@ def decode_step(
 ) -> Step:
     seed, rows, step = _counter(logits, seed, step, row_ids)
     d = _distribution(logits, temperature)
-    kept_mass = _kept_mass(logits, d, temperature, top_k, top_p, min_p)
-    draws = _draws(logits, kept_mass, temperature, seed, rows, step, k if strategy == "multiplex" else 1)
+    count = k if strategy == "multiplex" else 1
+    draws = _draws(logits, d, temperature, top_k, top_p, min_p, seed, rows, step, count)
     ids, weights, fault = _weighted_candidates(
-        logits,
-        neighbor_ids,
-        k,
-        strategy,
-        variant,
-        temperature,
-        mixing_temperature,
-        moi_beta,
-        seed,
-        rows,
-        step,
-        d,
+        logits, neighbor_ids, k, strategy, variant, temperature, mixing_temperature, moi_beta, seed, rows, step, d,
         draws,
-    )
+    )  # fmt: skip
     bad = fault != 0
     entropy = d.entropy.float().masked_fill(bad, torch.nan)
     gate = bernoulli(philox(seed, rows, step)[0], mixing_rate) & ~bad

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -81,6 +81,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Its tokens are bytes, so that it reads any text; loaded again with any model's class it is the same."""
+    words = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def left_padded(rows: int = 4, width: int = 6) -> dict[str, torch.Tensor]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from markdown_it import MarkdownIt
-from models import tiny_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from models import byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,16 +24,10 @@ def blocks(page: Path) -> list[str]:
 
 
 def save_model(folder: Path, **shape: float) -> str:
-    """A tiny Qwen2 (`shape` as of `tiny_model`) whose tokens are bytes, so that it reads any text."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words = ["<pad>", "<eos>", *sorted(alphabet)]
-    backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tiny_model(**shape | {"vocab_size": len(words)}).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    ).save_pretrained(folder)
+    """A tiny Qwen2 (`shape` as of `tiny_model`) that reads any text."""
+    tokenizer = byte_tokenizer()
+    tiny_model(**shape | {"vocab_size": len(tokenizer)}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .model import build_tokenizer
@@ -43,7 +43,7 @@ ARMS = {
     "ngrpo": _arm("N-GRPO"),
     "grpo_matched": Arm("GRPO, N-GRPO's entropy", None, matched=True),
     "released": _arm("N-GRPO, released weights", variant="released"),
-    "words_only": Arm("N-GRPO, numbers no neighbours", {"mixing_k": 3, "mixing_rate": 0.1}, words_only=True),
+    "words_only": replace(_arm("N-GRPO, numbers no neighbours"), words_only=True),
     "rate_0.05": _arm("N-GRPO, rate 0.05", rate=0.05),
     "rate_0.3": _arm("N-GRPO, rate 0.3", rate=0.3),
     "rate_1": _arm("N-GRPO, rate 1", rate=1.0),

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from transformers import AutoModelForCausalLM
 
 from ngrpo_ops import MixingConfig, gaussian_noise, mix_embeddings
@@ -55,12 +56,6 @@ def collect(checkpoint: Path, task: Task, strategy: str, rollouts: int) -> Mixes
     return Mixes(ids[:, 0].numpy(), mixed.numpy())
 
 
-def _nearest(points: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """[M, V] distances."""
-    squared = (points**2).sum(1)[:, None] - 2 * points @ table.T + (table**2).sum(1)
-    return np.sqrt(np.clip(squared, 0, None))
-
-
 def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[str, dict[str, dict[str, float]]]:
     """Draw the picture.
 
@@ -77,7 +72,7 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
         task = TASKS[name]
         tokenizer = build_tokenizer(task)
         table = AutoModelForCausalLM.from_pretrained(checkpoint).get_input_embeddings().weight.detach().numpy()
-        between = _nearest(table, table)
+        between = cdist(table, table)
         np.fill_diagonal(between, np.inf)
         spacing = between.min(1)
         used = [token for token in range(len(table)) if tokenizer.convert_ids_to_tokens(token) not in ("<pad>", "->")]
@@ -87,7 +82,7 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
         out[name] = {}
         for strategy, label in STRATEGIES.items():
             mixes = collect(checkpoint, task, strategy, rollouts)
-            distances = _nearest(mixes.embeddings, table)
+            distances = cdist(mixes.embeddings, table)
             to_anchor = distances[np.arange(len(mixes.anchors)), mixes.anchors] / spacing[mixes.anchors]
             stays = float((distances.argmin(1) == mixes.anchors).mean())
             out[name][strategy] = {"nearest_is_anchor": stays, "median_distance": float(np.median(to_anchor))}

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from examples.countdown.arms import ARMS
 from examples.countdown.task import TASKS, Problem, Task
-from ngrpo_ops import MixingConfig
+from ngrpo_ops import MixingConfig, selective_log_softmax
 
 PRIMARY = ("grpo", "anchor", "ngrpo")
 TEMPERATURE_TOLERANCE = 0.002  # of matched entropies, relative
@@ -185,8 +185,9 @@ def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperat
         with mixing.replay(record):
             logits = model(input_ids=sequences).logits
     first = batch["input_ids"].shape[1]
-    logprobs = (logits[:, first - 1 : -1] / temperature).log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    _, entropy = selective_log_softmax(
+        logits[:, first - 1 : -1], sequences[:, first:], temperature=temperature, return_entropy=True
+    )
     ended = (sequences[:, first:] == tokenizer.eos_token_id).int()
     answer = ended.cumsum(1) - ended == 0  # the end itself is a token of it
     return float(entropy.masked_fill(record.gate, 0.0)[answer].mean())

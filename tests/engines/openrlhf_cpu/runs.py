@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import EOS, PAD, tiny_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from models import EOS, byte_tokenizer, tiny_model
 
 STOCK, OURS = "openrlhf.cli.train_ppo_ray", "ngrpo_ops.integrations.openrlhf"
 PROMPTS = ["hello", "abc", "2 + 2 =", "x y z w", "seven", "so", "a", "4 * 5 - 6 ="]  # four a step
@@ -37,14 +34,8 @@ def reward_func(queries, prompts, labels, **kwargs):
 
 def make_inputs(folder: Path, shape: dict[str, int]) -> None:
     """A model with a tokenizer of bytes, prompts of different lengths, and a reward."""
-    vocabulary = {"<pad>": PAD, "<eos>": EOS}
-    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[byte] = len(vocabulary)
-    backend = Tokenizer(BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    model = tiny_model(**shape, vocab_size=len(vocabulary), scale=1.5)
+    tokenizer = byte_tokenizer()
+    model = tiny_model(**shape, vocab_size=len(tokenizer), scale=1.5)
     with torch.no_grad():
         # OpenRLHF asks the engine for at least one token, which takes the end token's share of the first, and shows in
         # `vllm_kl`. Here that token has none: one channel is the same for all inputs, and speaks against it.
