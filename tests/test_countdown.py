@@ -289,21 +289,23 @@ def test_every_arm_is_a_configuration(name: str, task_name: str) -> None:
 
 def test_a_study_cut_short_has_every_arm_of_the_seeds_it_has() -> None:
     preset = study.PRESETS["full"]
-    jobs = list(study.jobs_of(preset))
-    assert (
-        len(jobs)
-        == len(set(jobs))
-        == sum(
-            preset.primary_seeds if arm in study.PRIMARY else preset.seeds
-            for arms in preset.arms.values()
-            for arm in arms
-        )
-    )
+    jobs = study.jobs_of(preset)
+    planned = [len(preset.seeds_of(arm)) for arms in preset.arms.values() for arm in arms]
+    assert len(jobs) == len(set(jobs)) == sum(planned) == 222
     primary = [job for job in jobs if job.arm in study.PRIMARY]
     assert primary == jobs[: len(primary)]
     for part in (primary, jobs[len(primary) :]):
         assert [job.seed for job in part] == sorted(job.seed for job in part)
         assert {job.task for job in part if job.seed == 0} == set(TASKS)
+
+
+def test_a_replication_shares_nothing_with_the_study_it_repeats() -> None:
+    first, second = study.PRESETS["full"], study.PRESETS["replication"]
+    assert {arm for arms in second.arms.values() for arm in arms} == set(study.PRIMARY)
+    assert not {job.seed for job in study.jobs_of(first)} & {job.seed for job in study.jobs_of(second)}
+    for name in TASKS:
+        problems = [{problem.key for problem in preset.held_out(name)} for preset in (first, second)]
+        assert len(problems[0] & problems[1]) < 0.05 * first.problems
 
 
 def runs(folder: Path, rng: np.random.Generator, after: dict[str, tuple[float, float]], seeds: int) -> dict:
@@ -322,7 +324,7 @@ def runs(folder: Path, rng: np.random.Generator, after: dict[str, tuple[float, f
     for arm, shares in after.items():
         for seed in range(seeds):
             write(folder / arm / f"{seed}.json", *shares, samples, seed=seed, history=history, seconds=1.0)
-    return study_report.load(folder, dict.fromkeys(after, seeds), samples)
+    return study_report.load(folder, dict.fromkeys(after, range(seeds)), samples)
 
 
 def test_the_primary_question_is_answered_as_written(tmp_path: Path) -> None:
@@ -349,7 +351,7 @@ def test_runs_are_paired_by_their_seeds(tmp_path: Path) -> None:
     runs(tmp_path, rng, {"grpo": (0.6, 0.05), "ngrpo": (0.6, 0.05)}, seeds=4)
     (tmp_path / "ngrpo" / "1.json").unlink()
     (tmp_path / "ngrpo" / "9.json").write_text("of another study")
-    arms = study_report.load(tmp_path, {"grpo": 4, "ngrpo": 4}, 16)
+    arms = study_report.load(tmp_path, {"grpo": range(4), "ngrpo": range(4)}, 16)
     assert arms["ngrpo"].seeds == [0, 2, 3]
     found = study_report.compare(arms, "ngrpo", "grpo")
     rows = [0, 2, 3]
@@ -409,7 +411,12 @@ def test_the_big_study_in_miniature_and_interrupted(tmp_path: Path) -> None:
     for name in ("trade.png", "differences.png", "training.png", "mixes.png"):
         assert f"]({name})" in text and (report.parent / name).read_bytes().startswith(b"\x89PNG")
     every = list(csv.DictReader((report.parent / "seeds.csv").open()))
-    assert len(every) == 2 + len(list(study.jobs_of(study.PRESETS["quick"])))
+    assert len(every) == 2 + len(study.jobs_of(study.PRESETS["quick"]))
+    counts = list(csv.DictReader((report.parent / "correct.csv").open()))
+    for mean, run in zip(every, counts, strict=True):
+        right = [int(run[str(problem)]) for problem in range(study.PRESETS["quick"].problems)]
+        assert run["seed"] == mean["seed"]
+        assert float(mean["pass@1"]) == pytest.approx(np.mean(right) / int(run["samples"]), abs=1e-4)
     kept, lost = tmp_path / "runs/steps/ngrpo/0.json", tmp_path / "runs/steps/ngrpo/1.json"
     before, again = kept.stat().st_mtime_ns, json.loads(lost.read_text())
     lost.unlink()

@@ -1,10 +1,11 @@
-"""From the runs of the study to report.md, seeds.csv and the pictures."""
+"""From the runs of the study to report.md, its pictures, seeds.csv (the means of every run) and correct.csv (how many
+samples of a run solve each held-out problem, so that anyone can ask something else of them)."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,17 +47,15 @@ class Arm(NamedTuple):
         return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
-def load(folder: Path, arms: dict[str, int], top: int) -> dict[str, Arm]:
+def load(folder: Path, arms: Mapping[str, Sequence[int]], top: int) -> dict[str, Arm]:
     """pass@k for k up to `top`, and the runs of a task by arm, "supervised" first; arms without runs are left out.
 
     Args:
-        arms: the number of seeds of each; runs of other seeds are not read.
+        arms: the seeds of each; runs of other seeds are not read.
     """
     found: dict[str, Arm] = {}
-    for name, count in {"supervised": 1, **arms}.items():
-        where = {0: folder / "supervised.json"}
-        if name != "supervised":
-            where = {seed: folder / name / f"{seed}.json" for seed in range(count)}
+    places = {name: {seed: folder / name / f"{seed}.json" for seed in seeds} for name, seeds in arms.items()}
+    for name, where in ({"supervised": {0: folder / "supervised.json"}} | places).items():
         where = {seed: path for seed, path in where.items() if path.exists()}
         runs = [json.loads(path.read_text()) for path in where.values()]
         if runs:
@@ -280,7 +279,7 @@ def _seed_rows(task: str, arms: dict[str, Arm]) -> list[list[str]]:
 
 
 def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder: Path) -> Path:
-    """report.md, seeds.csv and the pictures, in `folder`; the path of the report."""
+    """All files of the report, in `folder`; the path of report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     top = preset.samples
     tasks = {
@@ -398,10 +397,18 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
     header = ["task", "arm", "seed", *(f"pass@{k}" for k in KS if k <= top), "usable_groups", "unique", "divergence"]
     with (folder / "seeds.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *every])
+    with (folder / "correct.csv").open("w", newline="") as file:
+        counts = [
+            [task, name, run.get("seed", ""), run["samples"], *run["correct"]]
+            for task, arms in tasks.items()
+            for name, arm in arms.items()
+            for run in arm.runs
+        ]
+        csv.writer(file).writerows([["task", "arm", "seed", "samples", *range(preset.problems)], *counts])
     seconds = sum(run.get("seconds", 0) for arms in tasks.values() for arm in arms.values() for run in arm.runs)
     lines += [
         "<details><summary>Every seed</summary>", "", _table(header, every), "", "</details>", "",
-        f"{len(every) - len(tasks)} runs of {seconds / 3600:.1f} hours in all, one beside another.", "",
+        f"{len(every) - len(tasks)} runs; their times, of a thread each, add up to {seconds / 3600:.1f} hours.", "",
     ]  # fmt: skip
     path = folder / "report.md"
     path.write_text("\n".join(lines))
