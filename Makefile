@@ -6,8 +6,8 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help venv demo study docs test test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
-	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (about 5 minutes on 2 cores)"
-	@echo "make study      arms, controls and seeds of the same task: some two hours on 2 cores, can be interrupted"
+	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (some 5 minutes on 2 cores)"
+	@echo "make study      arms, controls and seeds of two such tasks: some two hours on 2 cores, can be interrupted"
 	@echo "make docs       write what is generated of docs/, follow every link and run every snippet"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make test-full  lint, types and every test but those with engines"
@@ -17,7 +17,7 @@ help:
 	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
 	@echo "make report     everything measured on one page with pictures: benchmarks/results/report.md"
-	@echo "make resources  compile every kernel for four GPUs; registers, stack, spills and shared memory of each"
+	@echo "make resources  compile every kernel for five GPUs; registers, stack, spills and shared memory of each"
 	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
 	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
 	@echo "make venv       .venv with everything the above need; they make it themselves"
@@ -30,17 +30,16 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,test]'
 	@touch $@
 
-# torch first and alone, so that nothing else chooses its build. vLLM wants an older numpy than ours. Of torchvision and the
-# like only builds for CUDA would come. DeepSpeed is built here, without its own kernels, by a newer setuptools than vLLM
-# asks for; of OpenRLHF's requirements the rest needs CUDA.
+# torch first and alone, so that nothing else chooses its build. Of torchvision and the like only builds for CUDA would
+# come. DeepSpeed is built here, without its own kernels, by a newer setuptools than vLLM asks for; of OpenRLHF's
+# requirements the rest needs CUDA.
 .venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements.txt
 	$(PYTHON) -m venv .venv-engines
 	$(ENGINES)/python -m pip install --quiet --constraint constraints.txt torch
-	grep -v '^numpy' constraints.txt > .venv-engines/constraints.txt
-	$(ENGINES)/python -m pip install --quiet --constraint .venv-engines/constraints.txt -r tests/engines/requirements.txt
+	$(ENGINES)/python -m pip install --quiet --constraint constraints.txt -r tests/engines/requirements.txt
 	$(ENGINES)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(ENGINES)/python -m pip install --quiet 'setuptools>=80,<81' wheel
-	DS_BUILD_OPS=0 $(ENGINES)/python -m pip install --quiet --constraint .venv-engines/constraints.txt \
+	DS_BUILD_OPS=0 $(ENGINES)/python -m pip install --quiet --constraint constraints.txt \
 		--no-build-isolation deepspeed==0.19.6
 	$(ENGINES)/python -m pip install --quiet --no-deps openrlhf==0.11.2
 	$(ENGINES)/python -m pip install --quiet --no-deps --no-build-isolation --editable .

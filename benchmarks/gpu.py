@@ -1,8 +1,8 @@
 """Everything that is worth running on a machine with a CUDA GPU, in one command of at most 9 minutes: `make gpu`.
 
-The tests of the kernels on the GPU, compute-sanitizer over a few of them where it is installed, then the benchmarks.
-Logs and CSV files go to the folder NGRPO_OPS_RESULTS (default: benchmarks/results); a short table comes last. Nothing
-is installed: the packages of this Python are used, with this checkout on its path.
+The tests of the kernels on the GPU, compute-sanitizer's memcheck and racecheck over a few of them where it is
+installed, then the benchmarks. Logs and CSV files go to the folder NGRPO_OPS_RESULTS (default: benchmarks/results); a
+short table comes last. Nothing is installed: the packages of this Python are used, with this checkout on its path.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = ("mix_embeddings", "group_advantages", "log_softmax", "nearest_neighbors", "decode_step")
-TESTS = [str(path.relative_to(ROOT)) for name in OPERATIONS for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))]
-LIMIT = {"tests": 240, "sanitizer": 70, "benchmarks": 190}  # seconds; 500 together
+TESTED = ("mix_embeddings", "group_advantages", "log_softmax", "nearest_neighbors", "decode_step", "neighbor_table")
+TESTS = [str(path.relative_to(ROOT)) for name in TESTED for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))]
+# compute-sanitizer's; memory that was never written is poisoned by the tests themselves.
+TOOLS = ("memcheck", "racecheck")
+LIMIT = {"tests": 220, "memcheck": 60, "racecheck": 60, "benchmarks": 180}  # seconds; 520 together
 
 
 def step(name: str, command: list[str], folder: Path, environment: dict[str, str]) -> str:
@@ -42,7 +44,7 @@ def step(name: str, command: list[str], folder: Path, environment: dict[str, str
             code = -1
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     summary = next((line for line in reversed(lines) if "passed" in line or "failed" in line), "")
-    if name == "sanitizer":
+    if name in TOOLS:
         summary = next((line for line in reversed(lines) if "ERROR SUMMARY" in line), summary)
     state = {0: "ok", -1: f"stopped after {LIMIT[name]} s"}.get(code, f"exit {code}")
     return f"{name:<11} {state:<20} {time.monotonic() - began:4.0f} s  {summary.strip('= ')}"
@@ -86,9 +88,9 @@ def main() -> int:
     if sanitizer and device == "cuda":
         few = [*pytest, "-x", *TESTS, "-k", "kernel_against_oracle"]
         checked = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        report.append(
-            step("sanitizer", [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *few], folder, checked)
-        )
+        for tool in TOOLS:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *few]
+            report.append(step(tool, command, folder, checked))
     else:
         report.append("sanitizer   not installed")
     report.append(step("benchmarks", [*pytest, "benchmarks", "--benchmark-only", "-k", device], folder, environment))

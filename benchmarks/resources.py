@@ -38,8 +38,16 @@ TARGETS = {
     "cuda:90": GPUTarget("cuda", 90, 32),
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+    "cuda:89": GPUTarget("cuda", 89, 32),  # of workstations: must fit, and may spill a few bytes
 }
-SHARED_LIMIT = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
+SHARED_LIMIT = {
+    "cuda:80": 166_912,
+    "cuda:90": 232_448,
+    "cuda:100": 232_448,
+    "hip:gfx942": 65_536,
+    "cuda:89": 101_376,
+}
+ALLOWED = {"cuda:89": 16}  # bytes of stack and spills
 # Kernels with a matrix product, which must use the tensor cores' own instruction.
 MULTIPLIES = {"tile_best_kernel", "tile_best_symmetric_kernel"}
 
@@ -323,7 +331,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     """Why a row would not pass: it did not compile, spills, overflows shared memory, multiplies without wgmma."""
     if "error" in row:
         return [row["error"]]
-    found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name]]
+    found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name] > ALLOWED.get(row["target"], 0)]
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
     # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it; l1 has none.

@@ -22,9 +22,9 @@ BOXES = {
               "nearest, searched once a weight update"),
     "logits": (0.1, 3.9, 2.6, 1.1, PLAIN, "logits of the next token"),
     "gate": (3.5, 3.9, 2.0, 1.1, OURS, "gate: mix this\nstep? (rate)"),
-    "sample": (6.6, 3.45, 3.9, 0.75, PLAIN, "no: sample y, feed E[y]"),
-    "mix": (6.6, 4.6, 3.9, 1.1, OURS, "yes: emit the anchor, feed\n"
-            "$\\Sigma\\;\\alpha_c\\,E[c]$ of it and its neighbours"),
+    "sample": (6.6, 3.45, 3.9, 0.75, PLAIN, "no: sample y, feed its embedding E[y]"),
+    "mix": (6.6, 4.5, 3.9, 1.25, OURS, "yes: emit the anchor, feed\n"
+            "$\\Sigma\\;\\alpha_c\\,E[c]$ of it and its neighbours\n($\\alpha$: softmax of their logits)"),
     "record": (11.5, 4.6, 3.3, 1.1, RECORD, "record: which steps,\nk ids, k weights"),
     "text": (12.3, 3.45, 2.5, 0.75, PLAIN, "text, reward, advantage"),
     "inputs": (0.1, 0.35, 4.3, 1.25, OURS, "input embeddings, mixed\npositions rebuilt from the record\n"
@@ -67,12 +67,14 @@ def draw_data_flow(path: Path) -> None:
     _arrow(axes, (2.75, 4.45), (3.45, 4.45))
     _arrow(axes, (5.55, 4.6), (6.55, 5.1))
     _arrow(axes, (5.55, 4.25), (6.55, 3.85))
-    _arrow(axes, (7.0, 6.1), (7.4, 5.75), EDGES[OURS])
+    _arrow(axes, (7.0, 6.1), (7.4, 5.8), EDGES[OURS])
     _arrow(axes, (10.55, 3.82), (12.25, 3.82))
     _arrow(axes, (10.55, 4.8), (12.25, 4.05))
     _arrow(axes, (10.55, 5.15), (11.45, 5.15), EDGES[RECORD])
     _arrow(axes, (7.6, 3.4), (1.4, 3.85), bend=-0.14)
-    axes.text(3.7, 3.45, "the next input", fontsize=10, color="#444444")
+    _arrow(axes, (6.55, 5.35), (2.2, 5.05), EDGES[OURS], bend=0.12)
+    for height in (3.45, 5.57):
+        axes.text(3.7, height, "the next input", fontsize=10, color="#444444")
     axes.plot((11.75, 11.75), (4.55, 2.62), color=EDGES[RECORD], linewidth=1.5)
     _arrow(axes, (11.75, 2.62), (2.3, 1.65), EDGES[RECORD], bend=0.06)
     _arrow(axes, (13.6, 3.4), (13.6, 1.65))

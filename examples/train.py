@@ -5,8 +5,14 @@ r"""N-GRPO on a model and a data set of questions and answers of your own, with 
 
 `--dataset_name` is a name on the Hugging Face hub, a folder, or a file (.jsonl, .json, .parquet, .csv). Its questions
 are in a column `prompt`, `question` or `problem`, its answers in `answer` or `solution`. `--help` has all arguments:
-LoRA is `--use_peft true`, vLLM `--use_vllm true`, plain GRPO `--mixing_rate 0`. The other defaults are the paper's, or
-TRL's. Needs: pip install 'ngrpo-ops[examples]'
+LoRA is `--use_peft true`, vLLM `--use_vllm true`, plain GRPO `--mixing_rate 0`. The other defaults are the paper's,
+with LoRA too, where its learning rate of 1e-6 is low, or TRL's.
+
+To evaluate: `--eval_strategy steps --eval_steps 100`, where the data set has a split `test`. To go on:
+`--resume_from_checkpoint runs/gsm8k/checkpoint-500`. To log: `--report_to wandb`. On several GPUs: `accelerate launch`
+in the place of `python`. Not tried: the last two, and quantised models.
+
+Needs, in this checkout: pip install '.[examples]', for vLLM '.[examples,vllm]'
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
 try:
     from math_verify import parse, verify
 except ImportError as error:
-    raise ImportError("this example needs math-verify: pip install 'ngrpo-ops[examples]'") from error
+    raise ImportError("this example needs math-verify: pip install '.[examples]'") from error
 
 QUESTIONS = ("prompt", "question", "problem")
 ANSWERS = ("answer", "solution")

@@ -100,7 +100,9 @@ def check_openrlhf() -> None:
     try:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError("this adapter needs OpenRLHF and its vLLM: pip install 'openrlhf[vllm]'") from error
+        raise ImportError(
+            f"this adapter needs OpenRLHF and its vLLM: pip install 'openrlhf[vllm]=={TESTED['openrlhf']}'"
+        ) from error
     if not is_tested("openrlhf", version):
         raise ImportError(
             f"OpenRLHF {version} is not tested with this version of ngrpo-ops, which replays in OpenRLHF "

@@ -30,7 +30,9 @@ try:
     from transformers.generation import GenerationMode
     from transformers.utils import logging
 except ImportError as error:
-    raise ImportError("this adapter needs transformers: pip install 'ngrpo-ops[transformers]'") from error
+    raise ImportError(
+        "this adapter needs transformers: pip install '.[transformers]' in a checkout of ngrpo_ops"
+    ) from error
 
 from ngrpo_ops import (
     MixingConfig,
@@ -357,12 +359,9 @@ class _Rollout(LogitsProcessor):
         """The record of what was returned; `pad` is given where a criterion of the user's may have ended rows."""
         completion = sequences[:, self.prompt_length :]
         length = completion.shape[1]
-        self._finish_step(completion[:, self.step - 1])
+        if self.step <= length:  # generate may have undone the last steps
+            self._finish_step(completion[:, self.step - 1])
         logprobs = torch.stack(self.logprobs, dim=1)[:, :length]
-        ends = torch.isin(completion, self.eos)
-        ended = ends.cumsum(1) - ends.long() > 0
-        if pad is not None:  # such a row ends in padding, as one with an end token does
-            ended |= (completion == pad).flip(1).cumprod(1).flip(1).bool()
 
         def filled(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
             out = torch.zeros(shape, dtype=dtype, device=completion.device)
@@ -370,13 +369,21 @@ class _Rollout(LogitsProcessor):
                 out[rows, steps] = torch.cat([getattr(step, name) for step in mixed]).to(dtype)
             return out
 
-        mixed = [step for step in self.mixed if step.step < length]  # generate may have undone the last steps
+        mixed = [step for step in self.mixed if step.step < length]
         if mixed:
             rows = torch.cat([step.rows for step in mixed])
             steps = torch.cat([torch.full_like(step.rows, step.step) for step in mixed])
         shape = tuple(completion.shape)
-        gate = filled(shape, "gate", torch.bool) & ~ended
+        gate = filled(shape, "gate", torch.bool)
         ids = filled((*shape, self.config.k), "ids", torch.int64)
+        overruled = gate & (completion != ids[:, :, 0])
+        ends = torch.isin(completion, self.eos)
+        ended = ends.cumsum(1) - ends.long() > 0
+        if pad is not None:  # such a row ends in padding, as one with an end token does
+            padding = (completion == pad).flip(1).cumprod(1).flip(1).bool()
+            # Where rows are padded with an end token the first may have been emitted, and reads as if it was.
+            ended |= padding & ~(ends & (padding.cumsum(1) == 1) & ~overruled)
+        gate &= ~ended
         weights = filled((*shape, self.config.k), "weights", torch.float32)
         raise_faults(filled(shape, "fault", torch.int32).masked_fill(ended, 0), row_ids=self.row_ids)
         unknown = (logprobs.isnan() & ~ended).nonzero().tolist()
@@ -386,7 +393,7 @@ class _Rollout(LogitsProcessor):
                 f"the model's logits at row {int(self.row_ids[row])}, step {step} hold NaN or +inf, or are all -inf: "
                 "what was emitted there is no draw from the policy"
             )
-        if bool(((completion != ids[:, :, 0]) & gate).any()):
+        if bool((overruled & ~ended).any()):
             raise RuntimeError("a mixed step did not emit its anchor: another logits processor overruled it")
         noise = {}
         if self.config.strategy == "gaussian":
@@ -439,6 +446,12 @@ def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -
     for name in ("inputs_embeds", "custom_generate", "inputs"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} cannot be mixed: pass the prompt as input_ids")
+    cache = arguments.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            f"past_key_values must be empty, got a cache of {cache.get_seq_length()} tokens: what an earlier turn "
+            "mixed is not in the record, and would be replayed as plain ids"
+        )
 
 
 # And the values that leave them off.
@@ -627,6 +640,10 @@ class NeighborMixing:
         changed: dict[str, Any] = {"disable_compile": True}
         if self.config.sampler == "ngrpo":  # what generate itself samples by is ours
             changed |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
+            changed["num_return_sequences"] = 1  # of greedy ones it makes no more, so they are made here
+            input_ids, kwargs = model._expand_inputs_for_generation(
+                rows // input_ids.shape[0], input_ids=input_ids, **kwargs
+            )
         if kwargs.get("generation_config") is None:
             kwargs.update(changed)
         else:  # generate takes a configuration or settings, not both

@@ -27,7 +27,7 @@ try:
     from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
-    raise ImportError("this adapter needs TRL: pip install 'ngrpo-ops[trl]'") from error
+    raise ImportError("this adapter needs TRL: pip install '.[trl]' in a checkout of ngrpo_ops") from error
 
 from ngrpo_ops import MixingConfig, MixRecord
 from ngrpo_ops.environment import TESTED
@@ -41,6 +41,7 @@ _PREFIX = "mix_"
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
 _REPLAY_TOLERANCE = 1e-3  # cached and full forwards of a trained model differ by some 1e-5 in float32
+_ROUNDING_TOLERANCE = 0.5  # of lower precisions, where GRPO itself has some tenths
 _ROUNDING_SPREAD = 10  # the largest of many roundings over that of the few before the first mix
 
 # The methods overridden are private to TRL: a change of theirs must stop the import, not the mixing.
@@ -392,8 +393,8 @@ class NGRPOTrainer(GRPOTrainer):
         largest = torch.stack([error.max(), (error * ~follows).max()])
         whole, before = self.accelerator.gather(largest[None]).amax(0).tolist()
         self._metrics["train"]["mix/replay_error"].append(whole)
-        if not whole <= _REPLAY_TOLERANCE:
-            self._warn_once(*self._cause(whole, before), whole)
+        if not whole <= _REPLAY_TOLERANCE and (cause := self._cause(whole, before)) is not None:
+            self._warn_once(*cause, whole)
 
     def _warn_once(self, name: str, cause: str, error: float) -> None:
         if name not in self._warned:
@@ -402,8 +403,9 @@ class NGRPOTrainer(GRPOTrainer):
                 f"mix/replay_error is {error:.2g}, and the importance ratios are as wrong. {cause} (Said once.)"
             )
 
-    def _cause(self, whole: float, before: float) -> tuple[str, str]:
-        """What an error of the replay comes from, given that of the steps which no mix precedes: name and words."""
+    def _cause(self, whole: float, before: float) -> tuple[str, str] | None:
+        """What an error of the replay comes from, given that of the steps which no mix precedes: name and words; None
+        where lower precisions than float32 have as much."""
         dropouts = {module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         dropouts |= {getattr(self.model.config, "attention_dropout", None) or 0.0}
         if self.model.training and any(dropouts):
@@ -413,11 +415,12 @@ class NGRPOTrainer(GRPOTrainer):
             )
         exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
         if not before <= _REPLAY_TOLERANCE if exact else not whole > _ROUNDING_SPREAD * before:
-            rounding = "" if exact else "rounding, of which lower precisions than float32 have up to some tenths; "
+            if not exact and before <= _ROUNDING_TOLERANCE:
+                return None
             engine = "an engine with other weights, precision or kernels; " if self.use_vllm else ""
             return "before", (
                 f"Where no mix precedes in its row it is {before:.2g} already, so that it is not the replay's: the "
-                f"training forward differs from the rollout's, mixed or not ({rounding}{engine}positions that count "
+                f"training forward differs from the rollout's, mixed or not ({engine}positions that count "
                 "the padding; a patched forward)."
             )
         return "replay", (

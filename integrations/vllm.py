@@ -31,7 +31,7 @@ from torch import Tensor, nn
 try:
     import vllm
 except ImportError as error:
-    raise ImportError("this adapter needs vLLM: pip install 'ngrpo-ops[vllm]'") from error
+    raise ImportError("this adapter needs vLLM: pip install '.[vllm]' in a checkout of ngrpo_ops") from error
 
 from ngrpo_ops import (
     MixingConfig,
@@ -147,8 +147,8 @@ def register() -> None:
 
     An engine without `engine_arguments` is left as it is. Of one with them is refused, when it is configured:
     another vLLM than the tested, Model Runner V1, pipeline parallelism, speculative decoding, batch-sharded sampling,
-    context parallelism, data parallelism within the engine, KV connectors, prompt embeddings, LoRA on the embedding,
-    multi-modal models. A request to mix is refused where the engine was not
+    context parallelism, data parallelism within the engine, KV connectors, trace replay, prompt embeddings, LoRA on the
+    embedding, multi-modal models. A request to mix is refused where the engine was not
     told to, and where prefix caching is on and the prompt has no `cache_salt` of its own: cached blocks are found by
     token ids alone, and would be taken for those of another mix.
     """
@@ -162,11 +162,14 @@ def register() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.parallel_sampling import ParentRequest
     from vllm.v1.worker.gpu import model_states
+    from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(InputProcessor, "process_inputs", _checked_request)
     _wrap(ParentRequest, "get_child_info", _numbered_child)
     _wrap(model_states, "resolve_model_state_cls", _mixing_model_state)
+    for name in ("reload_weights", "finish_weight_update"):
+        _wrap(Worker, name, _noticed_update)
     setattr(WorkerBase, _TAKE, _take)
 
 
@@ -248,6 +251,10 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
             vllm_config.kv_transfer_config is not None,
             "a connector finds blocks by token ids alone, and would take those of another mix",
         ),
+        "enable_trace_replay": (
+            model.enable_trace_replay,
+            "the trace's tokens take the place of the anchors after these were mixed",
+        ),
         "enable_prompt_embeds": (model.enable_prompt_embeds, "a prompt of embeddings has no ids to mix among"),
         "multi-modal models": (model.is_multimodal_model, "their input embeddings are not the token table's"),
     }
@@ -305,6 +312,19 @@ def _take(worker: Any, row_ids: list[int], lengths: list[int]) -> bytes:
     if mixer is None:
         raise ValueError("this engine was not started with engine_arguments(MixingConfig())")
     return mixer.take(row_ids, lengths)
+
+
+def _noticed_update(original: Callable) -> Callable:
+    """Of a worker's methods by which weights may also come in past the model's `load_weights`."""
+
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        mixer = getattr(getattr(self.model_runner, "model_state", None), "mixer", None)
+        if mixer is not None:
+            mixer.notice_weights()
+        return result
+
+    return update
 
 
 def _mixing_model_state(original: Callable) -> Callable:
@@ -422,8 +442,6 @@ class EngineMixer:
         self._mixes[slot] = row_id is not None
         if row_id is None:
             return
-        if self._stale:
-            self.refresh()
         kept = self._kept.pop(row_id, None)
         if kept is not None and kept.req_id != request.req_id:  # never taken
             self._pool.free(kept.entries)
@@ -481,7 +499,8 @@ class EngineMixer:
     def embed(self, batch: Any, is_real: bool) -> Tensor:
         """The batch's input embeddings, mixed where its tokens were: [tokens after padding, d]."""
         self._batch = batch if is_real else None
-        if self._stale and not is_real:  # while the engine measures its memory, so that the table is counted
+        # Without a request while the engine measures its memory, so that the table is counted.
+        if self._stale and (not is_real or self._mixes[batch.idx_mapping_np].any()):
             self.refresh()
         n = batch.num_tokens
         input_ids = batch.input_ids[:n]
@@ -738,13 +757,17 @@ class EngineMixer:
         rows = module.weight.data[: module.num_org_embeddings_per_partition]
         return rows, get_tp_group().device_group if module.tp_size > 1 else None
 
+    def notice_weights(self) -> None:
+        """They are others now: the next batch that is to be mixed searches again."""
+        self._stale = True
+
     def _watch_weights(self) -> None:
         """A trainer's weights come in by the model's own `load_weights`."""
         load = self.model.load_weights
 
         @functools.wraps(load)
         def load_weights(*args: Any, **kwargs: Any) -> Any:
-            self._stale = True
+            self.notice_weights()
             return load(*args, **kwargs)
 
         self.model.load_weights = load_weights

@@ -3,7 +3,7 @@ where a strategy mixes draws.
 
 1. Partials: a program a row and a piece of the vocabulary reads its logits once and leaves their largest, the sum of
    exp(z - largest) and its first moment. How the vocabulary is cut depends on V alone, so a row's bits do not depend on
-   its batch.
+   its batch, for logits of the same strides and alignment, by which the compiler may order sums.
 2. Only with top-k, top-p or min-p: a program a row finds the last logit that is kept. Between the smallest and the
    largest candidate for it a few pivots are tried at a time, each with the count and the mass above it; the ends then
    move to logits that exist, so that the search ends with the exact one. It leaves what mass each piece keeps.

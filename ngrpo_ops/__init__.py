@@ -19,7 +19,7 @@ from .functional import (
 from .record import MixRecord
 from .table import NeighborTable, RefreshReport
 
-__version__ = "0.6.0"
+__version__ = "0.6.1"
 
 __all__ = [
     "ADVANTAGE_PRESETS",

@@ -1,6 +1,6 @@
 """The input embeddings of a Hugging Face checkpoint, read without building its model, and what its rows stand for.
 
-Needs safetensors and tokenizers, which come with transformers: pip install 'ngrpo-ops[transformers]'.
+Needs safetensors and tokenizers, which come with transformers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load_vocabulary(model: str) -> Vocabulary:
         from safetensors import safe_open
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError("reading a checkpoint needs: pip install 'ngrpo-ops[transformers]'") from error
+        raise ImportError("reading a checkpoint needs safetensors and tokenizers: pip install transformers") from error
     path, name = _find_embedding(model)
     with safe_open(path, "pt") as tensors:
         embedding = tensors.get_tensor(name)

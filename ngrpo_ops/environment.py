@@ -139,6 +139,10 @@ def _decision(device: torch.device, dtype: torch.dtype) -> str:
         backend = backends.choose(None, tensor)
         if backend == "triton":
             backends.kernels("mix_embeddings")  # what is chosen may still not import
+            if device.type != "cpu":
+                from triton.runtime import driver
+
+                driver.active.get_current_target()  # nor launch: this compiles triton's launcher with a C compiler
         else:
             backends.choose("triton", tensor)
     except ValueError as reason:
@@ -170,9 +174,11 @@ def _usable(name: str, imports: bool) -> str:
     if imports and (error := _import_apart(name)):
         return f"not usable, with {package} {version}: {error}"
     if not is_tested(name, version):
-        return f"tested with {TESTED[name]}, found {version}: pip install '{package}=={TESTED[name]}.*'"
+        found = f"tested with {TESTED[name]}, found {version}"
+        # Of transformers others pin a version, and only what is public there is used.
+        return found if name == "transformers" else f"{found}: pip install '{package}=={TESTED[name]}.*'"
     if name == "vllm" and not importlib.metadata.entry_points(group="vllm.general_plugins", name="ngrpo_ops"):
-        return "not usable: vLLM finds plugins of installed packages alone: pip install 'ngrpo-ops[vllm]'"
+        return "not usable: vLLM finds plugins of installed packages alone: pip install '.[vllm]' in a checkout"
     return f"usable, with {package} {version}{', imported' if imports else ''}"
 
 

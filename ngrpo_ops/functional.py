@@ -268,7 +268,7 @@ def mixing_candidates(
     ids, weights, entropy, fault = ops.mixing_candidates(
         logits.detach(), neighbor_ids, k, strategy, variant, _temperature(temperature, logits),
         mixing_temperature, _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
-        _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits),
+        _cut(min_p, "min_p", logits), _counter(seed, "seed", "logits", logits), _step(step, batch, logits),
         _require_rows(row_ids, batch, logits), return_entropy,
         backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
@@ -373,7 +373,7 @@ def decode_step(
         logits.detach(), embedding.detach(), neighbor_ids, k, strategy, variant, mixing_rate, entropy_threshold,
         NOISE_SCALE if noise_scale is None else noise_scale, _temperature(temperature, logits), mixing_temperature,
         _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
-        _cut(min_p, "min_p", logits), _counter(seed, "seed"), _step(step, batch, logits),
+        _cut(min_p, "min_p", logits), _counter(seed, "seed", "logits", logits), _step(step, batch, logits),
         _require_rows(row_ids, batch, logits), enabled,
         backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
@@ -419,9 +419,10 @@ def gaussian_noise(
         require_number(noise_scale, "noise_scale", least=0)
         noise_scale = torch.full(rows, noise_scale, dtype=torch.float32, device=mixed.device)
     if not isinstance(seed, Tensor) or seed.dim() == 0:
-        seed = _counter(seed, "seed").to(mixed.device).expand(rows)
+        seed = _counter(seed, "seed", "mixed", mixed).to(mixed.device).expand(rows)
     require_ids(seed, "seed")
     require_shape(seed, tuple(rows), "seed", "[M]")
+    require_same_device("seed", seed, "mixed", mixed)
     if not mixed.numel():
         return mixed
     noise = ops.gaussian_noise(mixed.detach(), noise_scale, seed, row_ids, steps, backends.choose(backend, mixed))
@@ -567,18 +568,21 @@ def _require_rows(row_ids: Tensor | None, batch: int, logits: Tensor) -> Tensor 
 def _step(step: int | Tensor, batch: int, logits: Tensor) -> Tensor:
     """0-d, or [B]: rows at steps of their own."""
     if not isinstance(step, Tensor) or not step.dim():
-        return _counter(step, "step")
+        return _counter(step, "step", "logits", logits)
     require_ids(step, "step")
     require_shape(step, (batch,), "step", "0-d or [B]")
     require_same_device("step", step, "logits", logits)
     return step
 
 
-def _counter(value: int | Tensor, name: str) -> Tensor:
-    """A seed or step as a 0-d tensor; a Python number's is on the CPU, and no copy to a GPU."""
+def _counter(value: int | Tensor, name: str, other: str, tensor: Tensor) -> Tensor:
+    """A seed or step as a 0-d tensor: on the CPU, where a Python number's is, with no copy to a GPU, or where `tensor`,
+    the argument `other`, is."""
     if isinstance(value, Tensor):
         require_ids(value, name)
         require_shape(value, (), name, "0-d")
+        if value.device.type != "cpu":
+            require_same_device(name, value, other, tensor)
         return value
     require_integer(value, name)
     return torch.full((), value, dtype=torch.int64)

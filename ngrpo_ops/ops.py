@@ -6,6 +6,7 @@ an operation of its own whose derivative is refused: a second one raises instead
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,10 @@ class _Operation:
     """An operation `torch.ops.ngrpo.<name>` that mutates nothing. torch.library.custom_op does the same with a wrapper
     around every call, which takes as long as the rest of the dispatch."""
 
-    def __init__(self, implementation: Callable[..., Any]) -> None:
+    def __init__(self, implementation: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> None:
         self.name = f"ngrpo::{implementation.__name__}"
         schema = torch.library.infer_schema(implementation, mutates_args=())
-        torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(self.name, "default", implementation)
         self._call = getattr(torch.ops.ngrpo, implementation.__name__).default
 
@@ -38,6 +39,11 @@ class _Operation:
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
 
 
+# Of a call that reads numbers on the host, like a seed, step or temperature that is one: captured in a CUDA graph of
+# torch.compile's own it would go on with those of the capture.
+_HostReading = functools.partial(_Operation, tags=(torch.Tag.cudagraph_unsafe,))
+
+
 def _refuse_second_derivative(backward: _Operation, name: str) -> None:
     def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
         raise NotImplementedError(f"{name} can be differentiated once: its gradient has no derivative")
@@ -45,7 +51,7 @@ def _refuse_second_derivative(backward: _Operation, name: str) -> None:
     backward.register_autograd(refuse)
 
 
-@_Operation
+@_HostReading
 def nearest_neighbors(
     embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -144,7 +150,7 @@ _refuse_second_derivative(mix_embeddings_grad_weights, "mix_embeddings")
 # Decode step ------------------------------------------------------------------------------------------------------
 
 
-@_Operation
+@_HostReading
 def mixing_candidates(
     logits: Tensor,
     neighbor_ids: Tensor | None,
@@ -211,7 +217,7 @@ def _(
     )
 
 
-@_Operation
+@_HostReading
 def decode_step(
     logits: Tensor,
     embedding: Tensor,

@@ -86,17 +86,22 @@ def counted(ids: Tensor, weights: Tensor, padding_id: int | None) -> Tensor:
     return weights != 0 if padding_id is None else (weights != 0) & (ids != padding_id)
 
 
+def within(ids: Tensor, size: int) -> Tensor:
+    return (ids >= 0) & (ids < size)
+
+
 def require_candidates_in_range(ids: Tensor, size: int, padding_id: int | None) -> None:
     if ids.device.type == "cpu":
         require_ids_in_range(ids if padding_id is None else ids[ids != padding_id], size, "ids")
 
 
 def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None) -> Tensor:
-    """ids and weights [n, k]."""
+    """ids and weights [n, k]; on an accelerator an id out of range makes its position NaN."""
     require_candidates_in_range(ids, embedding.shape[0], padding_id)
-    dtype, used = compute_dtype(embedding), counted(ids, weights, padding_id)
+    dtype, used, known = compute_dtype(embedding), counted(ids, weights, padding_id), within(ids, embedding.shape[0])
+    weights = weights.where(known, torch.nan)
     out = torch.zeros(ids.shape[0], embedding.shape[1], dtype=dtype, device=embedding.device)
-    for token, weight, use in zip(ids.where(used, 0).T, weights.T, used.T, strict=True):
+    for token, weight, use in zip(ids.where(used & known, 0).T, weights.T, used.T, strict=True):
         out += torch.where(use[:, None], weight[:, None].to(dtype) * embedding[token].to(dtype), 0)
     return out.to(embedding.dtype)
 
@@ -104,8 +109,9 @@ def mix_embeddings(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: 
 def mix_embeddings_grad_embedding(
     grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None
 ) -> Tensor:
-    dtype, used = compute_dtype(embedding), counted(ids, weights, padding_id)
-    size, tokens, rows = embedding.shape[0], ids.where(used, 0), None
+    dtype, size, rows = compute_dtype(embedding), embedding.shape[0], None
+    used = counted(ids, weights, padding_id) & within(ids, size)
+    tokens = ids.where(used, 0)
     if dtype != embedding.dtype:  # summed in float32, for the rows that occur alone
         rows, tokens = tokens.unique(return_inverse=True)
         size = rows.shape[0]
@@ -126,7 +132,9 @@ def mix_embeddings_grad_weights(
     grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None = None
 ) -> Tensor:
     dtype = compute_dtype(embedding)
-    known = torch.ones_like(ids, dtype=torch.bool) if padding_id is None else ids != padding_id
+    known = within(ids, embedding.shape[0])
+    if padding_id is not None:
+        known &= ids != padding_id
     columns = [(grad.to(dtype) * embedding[token].to(dtype)).sum(-1) for token in ids.where(known, 0).T]
     return torch.where(known, torch.stack(columns, dim=1), 0).contiguous().to(weights.dtype)
 
@@ -153,8 +161,10 @@ class _Groups:
         else:
             self.count = offsets.shape[0] - 1
             require_offsets(offsets, rewards.shape[0])
-            self.index = torch.searchsorted(offsets, torch.arange(rewards.shape[0], device=offsets.device), right=True)
-            self.index -= 1
+            rows = torch.arange(rewards.shape[0], device=offsets.device)
+            self.index = torch.searchsorted(offsets, rows, right=True) - 1
+            self.inside = within(self.index, self.count)
+            self.index.clamp_(0, self.count - 1)
 
     def arrange(self, x: Tensor) -> Tensor:
         x = x if self.order is None else x[self.order]
@@ -203,6 +213,8 @@ def _group_statistics(
     w = torch.ones_like(x) if weights is None else groups.arrange(weights[:, None]).to(dtype).expand(x.shape)
     if omit_nan:
         w = torch.where(x.isnan(), 0, w)
+    if not groups.equal:
+        w = torch.where(groups.inside[:, None], w, 0)
     counted = w != 0
     x = torch.where(counted, x, 0)
     total, members = groups.sum(w), groups.sum(counted.to(dtype))
@@ -290,14 +302,15 @@ def group_advantages_backward(
 def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
     """logits [b, t, V], ids [b t, k]: log-probabilities [b t, k], entropy [b t] (or empty)."""
     require_ids_in_range(ids, logits.shape[-1], "ids")
-    dtype = compute_dtype(logits)
+    dtype, known = compute_dtype(logits), within(ids, logits.shape[-1])
+    ids = ids.where(known, 0)
     logprobs = torch.empty(ids.shape, dtype=dtype, device=logits.device)
     entropies = torch.empty(ids.shape[0] if entropy else 0, dtype=dtype, device=logits.device)
     for rows, _, log_p in _blocks(logits, temperature, log=True):
         logprobs[rows] = log_p.gather(1, ids[rows])
         if entropy:
             entropies[rows] = -_p_log_p(log_p).sum(-1)
-    return logprobs, entropies
+    return logprobs.masked_fill_(~known, torch.nan), entropies
 
 
 def selective_log_softmax_backward(
@@ -306,6 +319,8 @@ def selective_log_softmax_backward(
     dtype = compute_dtype(logits)
     out = logits if in_place else torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad = grad.to(dtype) / temperature
+    known = within(ids, logits.shape[-1])
+    ids, of_ids = ids.where(known, 0), grad.where(known, 0)
     for rows, (i, where), block in _blocks(logits, temperature, log=entropy):
         if entropy:
             p, p_log_p = block.exp(), _p_log_p(block)
@@ -314,7 +329,7 @@ def selective_log_softmax_backward(
         else:
             p = block
         slope = p.mul_(-grad[rows].sum(-1, keepdim=True))
-        slope.scatter_add_(1, ids[rows], grad[rows])
+        slope.scatter_add_(1, ids[rows], of_ids[rows])
         if entropy:
             slope -= of_entropy
         out[i, where].copy_(slope)

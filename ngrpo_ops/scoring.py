@@ -32,9 +32,12 @@ class ScoredRows:
     """
 
     def __init__(self, embedding: Tensor, metric: Metric, *, backend: str = "eager", first: int = 0) -> None:
+        self.kernels = kernels("nearest_neighbors") if backend == "triton" else None
+        if self.kernels is not None and not (embedding.is_contiguous() and embedding.data_ptr() % 16 == 0):
+            # The compiler may order a kernel's sums by strides and alignment, and the same rows are to score the same.
+            embedding = embedding.clone(memory_format=torch.contiguous_format)
         self.embedding = embedding
         self.metric = metric
-        self.kernels = kernels("nearest_neighbors") if backend == "triton" else None
         norms = torch.cat([_norms(embedding[rows]) for rows in self.tiles()])
         broken = (~norms.isfinite()).nonzero().flatten()
         if broken.numel():
@@ -119,6 +122,12 @@ def _multiplies_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+@functools.cache
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether the kernels' bfloat16 products run on them: before NVIDIA's Ampere they would spill, and crawl."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _matmul_input_roundoff() -> float:
     """What a float32 matrix multiplication may round its inputs to (TF32, bfloat16), truncation included."""
     try:
@@ -179,7 +188,8 @@ class OptimisticScores:
         ordinary = distances or not any(
             bool(((rows.norms > 0) & (rows.norms < 1e-15)).any()) for rows in (queries, columns)
         )
-        self.kernels = queries.kernels if ordinary and count and len(columns) >= _KERNELS_FROM else None
+        fusible = ordinary and count and len(columns) >= _KERNELS_FROM
+        self.kernels = queries.kernels if fusible and _has_matrix_units(columns.embedding.device) else None
         low = (
             ordinary
             and not distances

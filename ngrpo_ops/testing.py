@@ -1,7 +1,7 @@
 """Error budgets and input factories for tests of the operations: this package's own, and those of whoever extends it.
 
 Inputs are made on the device that NGRPO_OPS_TEST_DEVICE names, the CPU by default; there the kernels are interpreted.
-Needs hypothesis: pip install 'ngrpo-ops[test]'.
+Needs hypothesis.
 """
 
 from __future__ import annotations

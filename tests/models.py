@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     XGLMConfig,
     XGLMForCausalLM,
 )
@@ -44,6 +46,7 @@ def tiny_model(family: str = "qwen2", tied: bool = False, scale: float = 3.0, **
     shape = _SHAPE | shape
     makers = {
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=tied)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=tied)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)),
         "gemma": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**shape, tie_word_embeddings=tied)),
         "gpt2": lambda: GPT2LMHeadModel(

@@ -24,9 +24,11 @@ def blocks(page: Path) -> list[str]:
 
 
 def save_model(folder: Path, **shape: float) -> str:
-    """A tiny Qwen2 (`shape` as of `tiny_model`) that reads any text."""
+    """A tiny Qwen2 (`shape` as of `tiny_model`) that reads any text, with generation settings as the real one has."""
     tokenizer = byte_tokenizer()
-    tiny_model(**shape | {"vocab_size": len(tokenizer)}).save_pretrained(folder)
+    model = tiny_model(**shape | {"vocab_size": len(tokenizer)})
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

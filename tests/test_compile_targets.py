@@ -29,6 +29,8 @@ def test_a_row_that_would_not_pass_is_named():
     good = {"kernel": "k", "target": "cuda:90", "registers": 32, "stack": 0, "spills": 0, "shared": 0, "wgmma": False}
     assert resources.faults(good) == []
     assert resources.faults({**good, "stack": 8, "spills": 16}) == ["stack 8", "spills 16"]
+    assert resources.faults({**good, "target": "cuda:89", "stack": 8, "spills": 16, "shared": 98_304}) == []
+    assert resources.faults({**good, "target": "cuda:89", "spills": 20, "shared": 102_400}) != []
     assert resources.faults({**good, "shared": 300_000}) == ["shared 300000 above 232448"]
     assert resources.faults({"kernel": "k", "target": "cuda:90", "error": "assertion"}) == ["assertion"]
 

@@ -487,6 +487,8 @@ def test_candidate_weights_bad_input_is_named(change, error, name):
         ({"seed": torch.tensor([1])}, ValueError, "seed"),
         ({"step": torch.tensor(1).int()}, TypeError, "step"),
         ({"step": torch.tensor([1])}, ValueError, "step"),
+        ({"seed": torch.zeros((), device="meta").long()}, ValueError, "seed"),
+        ({"step": torch.zeros((), device="meta").long()}, ValueError, "step"),
         ({"step": torch.zeros(4, device="meta").long()}, ValueError, "step"),
         ({"row_ids": [0, 1, 2, 3]}, TypeError, "row_ids"),
         ({"row_ids": torch.zeros(4)}, TypeError, "row_ids"),
@@ -497,6 +499,18 @@ def test_candidate_weights_bad_input_is_named(change, error, name):
 def test_bad_input_is_named(change, error, name):
     with pytest.raises(error, match=name):
         decode_step(**plain(**change))
+
+
+def test_the_device_of_noise_seeds_is_named():
+    mixed, rows = torch.ones(3, 4), torch.zeros(3).long()
+    for seed in (torch.zeros((), device="meta").long(), torch.zeros(3, device="meta").long()):
+        with pytest.raises(ValueError, match="seed is on meta"):
+            gaussian_noise(mixed, 0.1, seed=seed, row_ids=rows, steps=rows)
+
+
+@pytest.mark.parametrize("name", ["decode_step", "mixing_candidates", "nearest_neighbors"])
+def test_what_reads_numbers_on_the_host_stays_out_of_graphs_of_the_compiler(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.ngrpo, name).default.tags
 
 
 @pytest.mark.parametrize("neighbor", [-1, 5])

@@ -124,7 +124,7 @@ def test_an_adapter_without_its_framework_says_what_to_install(installed, monkey
     assert len(lines) == len(environment.TESTED)
     for name, line in zip(environment.TESTED, lines, strict=True):
         # OpenRLHF pins versions of its own, which an extra of ours would not fit.
-        wanted = "openrlhf[vllm]" if name == "openrlhf" else f"ngrpo-ops[{name}]"
+        wanted = f"openrlhf[vllm]=={environment.TESTED[name]}" if name == "openrlhf" else f".[{name}]"
         assert f"{name}: not usable: " in line and f"pip install '{wanted}'" in line
 
 
@@ -142,6 +142,11 @@ def test_another_version_than_tested_is_named(installed, monkeypatch, version, s
     monkeypatch.setitem(environment.TESTED, "trl", "1.16")
     installed["trl"] = version
     assert f"  trl: {said}" in section("adapters")
+
+
+def test_no_advice_against_what_others_pin(installed):
+    installed["transformers"] = "5.15.0"  # as OpenRLHF 0.11.2 does
+    assert "  transformers: tested with 5.23, found 5.15.0" in section("adapters")
 
 
 def test_the_cpu_build_of_vllm_counts_and_its_plugin_must_be_found(installed, monkeypatch):

@@ -279,6 +279,20 @@ def test_the_kernel_stays_inside_whatever_the_offsets_say(offsets):
         assert out[:, 0].tolist() == [-1, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("baseline", ["mean", "none"])
+@pytest.mark.parametrize("offsets", [[0, 3], [0, 3, 8], [0, 5, 2, 6], [2, 3, 5]])
+def test_rows_of_no_group_get_nothing_without_the_kernel_too(offsets, baseline, monkeypatch):
+    monkeypatch.setattr(reference, "require_offsets", lambda *args: None)
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])[:, None]
+    options = (None, None, torch.tensor(offsets), 1, baseline, "none", 1, 0.0, "zero", False)
+    out, spread = reference.group_advantages(rewards, *options)
+    gradient = reference.group_advantages_backward(torch.ones_like(out), spread, rewards, *options)
+    assert bool(out.isfinite().all()) and bool(gradient.isfinite().all())
+    if offsets == [0, 3]:
+        assert out[:, 0].tolist() == [[-1, 0, 1], [1, 2, 3]][baseline == "none"] + [0, 0, 0]
+        assert not gradient[3:].any()
+
+
 def test_what_leave_one_out_cannot_score_is_left_out_of_the_whitening(backend):
     """As TRL's RLOOTrainer: a row that is alone, and one without a reward, have no part in mean and deviation."""
     rewards = torch.tensor([1.0, 2.0, 4.0, 9.0, torch.nan, torch.nan], device=DEVICE)

@@ -244,6 +244,18 @@ def test_ids_out_of_range_are_nan_in_the_kernel():
     assert logprobs.isnan().tolist() == [[True, False], [True, False]]
 
 
+@pytest.mark.parametrize("entropy", [True, False])
+def test_ids_out_of_range_are_nan_without_the_kernel_too(entropy, monkeypatch):
+    """On an accelerator, where nothing looks at them first."""
+    monkeypatch.setattr(reference, "require_ids_in_range", lambda *args: None)
+    logits, ids = torch.zeros(1, 2, 4).double(), torch.tensor([[4, 0], [-1, 3]])
+    logprobs, _ = reference.selective_log_softmax(logits, ids, 1.0, entropy)
+    assert logprobs.isnan().tolist() == [[True, False], [True, False]]
+    grad, of_entropy = torch.ones(2, 2).double(), torch.zeros(2 if entropy else 0).double()
+    found = reference.selective_log_softmax_backward(grad, of_entropy, logits, ids, 1.0, entropy, False)
+    assert found.tolist() == [[[0.5, -0.5, -0.5, -0.5], [-0.5, -0.5, -0.5, 0.5]]]
+
+
 def test_offsets_are_64_bits_wide_where_they_must_be():
     """Logits of 40 GB, 131,072 x 151,936 in bfloat16, on meta; a slice whose rows are far apart counts too."""
     for rows, wide in ((131_072, True), (8_192, False)):

@@ -230,6 +230,20 @@ def test_ids_out_of_range_are_nan_in_the_kernel():
     assert kernels.grad_weights(grad, table, ids, weights, None).tolist() == [[4, 0], [0, 4], [4, 4]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_ids_out_of_range_are_nan_without_the_kernel_too(dtype, monkeypatch):
+    """On an accelerator, where nothing looks at them first."""
+    monkeypatch.setattr(reference, "require_ids_in_range", lambda *args: None)
+    table, weights = torch.ones(3, 4, dtype=dtype), torch.ones(3, 2, dtype=dtype)
+    ids = torch.tensor([[0, 3], [-1, 1], [2, 2]])
+    assert reference.mix_embeddings(table, ids, weights).isnan().all(1).tolist() == [True, True, False]
+    grad = torch.ones(3, 4, dtype=dtype)
+    assert reference.mix_embeddings_grad_embedding(grad, table, ids, weights)[:, 0].tolist() == [1, 1, 2]
+    assert reference.mix_embeddings_grad_weights(grad, table, ids, weights).tolist() == [[4, 0], [0, 4], [4, 4]]
+    unused = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=dtype)
+    assert reference.mix_embeddings(table, ids, unused).isfinite().all()
+
+
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched from here on."""
     names: list[str] = []

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ngrpo_ops import scoring
 from ngrpo_ops.kernels import nearest_neighbors as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
 from ngrpo_ops.testing import (
@@ -170,6 +171,33 @@ def test_the_bits_of_a_pair_are_its_own(metric, layout, generator, int64):
             assert torch.equal(again(), first[order])
     else:
         assert torch.equal(again(), first[order])
+
+
+def test_rows_that_lie_otherwise_score_as_their_copy():
+    """A GPU's compiler may order sums by strides and alignment: a dense copy is scored."""
+    whole = torch.randn(40, 12, device=DEVICE)
+    flat = torch.randn(40 * 8 + 1, device=DEVICE)[1:].view(40, 8)  # contiguous, of another alignment
+    assert flat.data_ptr() % 16
+    for rows in (whole[:, :8], whole.T, flat):
+        scored = scoring.ScoredRows(rows, "dot", backend="triton").embedding
+        assert scored.is_contiguous() and scored.data_ptr() % 16 == 0 and torch.equal(scored, rows)
+    assert scoring.ScoredRows(whole, "dot", backend="triton").embedding is whole
+    assert scoring.ScoredRows(flat, "dot").embedding is flat
+
+
+def test_gpus_without_matrix_units_search_in_plain_torch(monkeypatch):
+    monkeypatch.setattr(scoring, "_KERNELS_FROM", 0)
+    rows = scoring.ScoredRows(torch.randn(40, 8), "cosine", backend="triton")
+    assert scoring.OptimisticScores(rows, rows, 40).kernels is not None
+    monkeypatch.setattr(scoring, "_has_matrix_units", lambda device: False)
+    assert scoring.OptimisticScores(rows, rows, 40).kernels is None and rows.kernels is not None
+    monkeypatch.undo()
+    scoring._has_matrix_units.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert scoring._has_matrix_units(torch.device("cuda")) is expected
+        scoring._has_matrix_units.cache_clear()
 
 
 def test_nothing_to_score():

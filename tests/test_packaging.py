@@ -36,7 +36,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert f"pip install 'ngrpo-ops[{adapter}]'" in run(code)
+    assert f"pip install '.[{adapter}]'" in run(code)
 
 
 def test_each_layer_imports_only_those_below() -> None:

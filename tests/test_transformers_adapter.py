@@ -15,6 +15,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -59,7 +60,7 @@ def replay_errors(mixing: NeighborMixing, model: nn.Module, batch: dict, **setti
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -268,6 +269,29 @@ class _EndsWith(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_a_criterion_that_ends_no_row_changes_nothing(pad: int) -> None:
+    """Padding may look like the end token, and then an end token that was emitted looks like padding."""
+    records = []
+    for criteria in (None, StoppingCriteriaList([_EndsWith(VOCABULARY)])):
+        model = tiny_model()
+        with torch.no_grad():
+            model.lm_head.weight[EOS] = model.lm_head.weight.mean(0) + 0.05
+        torch.manual_seed(0)
+        mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+        sequences, record = mixing.generate(
+            **left_padded(16), do_sample=True, max_new_tokens=24, pad_token_id=pad, stopping_criteria=criteria
+        )
+        records.append(record)
+    completion = sequences[:, record.prompt_length :]
+    last = completion.eq(EOS).float().argmax(1, keepdim=True)  # the end tokens that were emitted
+    emitted = completion.eq(EOS).any(1)
+    assert emitted.any() and record.gate.gather(1, last)[emitted].any()
+    assert (record.logprobs.gather(1, last)[emitted] != 0).all()
+    for name, tensor in records[0].tensors().items():
+        assert torch.equal(tensor, records[1].tensors()[name]), name
+
+
 def test_a_row_ended_by_a_criterion_of_the_user_is_no_longer_gated() -> None:
     model = tiny_model()
     mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
@@ -433,6 +457,30 @@ def test_assisted_decoding_and_embedded_prompts_are_refused() -> None:
         mixing.generate(**left_padded(), row_ids=torch.arange(3))
 
 
+def test_a_cache_may_come_empty_and_not_from_an_earlier_turn() -> None:
+    model, batch = tiny_model(), left_padded()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    cache = DynamicCache(config=model.config)
+    sequences, record = mixing.generate(**batch, max_new_tokens=4, min_new_tokens=4, past_key_values=cache)
+    assert record.gate.any()
+    mask = full_mask(batch["attention_mask"], sequences)
+    with pytest.raises(ValueError, match="past_key_values must be empty, got a cache of 9 tokens"):
+        mixing.generate(sequences, attention_mask=mask, past_key_values=cache, max_new_tokens=4)
+
+
+def test_a_step_that_generate_takes_and_undoes_is_not_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.23 does where it looks for the end a step late."""
+    model = tiny_model()
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.5))
+    generate = model.generate
+    expected, whole = mixing.generate(**left_padded(), max_new_tokens=5, min_new_tokens=5, row_ids=torch.arange(4))
+    monkeypatch.setattr(model, "generate", lambda **kwargs: generate(**kwargs)[:, :-1])
+    sequences, record = mixing.generate(**left_padded(), max_new_tokens=5, min_new_tokens=5, row_ids=torch.arange(4))
+    assert torch.equal(sequences, expected[:, :-1])
+    for name, tensor in record.tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name][:, :4]), name
+
+
 @contextmanager
 def _wider_head(model: nn.Module) -> Iterator[None]:
     old = model.lm_head
@@ -567,6 +615,18 @@ def test_our_sampler_knows_no_batch_and_no_global_generator() -> None:
         assert torch.equal(part.gate[0], record.gate[row, : part.length])
     another = NeighborMixing(model, config).generate(**batch, row_ids=rows + 16, **settings)[0]
     assert another.shape != sequences.shape or not torch.equal(another, sequences)
+
+
+def test_our_sampler_returns_several_sequences() -> None:
+    model, batch = tiny_model(), left_padded(2)
+    config = MixingConfig(mixing_rate=0.5, sampler="ngrpo")
+    sequences, record = NeighborMixing(model, config).generate(
+        **batch, do_sample=True, num_return_sequences=3, max_new_tokens=8
+    )
+    repeated = {name: tensor.repeat_interleave(3, 0) for name, tensor in batch.items()}
+    expected, again = NeighborMixing(model, config).generate(**repeated, do_sample=True, max_new_tokens=8)
+    assert torch.equal(sequences, expected) and torch.equal(record.gate, again.gate)
+    assert len({tuple(row) for row in sequences[:3].tolist()}) > 1
 
 
 def test_our_sampler_draws_from_the_policy() -> None:

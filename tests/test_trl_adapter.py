@@ -205,15 +205,25 @@ def test_an_error_beyond_rounding_is_warned_of(train: Any, monkeypatch: pytest.M
     assert "dropout (0.5)" in said[0] and "disable_dropout=True" in said[0]
 
 
-def test_rounding_in_bfloat16_is_told_from_a_missing_replay(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}], ids=str)
+def test_rounding_in_bfloat16_is_told_from_a_missing_replay(
+    train: Any, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(adapter.logger, "warning", said.append)
-    train(steps=2, mixing_rate=0.5, model=tiny_model().bfloat16())
-    assert all("rounding, of which lower precisions" in text for text in said)
-    said.clear()
+    trainer = train(mixing_rate=0.5, **settings)
+    assert 1e-3 < max(logged(trainer, "mix/replay_error")) < 0.1 and not said
     monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
-    train(steps=2, mixing_rate=0.5, model=tiny_model().bfloat16())
+    train(mixing_rate=0.5, **settings)
     assert "does not embed the mixes" in said[0]
+    said.clear()
+
+    class Shifted(NGRPOTrainer):
+        def _log_replay_error(self, logps: torch.Tensor, *args: Any) -> None:
+            super()._log_replay_error(logps - 1, *args)
+
+    train(Shifted, steps=1, mixing_rate=0.5, **settings)
+    assert "already, so that it is not the replay's" in said[0]
 
 
 def test_old_current_and_reference_see_the_same_history(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

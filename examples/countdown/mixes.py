@@ -24,6 +24,7 @@ from .task import TASKS, Task
 STRATEGIES = {"neighbor": "N-GRPO", "topk": "Soft Thinking (top-k)", "gaussian": "STHT (top-k and noise)"}
 _COLORS = {"neighbor": COLORS["ngrpo"], "topk": COLORS["anchor"], "gaussian": COLORS["grpo"]}
 _SHOWN = 120  # mixes of each strategy in the map
+_LABEL = np.array([0.07, 0.025])  # the room of a token's name, of the map's width and height
 
 
 class Mixes(NamedTuple):
@@ -64,7 +65,7 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
         anchor over the anchor's to its own nearest token.
     """
     figure, axes = plt.subplots(
-        2, len(checkpoints), figsize=(7 * len(checkpoints), 9.5), layout="constrained", squeeze=False,
+        2, len(checkpoints), figsize=(5.4 * len(checkpoints), 8.5), layout="constrained", squeeze=False,
         height_ratios=[2.2, 1],
     )  # fmt: skip
     out: dict[str, dict[str, dict[str, float]]] = {}
@@ -95,19 +96,24 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
                 top.plot(*zip(origin, point, strict=True), color=color, alpha=0.25, linewidth=0.8)
             top.plot(*points.T, ".", color=color, markersize=4, label=label)
             ordered = np.sort(to_anchor)
-            bottom.plot(ordered, np.linspace(0, 1, len(ordered)), color=color, label=f"{label}: {stays:.0%} nearest")
+            bottom.plot(
+                ordered, np.linspace(0, 1, len(ordered)), color=color, label=f"{label}: {stays:.0%} nearest to it"
+            )
         _label_tokens(top, tokenizer, used, (table[used] - center) @ axis)
         top.set_title(
-            f"{name}: token embeddings (two main axes) and where {_SHOWN} mixes of each kind land\n"
-            "(of those that moved by more than 5 % of the way to the nearest token)",
+            f"{name}: tokens (two main axes) and where {_SHOWN} mixes of each kind land,\n"
+            "of those that moved more than 5 % of the way to the nearest token",
             fontsize=10,
         )
         top.legend(frameon=False, fontsize=9, loc="upper right")
         bottom.axvline(1, color="black", linewidth=0.8, linestyle=":")
         bottom.set(
             xlabel="distance from the anchor / distance of its nearest token", ylabel="share of mixed steps",
-            xlim=(0, 1.6), title="percent: mixes whose nearest token is the anchor",
+            xlim=(0, 1.6),
         )  # fmt: skip
+        bottom.set_title(
+            "mixes up to a distance from their anchor (and those nearest to it of all tokens)", fontsize=10
+        )
         bottom.legend(frameon=False, fontsize=9, loc="lower right")
         for each in (top, bottom):
             each.grid(alpha=0.25)
@@ -118,9 +124,13 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
 
 
 def _label_tokens(axes: Any, tokenizer: Any, tokens: list[int], points: np.ndarray) -> None:
-    """A dot for each token; words by name, of the numbers every tenth and those up to twelve."""
+    """A dot for each token; words by name, of the numbers every tenth and those up to twelve, where there is room."""
     axes.plot(*points.T, "o", color="#555555", markersize=3, zorder=3)
-    for token, (x, y) in zip(tokens, points, strict=True):
+    extent = np.ptp(points, axis=0)
+    labelled: list[np.ndarray] = []
+    for token, point in zip(tokens, points, strict=True):
         text = tokenizer.convert_ids_to_tokens(token)
-        if not text.isdecimal() or int(text) <= 12 or int(text) % 10 == 0:
-            axes.annotate(text, (x, y), fontsize=7, xytext=(2, 2), textcoords="offset points", zorder=4)
+        named = not text.isdecimal() or int(text) <= 12 or int(text) % 10 == 0
+        if named and all((np.abs(point - other) > _LABEL * extent).any() for other in labelled):
+            labelled.append(point)
+            axes.annotate(text, point, fontsize=8, xytext=(2, 2), textcoords="offset points", zorder=4)

@@ -169,17 +169,18 @@ def _bare(axes: Any) -> None:
 
 def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
     """pass@K against pass@1: every seed, the means, and where all began."""
-    figure, all_axes = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 5.6), layout="constrained", squeeze=False)
+    figure, all_axes = plt.subplots(1, len(tasks), figsize=(4.9 * len(tasks), 5), layout="constrained", squeeze=False)
     for axes, (task, arms) in zip(all_axes[0], tasks.items(), strict=True):
         top = max(arms["supervised"].pass_at)
+        asked = ("supervised", "grpo", "anchor", "ngrpo")
         for name, arm in arms.items():
             x, y = arm.pass_at[1].mean(1), arm.pass_at[top].mean(1)
-            color = _color(name)
+            color, above = _color(name), name in asked
             label = "before (supervised)" if name == "supervised" else ARMS[name].label
             axes.plot(x, y, ".", color=color, alpha=0.25, markersize=5)
             axes.plot(
-                x.mean(), y.mean(), "*" if name == "supervised" else "o", color=color, markersize=11, label=label,
-                markeredgecolor="white",
+                x.mean(), y.mean(), "*" if name == "supervised" else "o", color=color, markersize=11 if above else 7,
+                label=label, markeredgecolor="white", zorder=4 if above else 3,
             )  # fmt: skip
         axes.set(xlabel="pass@1", ylabel=f"pass@{top}", title=f"{task}: small points are runs, large ones means")
         axes.legend(frameon=False, fontsize=8)

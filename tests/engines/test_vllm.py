@@ -300,6 +300,33 @@ def test_weights_that_come_in_are_searched(engine: Any, model: Any, folder: str)
     assert torch.equal(mixer.table.ids, expected) and not torch.equal(first, expected)
 
 
+@pytest.mark.parametrize("way", ["load_weights", "reload_weights"])
+def test_weights_that_come_in_between_the_steps_of_a_request_are_searched(engine: Any, way: str) -> None:
+    """Also where no request is new, and where they do not go through the model's `load_weights`."""
+    llm = engine(MixingConfig(mixing_rate=0.5))
+    mixer = mixer_of(llm)
+    for row, prompt in enumerate(prompts(4)):
+        llm.llm_engine.add_request(str(row), prompt, params(row))
+    for _ in range(8):
+        llm.llm_engine.step()
+    before = mixer.table.ids.clone()
+    name = "model.embed_tokens.weight"
+    weight = mixer.model.get_parameter(name)
+    weight = weight + 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(9))
+    if way == "load_weights":
+        mixer.model.load_weights([(name, weight[:VOCABULARY])])
+    else:
+        llm.collective_rpc(way, kwargs={"weights_iterator": [(name, weight)], "is_checkpoint_format": False})
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    record = take_records(llm, range(4), [20] * 4)
+    expected = nearest_neighbors(weight[:VOCABULARY], 2).ids
+    assert not torch.equal(before, expected)
+    for table, steps in ((before, slice(0, 6)), (expected, slice(10, 20))):
+        ids = record.ids[:, steps][record.gate[:, steps]]
+        assert len(ids) and torch.equal(ids[:, 1:], table[ids[:, 0]])
+
+
 @pytest.mark.xdist_group("two ranks")
 def test_tensor_parallel(model: Any, tmp_path: Path, difference: Difference) -> None:
     """Two ranks with half of the vocabulary each know the same table and leave the same records, also after a sync."""
@@ -395,6 +422,7 @@ def test_engines_that_would_not_mix_are_refused(engine: Any, settings: dict, mes
         ("parallel_config", "data_parallel_size", 2),
         (None, "kv_transfer_config", object()),
         ("model_config", "is_multimodal_model", True),
+        ("model_config", "enable_trace_replay", True),
     ],
 )
 def test_what_a_cpu_engine_cannot_be_is_refused_too(engine: Any, part: str | None, name: str, value: Any) -> None:
