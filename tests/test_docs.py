@@ -23,7 +23,7 @@ ROOT = snippets.ROOT
 LINKED = [
     *snippets.PAGES,
     ROOT / "CHANGELOG.md",
-    *(ROOT / "docs/study").glob("*.md"),
+    *(ROOT / "docs/study").rglob("*.md"),
     *(ROOT / "benchmarks").rglob("*.md"),
 ]
 WITH_AN_ENGINE = {"vllm.md"}  # tests/engines runs it

@@ -105,15 +105,13 @@ def draw_mixes(checkpoints: dict[str, Path], path: Path, rollouts: int) -> dict[
             "of those that moved more than 5 % of the way to the nearest token",
             fontsize=10,
         )
-        top.legend(frameon=False, fontsize=9, loc="upper right")
+        top.legend(frameon=False, fontsize=9, loc="best")
         bottom.axvline(1, color="black", linewidth=0.8, linestyle=":")
         bottom.set(
             xlabel="distance from the anchor / distance of its nearest token", ylabel="share of mixed steps",
             xlim=(0, 1.6),
         )  # fmt: skip
-        bottom.set_title(
-            "mixes up to a distance from their anchor (and those nearest to it of all tokens)", fontsize=10
-        )
+        bottom.set_title("how far mixes are from their anchor", fontsize=10)
         bottom.legend(frameon=False, fontsize=9, loc="lower right")
         for each in (top, bottom):
             each.grid(alpha=0.25)

@@ -3,7 +3,8 @@
     python examples/countdown/study.py --preset full
 
 Every run, an arm on a task with a seed, leaves a file, so that an interrupted study goes on where it was. The report
-is written from those files alone (`--report-only`).
+is written from those files alone (`--report-only`). A run repeats bit for bit on the same kind of processor; on another
+one rounding differs, and so do single runs.
 
 The primary question and its test, written down before the runs:
 
@@ -337,7 +338,7 @@ def main() -> None:
     from examples.countdown.study_report import write_report
 
     checkpoints = {task: prepare(task, preset, out) for task in preset.arms}
-    print(write_report(out, preset, checkpoints, arguments.report or out / "report"))
+    print(write_report(out, arguments.preset, preset, checkpoints, arguments.report or out / "report"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from .arms import ARMS
 from .evaluate import pass_at_k
@@ -207,6 +208,7 @@ def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int
             labels = [ARMS[name].label for name in arms] if column == 0 else [""] * len(arms)
             axes.set_yticks([-i for i in range(len(arms))], labels)
             axes.axvline(0, color="black", linewidth=1)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_title(f"{task}: {title}, arm - GRPO", fontsize=10)
             _bare(axes)
     figure.savefig(path, dpi=130)
@@ -279,8 +281,8 @@ def _seed_rows(task: str, arms: dict[str, Arm]) -> list[list[str]]:
     return rows
 
 
-def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder: Path) -> Path:
-    """All files of the report, in `folder`; the path of report.md."""
+def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Path], folder: Path) -> Path:
+    """All files of the report on the preset of this name, in `folder`; the path of report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     top = preset.samples
     tasks = {
@@ -290,8 +292,8 @@ def write_report(out: Path, preset: Preset, checkpoints: dict[str, Path], folder
     lines = [
         "# The Countdown study",
         "",
-        "Written by `python examples/countdown/study.py`; the question and its test are in that file's docstring, "
-        "which was committed before the runs; it says what was changed since.",
+        f"Written by `python examples/countdown/study.py --preset {name}`; the question and its test are in that "
+        "file's docstring, which was committed before the runs; it says what was changed since.",
         "",
         f"{preset.steps} steps of 32 prompts x 8 rollouts from the same checkpoint, the same prompts for all arms of a "
         f"seed; {preset.problems} held-out problems, {preset.samples} samples of each without mixing at temperature 1. "
