@@ -11,6 +11,7 @@ import argparse
 import csv
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def step(name: str, command: list[str], folder: Path, environment: dict[str, str
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     summary = next((line for line in reversed(lines) if "passed" in line or "failed" in line), "")
     if name in TOOLS:
-        summary = next((line for line in reversed(lines) if "ERROR SUMMARY" in line), summary)
+        summary = next((line for line in reversed(lines) if re.search("(ERROR|RACECHECK) SUMMARY", line)), summary)
     state = {0: "ok", -1: f"stopped after {LIMIT[name]} s"}.get(code, f"exit {code}")
     return f"{name:<11} {state:<20} {time.monotonic() - began:4.0f} s  {summary.strip('= ')}"
 

@@ -26,7 +26,13 @@ from torch.func import functional_call
 
 try:
     from tqdm.auto import tqdm
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessor,
+        LogitsProcessorList,
+        PreTrainedModel,
+        StoppingCriteriaList,
+    )
     from transformers.generation import GenerationMode
     from transformers.utils import logging
 except ImportError as error:
@@ -240,6 +246,25 @@ class _Mixed(NamedTuple):
     fault: Tensor
 
 
+class _Ends(StoppingCriteriaList):
+    """The criteria of a generation, the user's and its own, which remember when each row first met one."""
+
+    lengths: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        now = torch.where(done, input_ids.shape[1], torch.iinfo(torch.int64).max)
+        self.lengths = now if self.lengths is None else torch.minimum(self.lengths, now)
+        return done
+
+    def padding(self, completion: Tensor, prompt_length: int) -> Tensor:
+        """bool, as `completion`: what follows the end of a row. Without an end token generate pads nothing."""
+        if self.lengths is None or not any(hasattr(criterion, "eos_token_id") for criterion in self):
+            return torch.zeros_like(completion, dtype=torch.bool)
+        columns = torch.arange(completion.shape[1], device=completion.device)
+        return columns >= (self.lengths.to(completion.device) - prompt_length)[:, None]
+
+
 class _Rollout(LogitsProcessor):
     """Watches one `generate`: gates and forces anchors, arms the mixer, and keeps the record, on the device.
 
@@ -256,9 +281,7 @@ class _Rollout(LogitsProcessor):
         # A greedy rollout has no temperature: generate does not read the setting then.
         temperature = generation.temperature if generation.do_sample else None
         self.temperature = 1.0 if temperature is None else float(temperature)
-        eos = generation.eos_token_id
-        ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        self.eos = torch.tensor(ends, dtype=torch.int64, device=device)
+        self.ends = _Ends()
         self.stops = torch.tensor(self.config.stop_token_ids, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(rows.shape[0], dtype=torch.bool, device=device)
         self.step = 0
@@ -355,8 +378,8 @@ class _Rollout(LogitsProcessor):
             torch.full_like(self.device_row_ids, self.config.seed),
         )
 
-    def record(self, sequences: Tensor, pad: int | None) -> MixRecord:
-        """The record of what was returned; `pad` is given where a criterion of the user's may have ended rows."""
+    def record(self, sequences: Tensor) -> MixRecord:
+        """The record of what was returned."""
         completion = sequences[:, self.prompt_length :]
         length = completion.shape[1]
         if self.step <= length:  # generate may have undone the last steps
@@ -374,16 +397,9 @@ class _Rollout(LogitsProcessor):
             rows = torch.cat([step.rows for step in mixed])
             steps = torch.cat([torch.full_like(step.rows, step.step) for step in mixed])
         shape = tuple(completion.shape)
-        gate = filled(shape, "gate", torch.bool)
+        ended = self.ends.padding(completion, self.prompt_length)
+        gate = filled(shape, "gate", torch.bool) & ~ended
         ids = filled((*shape, self.config.k), "ids", torch.int64)
-        overruled = gate & (completion != ids[:, :, 0])
-        ends = torch.isin(completion, self.eos)
-        ended = ends.cumsum(1) - ends.long() > 0
-        if pad is not None:  # such a row ends in padding, as one with an end token does
-            padding = (completion == pad).flip(1).cumprod(1).flip(1).bool()
-            # Where rows are padded with an end token the first may have been emitted, and reads as if it was.
-            ended |= padding & ~(ends & (padding.cumsum(1) == 1) & ~overruled)
-        gate &= ~ended
         weights = filled((*shape, self.config.k), "weights", torch.float32)
         raise_faults(filled(shape, "fault", torch.int32).masked_fill(ended, 0), row_ids=self.row_ids)
         unknown = (logprobs.isnan() & ~ended).nonzero().tolist()
@@ -393,7 +409,7 @@ class _Rollout(LogitsProcessor):
                 f"the model's logits at row {int(self.row_ids[row])}, step {step} hold NaN or +inf, or are all -inf: "
                 "what was emitted there is no draw from the policy"
             )
-        if bool((overruled & ~ended).any()):
+        if bool(((completion != ids[:, :, 0]) & gate).any()):
             raise RuntimeError("a mixed step did not emit its anchor: another logits processor overruled it")
         noise = {}
         if self.config.strategy == "gaussian":
@@ -449,8 +465,8 @@ def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -
     cache = arguments.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError(
-            f"past_key_values must be empty, got a cache of {cache.get_seq_length()} tokens: what an earlier turn "
-            "mixed is not in the record, and would be replayed as plain ids"
+            f"past_key_values must be empty, got a cache of {cache.get_seq_length()} tokens: these may have been "
+            "mixed, no record would say so, and they would be replayed as plain ids"
         )
 
 
@@ -641,9 +657,11 @@ class NeighborMixing:
         if self.config.sampler == "ngrpo":  # what generate itself samples by is ours
             changed |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
             changed["num_return_sequences"] = 1  # of greedy ones it makes no more, so they are made here
-            input_ids, kwargs = model._expand_inputs_for_generation(
-                rows // input_ids.shape[0], input_ids=input_ids, **kwargs
+            inputs = {name: value for name, value in kwargs.items() if not hasattr(generation, name)}
+            input_ids, inputs = model._expand_inputs_for_generation(
+                rows // input_ids.shape[0], input_ids=input_ids, **inputs
             )
+            kwargs |= inputs
         if kwargs.get("generation_config") is None:
             kwargs.update(changed)
         else:  # generate takes a configuration or settings, not both
@@ -651,18 +669,22 @@ class NeighborMixing:
             for name, value in changed.items():
                 setattr(kwargs["generation_config"], name, value)
                 kwargs.pop(name, None)
+        criteria = model._get_stopping_criteria
+
+        def watched_criteria(*args: Any, **kwargs: Any) -> _Ends:
+            rollout.ends = _Ends(criteria(*args, **kwargs))
+            return rollout.ends
+
+        model._get_stopping_criteria = watched_criteria
         watching = model.register_forward_hook(rollout.watch)
         try:
             output = generate(input_ids=input_ids, logits_processor=processors, **kwargs)
         finally:
             watching.remove()
+            del model._get_stopping_criteria  # the class's method is back
             self.mixer.disarm()  # the last armed step is never embedded
         sequences = output if isinstance(output, Tensor) else output.sequences
-        ended_by_user = kwargs.get("stopping_criteria") or generation.stop_strings
-        pad = generation.pad_token_id
-        if pad is None and rollout.eos.numel():  # generate pads with the end token then
-            pad = int(rollout.eos[0])
-        return output, rollout.record(sequences, pad if ended_by_user else None)
+        return output, rollout.record(sequences)
 
     @contextmanager
     def replay(self, record: MixRecord, model: nn.Module | None = None) -> Iterator[None]:

@@ -42,7 +42,8 @@ _PREFIX = "mix_"
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
 _REPLAY_TOLERANCE = 1e-3  # cached and full forwards of a trained model differ by some 1e-5 in float32
 _ROUNDING_TOLERANCE = 0.5  # of lower precisions, where GRPO itself has some tenths
-_ROUNDING_SPREAD = 10  # the largest of many roundings over that of the few before the first mix
+_ROUNDING_SPREAD = 10  # the largest of many roundings over that of the few before the first mix,
+_ROUNDING_UNIT = 2.0**-8  # bfloat16's, which these may happen to stay below
 
 # The methods overridden are private to TRL: a change of theirs must stop the import, not the mixing.
 _EXPECTED_PARAMETERS = {
@@ -414,7 +415,7 @@ class NGRPOTrainer(GRPOTrainer):
                 "every training forward: set disable_dropout=True."
             )
         exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
-        if not before <= _REPLAY_TOLERANCE if exact else not whole > _ROUNDING_SPREAD * before:
+        if not before <= _REPLAY_TOLERANCE if exact else not whole > _ROUNDING_SPREAD * max(before, _ROUNDING_UNIT):
             if not exact and before <= _ROUNDING_TOLERANCE:
                 return None
             engine = "an engine with other weights, precision or kernels; " if self.use_vllm else ""

@@ -318,11 +318,12 @@ def _noticed_update(original: Callable) -> Callable:
     """Of a worker's methods by which weights may also come in past the model's `load_weights`."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        mixer = getattr(getattr(self.model_runner, "model_state", None), "mixer", None)
-        if mixer is not None:
-            mixer.notice_weights()
-        return result
+        try:
+            return original(self, *args, **kwargs)
+        finally:  # some may have come in before it failed
+            mixer = getattr(getattr(self.model_runner, "model_state", None), "mixer", None)
+            if mixer is not None:
+                mixer.notice_weights()
 
     return update
 

@@ -175,7 +175,7 @@ def _usable(name: str, imports: bool) -> str:
         return f"not usable, with {package} {version}: {error}"
     if not is_tested(name, version):
         found = f"tested with {TESTED[name]}, found {version}"
-        # Of transformers others pin a version, and only what is public there is used.
+        # Others pin transformers too, and the adapter refuses no version of it.
         return found if name == "transformers" else f"{found}: pip install '{package}=={TESTED[name]}.*'"
     if name == "vllm" and not importlib.metadata.entry_points(group="vllm.general_plugins", name="ngrpo_ops"):
         return "not usable: vLLM finds plugins of installed packages alone: pip install '.[vllm]' in a checkout"

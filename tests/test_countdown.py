@@ -299,7 +299,7 @@ def test_a_study_cut_short_has_every_arm_of_the_seeds_it_has() -> None:
         assert {job.task for job in part if job.seed == 0} == set(TASKS)
 
 
-def test_a_replication_shares_nothing_with_the_study_it_repeats() -> None:
+def test_a_replication_shares_no_seeds_and_hardly_a_problem_with_the_study_it_repeats() -> None:
     first, second = study.PRESETS["full"], study.PRESETS["replication"]
     assert {arm for arms in second.arms.values() for arm in arms} == set(study.PRIMARY)
     assert not {job.seed for job in study.jobs_of(first)} & {job.seed for job in study.jobs_of(second)}

@@ -292,6 +292,23 @@ def test_a_criterion_that_ends_no_row_changes_nothing(pad: int) -> None:
         assert torch.equal(tensor, records[1].tensors()[name]), name
 
 
+@pytest.mark.parametrize("sampler", ["native", "ngrpo"])
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_nothing_is_recorded_of_padding(pad: int, sampler: str) -> None:
+    """Whatever it looks like, and whatever ended the row."""
+    mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=0.3, sampler=sampler))
+    criteria = StoppingCriteriaList([_EndsWith(3), _EndsWith(11), _EndsWith(20)])
+    sequences, record = mixing.generate(
+        **left_padded(64), do_sample=True, max_new_tokens=24, pad_token_id=pad, stopping_criteria=criteria
+    )
+    completion = sequences[:, record.prompt_length :]
+    ends = sum((completion == token).long() for token in (3, 11, 20, EOS))
+    padding = ends.cumsum(1) - ends > 0
+    assert (completion[padding] == pad).all() and (ends.sum(1) > 0).sum() > 10
+    assert torch.equal(record.logprobs == 0, padding)
+    assert not record.gate[padding].any() and record.gate.any()
+
+
 def test_a_row_ended_by_a_criterion_of_the_user_is_no_longer_gated() -> None:
     model = tiny_model()
     mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
@@ -621,10 +638,12 @@ def test_our_sampler_returns_several_sequences() -> None:
     model, batch = tiny_model(), left_padded(2)
     config = MixingConfig(mixing_rate=0.5, sampler="ngrpo")
     sequences, record = NeighborMixing(model, config).generate(
-        **batch, do_sample=True, num_return_sequences=3, max_new_tokens=8
+        **batch, do_sample=True, num_return_sequences=3, max_new_tokens=8, pad_token_id=torch.tensor(PAD)
     )
     repeated = {name: tensor.repeat_interleave(3, 0) for name, tensor in batch.items()}
-    expected, again = NeighborMixing(model, config).generate(**repeated, do_sample=True, max_new_tokens=8)
+    expected, again = NeighborMixing(model, config).generate(
+        **repeated, do_sample=True, max_new_tokens=8, pad_token_id=torch.tensor(PAD)
+    )
     assert torch.equal(sequences, expected) and torch.equal(record.gate, again.gate)
     assert len({tuple(row) for row in sequences[:3].tolist()}) > 1
 

@@ -211,8 +211,9 @@ def test_rounding_in_bfloat16_is_told_from_a_missing_replay(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(adapter.logger, "warning", said.append)
-    trainer = train(mixing_rate=0.5, **settings)
-    assert 1e-3 < max(logged(trainer, "mix/replay_error")) < 0.1 and not said
+    for rate in (0.5, 1.0):
+        trainer = train(mixing_rate=rate, **settings)
+        assert 1e-3 < max(logged(trainer, "mix/replay_error")) < 0.1 and not said
     monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
     train(mixing_rate=0.5, **settings)
     assert "does not embed the mixes" in said[0]
