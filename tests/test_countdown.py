@@ -413,10 +413,10 @@ def test_the_big_study_in_miniature_and_interrupted(tmp_path: Path) -> None:
     every = list(csv.DictReader((report.parent / "seeds.csv").open()))
     assert len(every) == 2 + len(study.jobs_of(study.PRESETS["quick"]))
     counts = list(csv.DictReader((report.parent / "correct.csv").open()))
-    for mean, run in zip(every, counts, strict=True):
-        right = [int(run[str(problem)]) for problem in range(study.PRESETS["quick"].problems)]
-        assert run["seed"] == mean["seed"]
-        assert float(mean["pass@1"]) == pytest.approx(np.mean(right) / int(run["samples"]), abs=1e-4)
+    for mean, count in zip(every, counts, strict=True):
+        right = [int(count[str(problem)]) for problem in range(study.PRESETS["quick"].problems)]
+        assert count["seed"] == mean["seed"]
+        assert float(mean["pass@1"]) == pytest.approx(np.mean(right) / int(count["samples"]), abs=1e-4)
     kept, lost = tmp_path / "runs/steps/ngrpo/0.json", tmp_path / "runs/steps/ngrpo/1.json"
     before, again = kept.stat().st_mtime_ns, json.loads(lost.read_text())
     lost.unlink()
