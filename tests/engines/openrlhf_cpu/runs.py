@@ -20,9 +20,10 @@ STOCK, OURS = "openrlhf.cli.train_ppo_ray", "ngrpo_ops.integrations.openrlhf"
 PROMPTS = ["hello", "abc", "2 + 2 =", "x y z w", "seven", "so", "a", "4 * 5 - 6 ="]  # four a step
 TOKENS = 12  # of a sample
 SAMPLES = 4  # of a prompt
-TIMEOUT = 600  # seconds; the first run of a session also compiles DeepSpeed's parts
+TIMEOUT = 600  # seconds; the first run of an environment also compiles DeepSpeed's parts
 
 _FOLDER = Path(__file__).parent
+_EXTENSIONS = Path(sys.prefix) / "torch_extensions"
 _REWARD = """
 import torch
 
@@ -87,8 +88,7 @@ def run(module: str, inputs: Path, folder: Path, *arguments: str, float32: bool 
         "PYTHONPATH": f"{_FOLDER}:{_FOLDER.parent}", "OPENRLHF_DUMP": str(folder / "dump"), name: "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_DATASETS_CACHE": str(inputs / "cache"), "RAY_DEDUP_LOGS": "0",
-        # Of this session: a run that is ended while it compiles leaves a lock, at which every later one would wait.
-        "TORCH_EXTENSIONS_DIR": str(inputs / "extensions"),
+        "TORCH_EXTENSIONS_DIR": str(_EXTENSIONS),
     }  # fmt: skip
     environment |= {"OPENRLHF_FLOAT32": "1"} if float32 else {}
     given = f"""
@@ -112,8 +112,12 @@ def run(module: str, inputs: Path, folder: Path, *arguments: str, float32: bool 
         try:
             process.wait(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
-            process.kill()
+            pass
         finally:
+            if process.poll() is None:  # perhaps it compiles: the lock that it leaves would hold up every later run
+                process.kill()
+                for lock in _EXTENSIONS.glob("*/lock"):
+                    lock.unlink(missing_ok=True)
             _kill(name)
     return Run(folder, process.wait(), output.read_text(errors="replace"))
 
