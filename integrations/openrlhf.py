@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ngrpo_ops import MixingConfig, MixRecord
-from ngrpo_ops.environment import TESTED, is_tested
+from ngrpo_ops.versions import TESTED, is_tested
 
 _SETTINGS = "NGRPO_OPS_OPENRLHF"  # the environment variable by which workers know what the launcher read
 _LONGEST_SETTING = 100_000  # characters; Linux takes 128 KiB with its name

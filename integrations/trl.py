@@ -30,7 +30,7 @@ except ImportError as error:
     raise ImportError("this adapter needs TRL: pip install '.[trl]' in a checkout of ngrpo_ops") from error
 
 from ngrpo_ops import MixingConfig, MixRecord
-from ngrpo_ops.environment import TESTED
+from ngrpo_ops.versions import TESTED
 
 from .transformers import NeighborMixing, refuse_generation, refuse_native_cuts
 

@@ -44,9 +44,9 @@ from ngrpo_ops import (
     selective_log_softmax,
 )
 from ngrpo_ops.config import DRAWING, NOISE_SCALE
-from ngrpo_ops.environment import TESTED, is_tested
 from ngrpo_ops.random import bernoulli, philox
 from ngrpo_ops.table import neighbor_ids_of, table_of
+from ngrpo_ops.versions import TESTED, is_tested
 
 KEY = "ngrpo_ops"
 """Under which an engine's `additional_config` and a request's `extra_args` hold what is ours."""

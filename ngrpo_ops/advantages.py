@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .reference import compute_dtype
-from .validation import require_integer, require_number
+from . import _operations as ops
+from .ops._checks import require_integer, require_number
+from .ops._precision import compute_dtype
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from . import decoding
-from .reference import ROW_BLOCK_ELEMENTS, compute_dtype, counted, require_candidates_in_range
+from .ops._precision import ROW_BLOCK_ELEMENTS, compute_dtype
+from .reference import counted, require_candidates_in_range
 
 _BLOCK = 256  # positions whose float32 rows stay in cache
 

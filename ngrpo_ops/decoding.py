@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .config import DRAWING
+from .ops._checks import require_ids_in_range
+from .ops._precision import compute_dtype
 from .random import bernoulli, gumbel, normal, philox, uniforms
-from .reference import compute_dtype, mix_embeddings, require_ids_in_range
+from .reference import mix_embeddings
 
 NOT_A_NUMBER, NO_TOKEN, NO_SUCH_CANDIDATE = 1, 2, 4
 FAULTS = {

@@ -21,10 +21,8 @@ import torch
 
 import ngrpo_ops
 
-from . import backends
-
-TESTED = {"transformers": "5.23", "trl": "1.16", "vllm": "0.29", "openrlhf": "0.11.2"}
-"""The adapters, each with the version of its framework that it is tested with."""
+from .ops import _library
+from .versions import TESTED, is_tested
 
 _PACKAGES = (
     "torch", "triton", "numpy", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm",
@@ -62,11 +60,6 @@ def report(imports: bool = False) -> str:
         except Exception as error:
             lines.append(f"  {_anonymous(_in_a_line(error))}")
     return "\n".join(lines)
-
-
-def is_tested(framework: str, version: str) -> bool:
-    """Whether a version is the tested one, or a patch of it: 0.29.1 where 0.29 is tested."""
-    return f"{version.partition('+')[0]}.".startswith(f"{TESTED[framework]}.")
 
 
 def load_adapter(name: str) -> None:
@@ -118,7 +111,7 @@ def _gpus() -> list[torch.device]:
 
 
 def _backends() -> Iterator[str]:
-    """What `backends.choose` says for each device and type: nothing else of a call decides, but a kernel's limits."""
+    """What `_library.choose_backend` says for each device and type: nothing else of a call decides, but a kernel's limits."""
     public = {name: getattr(ngrpo_ops, name) for name in ngrpo_ops.__all__}
     operations = {name: inspect.signature(value) for name, value in public.items() if inspect.isfunction(value)}
     yield ", ".join(name for name, signature in operations.items() if "backend" in signature.parameters)
@@ -136,15 +129,15 @@ def _decision(device: torch.device, dtype: torch.dtype) -> str:
     backend = "none"
     try:
         tensor = torch.empty(0, dtype=dtype, device=device)
-        backend = backends.choose(None, tensor)
+        backend = _library.choose_backend(None, tensor)
         if backend == "triton":
-            backends.kernels("mix_embeddings")  # what is chosen may still not import
+            _library.load_kernels("mix_embeddings")  # what is chosen may still not import
             if device.type != "cpu":
                 from triton.runtime import driver
 
                 driver.active.get_current_target()  # nor launch: this compiles triton's launcher with a C compiler
         else:
-            backends.choose("triton", tensor)
+            _library.choose_backend("triton", tensor)
     except ValueError as reason:
         return f"{backend} ({reason})"
     except Exception as error:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from . import advantages, backends, decoding, ops, reference, sharded
+from . import _operations as ops
+from . import advantages, decoding, reference, sharded
 from .advantages import Whitening
 from .config import DRAWING, MOI_BETA, NOISE_SCALE, OWN_WEIGHTS, Metric, Strategy, Variant
-from .search import Progress
-from .validation import (
+from .ops._checks import (
     require_choice,
     require_embedding,
     require_flag,
@@ -30,6 +30,8 @@ from .validation import (
     require_table,
     require_tensor,
 )
+from .ops._library import choose_backend
+from .search import Progress
 
 
 class NearestNeighbors(NamedTuple):
@@ -119,7 +121,7 @@ def nearest_neighbors(
             raise ValueError("queries of a sharded embedding cannot be searched: leave queries out, for all rows")
         return NearestNeighbors(
             *sharded.nearest_neighbors(
-                embedding.detach(), group, k, metric, allowed, backends.choose(backend, embedding), progress, check
+                embedding.detach(), group, k, metric, allowed, choose_backend(backend, embedding), progress, check
             )
         )
     require_embedding(embedding)
@@ -129,7 +131,7 @@ def nearest_neighbors(
         require_same_device("queries", queries, "embedding", embedding)
         if queries.dim() != 1 or queries.numel() == 0:
             raise ValueError(f"queries must be a non-empty vector of row ids, got shape {tuple(queries.shape)}")
-    embedding, backend = embedding.detach(), backends.choose(backend, embedding)
+    embedding, backend = embedding.detach(), choose_backend(backend, embedding)
     if progress is None:
         return NearestNeighbors(*ops.nearest_neighbors(embedding, k, metric, queries, allowed, backend))
     return NearestNeighbors(*reference.nearest_neighbors(embedding, k, metric, queries, allowed, backend, progress))
@@ -218,7 +220,7 @@ def mix_embeddings(
         reference.require_ids_in_range(out_rows, ids.shape[0], "out_rows")
         shape, ids, weights = out_rows.shape, ids[out_rows], weights[out_rows]
     unsupported = f"the kernel takes k <= {_MAX_K}, got {k}" if k > _MAX_K else None
-    backend = backends.choose(backend, embedding, unsupported)
+    backend = choose_backend(backend, embedding, unsupported)
     return ops.mix_embeddings(embedding, ids, weights, padding_id, deterministic, backend).view(*shape, d)
 
 
@@ -270,7 +272,7 @@ def mixing_candidates(
         mixing_temperature, _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
         _cut(min_p, "min_p", logits), _counter(seed, "seed", "logits", logits), _step(step, batch, logits),
         _require_rows(row_ids, batch, logits), return_entropy,
-        backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+        choose_backend(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return MixingCandidates(ids, weights, fault, entropy if return_entropy else None)
 
@@ -375,7 +377,7 @@ def decode_step(
         _moi_beta(moi_beta, strategy), _cut(top_k, "top_k", logits), _cut(top_p, "top_p", logits),
         _cut(min_p, "min_p", logits), _counter(seed, "seed", "logits", logits), _step(step, batch, logits),
         _require_rows(row_ids, batch, logits), enabled,
-        backends.choose(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
+        choose_backend(backend, logits, _unsupported_step(k, variant, mixing_temperature)),
     )  # fmt: skip
     return DecodeStep(*out)
 
@@ -425,7 +427,7 @@ def gaussian_noise(
     require_same_device("seed", seed, "mixed", mixed)
     if not mixed.numel():
         return mixed
-    noise = ops.gaussian_noise(mixed.detach(), noise_scale, seed, row_ids, steps, backends.choose(backend, mixed))
+    noise = ops.gaussian_noise(mixed.detach(), noise_scale, seed, row_ids, steps, choose_backend(backend, mixed))
     return (mixed.to(noise.dtype) + noise).to(mixed.dtype)
 
 
@@ -678,7 +680,7 @@ def group_advantages(
     groups = _group_layout(rewards, group_size, group_ids, offsets)
     options = advantages.Options(
         baseline, scale, ddof, float(eps), singles, nan_policy == "omit", aggregation == "normalize_then_sum",
-        whitening, backends.choose(backend, rewards),
+        whitening, choose_backend(backend, rewards),
     )  # fmt: skip
     columns = rewards if rewards.dim() == 2 else rewards[:, None]
     return advantages.compute(columns, groups, options, mask, reward_weights, lengths)
@@ -772,7 +774,7 @@ def selective_log_softmax(
     k = columns.shape[1]
     unsupported = f"the kernel takes at most {_MAX_IDS} ids a row, got {k}" if k > _MAX_IDS else None
     logprobs, entropy, _ = ops.selective_log_softmax(
-        rows, columns, temperature, return_entropy, in_place, backends.choose(backend, logits, unsupported)
+        rows, columns, temperature, return_entropy, in_place, choose_backend(backend, logits, unsupported)
     )
     logprobs = logprobs.view(ids.shape)
     return (logprobs, entropy.view(lead)) if return_entropy else logprobs

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .validation import require_floating, require_ids, require_mask, require_shape, require_tensor
+from .ops._checks import require_floating, require_ids, require_mask, require_shape, require_tensor
 
 _NOISE = ("noise_scale", "noise_seed", "row_ids")
 

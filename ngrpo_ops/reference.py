@@ -13,23 +13,10 @@ import torch
 from torch import Tensor
 
 from .config import Metric
+from .ops._checks import require_ids_in_range
+from .ops._precision import ROW_BLOCK_ELEMENTS, compute_dtype
 from .scoring import ScoredRows
 from .search import Progress, search, usual_candidates
-
-ROW_BLOCK_ELEMENTS = 2**19  # logits handled at a time: their float32 copy stays in a core's cache
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
-    # On an accelerator the indexing itself asserts; a check here would make the host wait.
-    if ids.device.type == "cpu" and ids.numel():
-        least, largest = (int(x) for x in ids.aminmax())
-        if least < 0 or largest >= size:
-            raise ValueError(f"{name} must be within [0, {size}), got values from {least} to {largest}")
-
 
 # Nearest neighbours -----------------------------------------------------------------------------------------------
 

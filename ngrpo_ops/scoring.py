@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .backends import kernels
 from .config import Metric
+from .ops._library import load_kernels
+from .ops._precision import FLOAT32_ROUNDOFF as _UNIT_ROUNDOFF
+from .ops._precision import cpu_multiplies_bfloat16, has_matrix_units, matmul_input_roundoff
 
 # With these a search stays below 256 MiB beyond its inputs and outputs, and the matrix multiplications stay large.
 _COLUMN_TILE = 8192
@@ -22,7 +24,6 @@ _PAIR_ELEMENTS = 2**19  # of one block of re-scored pairs
 _LOW_PRECISION_FROM = 2**22  # elements of a table; for less the casts are not worth it
 _LOW_PRECISION_QUERIES = 32  # and for fewer queries the table's trip through memory is what takes the time
 _KERNELS_FROM = 2**13  # rows to search: with fewer tiles, the best few of each leave too loose a bound
-_UNIT_ROUNDOFF = 2.0**-24  # float32
 
 
 class ScoredRows:
@@ -32,7 +33,7 @@ class ScoredRows:
     """
 
     def __init__(self, embedding: Tensor, metric: Metric, *, backend: str = "eager", first: int = 0) -> None:
-        self.kernels = kernels("nearest_neighbors") if backend == "triton" else None
+        self.kernels = load_kernels("nearest_neighbors") if backend == "triton" else None
         if self.kernels is not None and not (embedding.is_contiguous() and embedding.data_ptr() % 16 == 0):
             # The compiler may order a kernel's sums by strides and alignment, and the same rows are to score the same.
             embedding = embedding.clone(memory_format=torch.contiguous_format)
@@ -115,28 +116,6 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions that multiply bfloat16 matrices."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-@functools.cache
-def _has_matrix_units(device: torch.device) -> bool:
-    """Whether the kernels' bfloat16 products run on them: before NVIDIA's Ampere they would spill, and crawl."""
-    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _matmul_input_roundoff() -> float:
-    """What a float32 matrix multiplication may round its inputs to (TF32, bfloat16), truncation included."""
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the old and the new precision settings of torch disagree: assume the coarser
-        precision = "medium"
-    return {"highest": 0.0, "high": 2.0**-10}.get(precision, 2.0**-7)
-
-
 def _rounded_up(values: Tensor) -> Tensor:
     """At least `values` >= 0, and a bfloat16 number, which no matrix multiplication rounds."""
     return values.mul(1.0 + 2.0**-7).bfloat16().float()
@@ -189,12 +168,12 @@ class OptimisticScores:
             bool(((rows.norms > 0) & (rows.norms < 1e-15)).any()) for rows in (queries, columns)
         )
         fusible = ordinary and count and len(columns) >= _KERNELS_FROM
-        self.kernels = queries.kernels if fusible and _has_matrix_units(columns.embedding.device) else None
+        self.kernels = queries.kernels if fusible and has_matrix_units(columns.embedding.device) else None
         low = (
             ordinary
             and not distances
             and columns.embedding.device.type == "cpu"
-            and _multiplies_bfloat16()
+            and cpu_multiplies_bfloat16()
             and columns.embedding.numel() >= _LOW_PRECISION_FROM
             and count >= _LOW_PRECISION_QUERIES
         )
@@ -206,7 +185,7 @@ class OptimisticScores:
         if self.input_dtype == torch.bfloat16:
             roundoff = max(rows.bfloat16_roundoff for rows in (queries, columns))
         else:
-            roundoff = _matmul_input_roundoff()
+            roundoff = matmul_input_roundoff()
         self.slack = self.square_slack + 2.01 * roundoff
         self.underflow = 2.0 * (d + 16) * torch.finfo(torch.float32).smallest_normal
 

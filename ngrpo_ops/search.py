@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops._ties import best_pairs, ranked
 from .scoring import OptimisticScores, ScoredRows
 
 _QUERY_TILE = 2048
@@ -171,16 +172,6 @@ def _fill_at(matrix: Tensor, tile_ids: Tensor, ids: Tensor, value: float | bool)
     position = torch.searchsorted(tile_ids, ids).clamp(max=tile_ids.numel() - 1)
     row, which = (tile_ids[position] == ids).nonzero(as_tuple=True)
     matrix[row, position[row, which]] = value
-
-
-def _best_pairs(rows: Tensor, columns: Tensor, scores: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k best pairs of each of `count` rows, equal scores by the lower column; every row must have k pairs."""
-    order = torch.argsort(columns, stable=True)
-    order = order[torch.argsort(scores[order], descending=True, stable=True)]
-    order = order[torch.argsort(rows[order], stable=True)]
-    starts = torch.searchsorted(rows[order], torch.arange(count, device=rows.device))
-    best = order[starts[:, None] + torch.arange(k, device=rows.device)]
-    return columns[best], scores[best]
 
 
 class _Search:
@@ -345,7 +336,7 @@ class _Search:
                 if not row.numel():
                     continue
                 column = tile_ids[column]
-                ids[part], scores[part] = _best_pairs(
+                ids[part], scores[part] = best_pairs(
                     torch.cat([torch.arange(len(part), device=ids.device).repeat_interleave(k), row]),
                     torch.cat([ids[part].reshape(-1), column]),
                     torch.cat(
@@ -435,13 +426,6 @@ def search(
 def usual_candidates(k: int) -> int:
     """How many to keep for every query: most of a trained embedding's are then settled without a second search."""
     return 8 + 4 * k
-
-
-def ranked(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """ids and scores [Q, n] of each row best first, equal scores by the lower id."""
-    ids, order = ids.sort(dim=1)
-    scores, rank = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return ids.gather(1, rank), scores
 
 
 def rescore(rows: ScoredRows, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

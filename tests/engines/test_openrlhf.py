@@ -24,10 +24,10 @@ from openrlhf_cpu.runs import OURS, PROMPTS, SAMPLES, STOCK, Run, make_inputs, r
 from torch import Tensor, nn
 
 from ngrpo_ops import MixingConfig, MixRecord, gaussian_noise
-from ngrpo_ops.environment import TESTED
 from ngrpo_ops.integrations import openrlhf as adapter
 from ngrpo_ops.integrations.openrlhf import MixedSample
 from ngrpo_ops.random import bernoulli, philox
+from ngrpo_ops.versions import TESTED
 
 # What the runs' processes load at their start: here for openrlhf's own imports.
 _spec = importlib.util.spec_from_file_location(

@@ -6,52 +6,16 @@ an operation of its own whose derivative is refused: a second one raises instead
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import cpu, decoding, reference
-from .backends import kernels
+from .ops._library import HostReadingOperation, Operation
+from .ops._library import load_kernels as kernels
 
 
-class _Operation:
-    """An operation `torch.ops.ngrpo.<name>` that mutates nothing. torch.library.custom_op does the same with a wrapper
-    around every call, which takes as long as the rest of the dispatch."""
-
-    def __init__(self, implementation: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> None:
-        self.name = f"ngrpo::{implementation.__name__}"
-        schema = torch.library.infer_schema(implementation, mutates_args=())
-        torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-        torch.library.impl(self.name, "default", implementation)
-        self._call = getattr(torch.ops.ngrpo, implementation.__name__).default
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def register_fake(self, function: Callable[..., Any]) -> None:
-        torch.library.register_fake(self.name, function)
-
-    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
-
-
-# Of a call that reads numbers on the host, like a seed, step or temperature that is one: captured in a CUDA graph of
-# torch.compile's own it would go on with those of the capture.
-_HostReading = functools.partial(_Operation, tags=(torch.Tag.cudagraph_unsafe,))
-
-
-def _refuse_second_derivative(backward: _Operation, name: str) -> None:
-    def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-        raise NotImplementedError(f"{name} can be differentiated once: its gradient has no derivative")
-
-    backward.register_autograd(refuse)
-
-
-@_HostReading
+@HostReadingOperation
 def nearest_neighbors(
     embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +30,7 @@ def _(
     return embedding.new_empty(rows, k, dtype=torch.int64), embedding.new_empty(rows, k, dtype=torch.float32)
 
 
-@_Operation
+@Operation
 def mix_embeddings(
     embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, deterministic: bool, backend: str
 ) -> Tensor:
@@ -83,7 +47,7 @@ def _(
     return embedding.new_empty(ids.shape[0], embedding.shape[1])
 
 
-@_Operation
+@Operation
 def mix_embeddings_grad_embedding(
     grad: Tensor,
     embedding: Tensor,
@@ -112,7 +76,7 @@ def _(
     return embedding.new_empty(embedding.shape)
 
 
-@_Operation
+@Operation
 def mix_embeddings_grad_weights(
     grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, backend: str
 ) -> Tensor:
@@ -143,14 +107,14 @@ def _mix_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 mix_embeddings.register_autograd(_mix_backward, setup_context=_mix_setup_context)
-_refuse_second_derivative(mix_embeddings_grad_embedding, "mix_embeddings")
-_refuse_second_derivative(mix_embeddings_grad_weights, "mix_embeddings")
+mix_embeddings_grad_embedding.refuse_derivative("mix_embeddings")
+mix_embeddings_grad_weights.refuse_derivative("mix_embeddings")
 
 
 # Decode step ------------------------------------------------------------------------------------------------------
 
 
-@_HostReading
+@HostReadingOperation
 def mixing_candidates(
     logits: Tensor,
     neighbor_ids: Tensor | None,
@@ -217,7 +181,7 @@ def _(
     )
 
 
-@_HostReading
+@HostReadingOperation
 def decode_step(
     logits: Tensor,
     embedding: Tensor,
@@ -283,7 +247,7 @@ def _(
     )
 
 
-@_Operation
+@Operation
 def gaussian_noise(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor, backend: str) -> Tensor:
     implementation = kernels("decode_step") if backend == "triton" else decoding
     return implementation.gaussian_noise(mixed, scale, seed, row_ids, steps)
@@ -297,7 +261,7 @@ def _(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor
 # Group advantages -------------------------------------------------------------------------------------------------
 
 
-@_Operation
+@Operation
 def group_advantages(
     rewards: Tensor,
     weights: Tensor | None,
@@ -336,7 +300,7 @@ def _(
     return rewards.new_empty(rewards.shape), spread
 
 
-@_Operation
+@Operation
 def group_advantages_backward(
     grad: Tensor,
     grad_spread: Tensor,
@@ -391,13 +355,13 @@ def _advantages_backward(ctx, grad, grad_spread):  # type: ignore[no-untyped-def
 
 
 group_advantages.register_autograd(_advantages_backward, setup_context=_advantages_setup_context)
-_refuse_second_derivative(group_advantages_backward, "group_advantages")
+group_advantages_backward.refuse_derivative("group_advantages")
 
 
 # Selective log-softmax --------------------------------------------------------------------------------------------
 
 
-@_Operation
+@Operation
 def selective_log_softmax(
     logits: Tensor, ids: Tensor, temperature: float, entropy: bool, in_place_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -439,7 +403,7 @@ def _log_softmax_gradient(
     )
 
 
-@_Operation
+@Operation
 def selective_log_softmax_backward(
     grad: Tensor,
     grad_entropy: Tensor,
@@ -502,4 +466,4 @@ def _log_softmax_backward(ctx, grad, grad_entropy, _):  # type: ignore[no-untype
 
 
 selective_log_softmax.register_autograd(_log_softmax_backward, setup_context=_log_softmax_setup_context)
-_refuse_second_derivative(selective_log_softmax_backward, "selective_log_softmax")
+selective_log_softmax_backward.refuse_derivative("selective_log_softmax")

@@ -104,3 +104,11 @@ def require_positive(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 1e-30 <= value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
+    # On an accelerator the indexing itself asserts; a check here would make the host wait.
+    if ids.device.type == "cpu" and ids.numel():
+        least, largest = (int(x) for x in ids.aminmax())
+        if least < 0 or largest >= size:
+            raise ValueError(f"{name} must be within [0, {size}), got values from {least} to {largest}")

@@ -1,0 +1,117 @@
+"""How an adapter changes and checks what belongs to a framework: replace and restore, signatures, refusals."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+_MISSING: Any = object()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[Any]:
+    """Within it `owner.name` is `value`. Yields what `owner.name` was.
+
+    Afterwards `owner` has again what it had itself: a method of the owner's class comes back by removing the value from
+    the instance.
+    """
+    original = getattr(owner, name)
+    own = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield original
+    finally:
+        if own is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> Any:
+    """Puts `make(original)` in the place of `owner.name` for good, under the original's name. Returns the original."""
+    original = getattr(owner, name)
+    made = make(original)
+    setattr(owner, name, made if isinstance(original, type) else functools.wraps(original)(made))
+    return original
+
+
+def check_signature(
+    owner: Any,
+    name: str,
+    expected: Sequence[str],
+    framework: str,
+    tested: str,
+    *,
+    prefix: bool = False,
+    where: str = "",
+) -> None:
+    """Checks the parameters of a method that is private to a framework.
+
+    Args:
+        owner: the class or module that has the method; None: there is no such class.
+        expected: the names of the parameters that an adapter relies on.
+        framework: the framework's name and version, for the message.
+        tested: the version that the adapter is tested with.
+        prefix: whether further parameters may follow.
+        where: what the message calls the method; "": `name`.
+
+    Raises:
+        ImportError: the method is missing or abstract, or has other parameters.
+    """
+    method = getattr(owner, name, None)
+    found = None
+    if callable(method) and not getattr(method, "__isabstractmethod__", False):
+        found = [parameter for parameter in inspect.signature(method).parameters if parameter != "_ray_trace_ctx"]
+    if found is not None and prefix:
+        found = found[: len(expected)]
+    if found != list(expected):
+        raise ImportError(
+            f"{framework} has changed {where or name}: expected parameters {list(expected)}, found {found}. This "
+            f"version of ngrpo-ops is tested with {framework.split()[0]} {tested}."
+        )
+
+
+class Refusal(NamedTuple):
+    """A setting that an adapter does not support: its name as the user writes it, whether it is set, and the reason."""
+
+    setting: str
+    is_set: Any
+    reason: str
+
+
+def refuse(refusals: Iterable[Refusal], verb: str = "cannot be mixed") -> None:
+    """Raises for the first setting that is set.
+
+    Raises:
+        ValueError: "SETTING VERB: REASON".
+    """
+    for setting, is_set, reason in refusals:
+        if is_set:
+            raise ValueError(f"{setting} {verb}: {reason}")
+
+
+def renamed(values: Mapping[str, Any], names: Mapping[str, str], owner: str) -> dict[str, Any]:
+    """Keywords with their old names replaced, each with a DeprecationWarning.
+
+    Args:
+        values: keywords as the user gave them.
+        names: {old name: new name}.
+        owner: whose keywords they are, for the messages.
+
+    Raises:
+        TypeError: an old and its new name are both given.
+    """
+    import warnings
+
+    found = dict(values)
+    for old, new in names.items():
+        if old not in found:
+            continue
+        if new in found:
+            raise TypeError(f"{owner} got both {new!r} and its old name {old!r}")
+        warnings.warn(f"{old!r} of {owner} is called {new!r} now", DeprecationWarning, stacklevel=3)
+        found[new] = found.pop(old)
+    return found
