@@ -111,7 +111,7 @@ def _gpus() -> list[torch.device]:
 
 
 def _backends() -> Iterator[str]:
-    """What `_library.choose_backend` says for each device and type: nothing else of a call decides, but a kernel's limits."""
+    """What `choose_backend` says for each device and dtype. Nothing else of a call decides, but a kernel's limits."""
     public = {name: getattr(ngrpo_ops, name) for name in ngrpo_ops.__all__}
     operations = {name: inspect.signature(value) for name, value in public.items() if inspect.isfunction(value)}
     yield ", ".join(name for name, signature in operations.items() if "backend" in signature.parameters)

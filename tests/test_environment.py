@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 import ngrpo_ops
 from ngrpo_ops import environment, versions
+from ngrpo_ops.ops import _library
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +37,6 @@ def test_a_fresh_process_reports_without_importing_a_framework():
     code = """
 import sys
 from ngrpo_ops.__main__ import main
-from ngrpo_ops.ops import _library
 code = main(["env"])
 print(code, {"transformers", "trl", "vllm", "openrlhf", "datasets"} & set(sys.modules))
 """

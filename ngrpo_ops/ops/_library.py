@@ -60,8 +60,8 @@ class Operation:
         self.register_autograd(refuse)
 
 
-#: An operation that reads numbers on the host, like a seed, step or temperature that is one. Captured in a CUDA graph of
-#: torch.compile's own it would go on with the numbers of the capture.
+#: An operation that reads numbers on the host, like a seed, step or temperature that is one. In a CUDA graph that
+#: torch.compile captures it would go on with the numbers of the capture.
 HostReadingOperation = functools.partial(Operation, tags=(torch.Tag.cudagraph_unsafe,))
 
 

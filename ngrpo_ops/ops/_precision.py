@@ -28,7 +28,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 @functools.cache
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether the kernels' bfloat16 products run on matrix units. Before NVIDIA's Ampere they would spill, and crawl."""
+    """Whether the kernels' bfloat16 products run on matrix units. Before NVIDIA's Ampere they would spill."""
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
