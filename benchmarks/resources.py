@@ -27,9 +27,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ngrpo_ops.config import DRAWING
-from ngrpo_ops.kernels import configs, decode_step, group_advantages, log_softmax, mix_embeddings, nearest_neighbors
+from ngrpo_ops.kernels import (
+    configs,
+    decode_step,
+    gaussian_noise,
+    group_advantages,
+    log_softmax,
+    mix_embeddings,
+    nearest_neighbors,
+)
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
+from ngrpo_ops.ops.decode_step.settings import Settings
+from ngrpo_ops.strategies import get_strategy
 
 RESULTS = Path(__file__).parent / "results" / "resources.csv"
 COLUMNS = ("kernel", "target", "config", "dtype", "registers", "stack", "spills", "shared", "wgmma")
@@ -107,26 +116,25 @@ DECODE_STEPS: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
 
 def _decode_step(dtype: torch.dtype, v: int, k: int, strategy: str, **other: Any) -> None:
     b, d = 64, 1536
+    entry = get_strategy(strategy)
     rows = {name: _meta(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
-    cuts = dict.fromkeys(("top_k", "top_p", "min_p"))
+    filters: dict[str, Any] = dict.fromkeys(("top_k", "top_p", "min_p"))
     if other.get("cut"):
-        cuts |= {"top_k": _meta(b), "top_p": rows["top_p"], "min_p": rows["min_p"]}
-    common = {
-        "neighbor_ids": _meta(v, k - 1) if strategy == "neighbor" else None, "k": k, "strategy": strategy,
-        "variant": other.get("variant", "paper"), "temperature": rows["temperature"], "seed": _meta(), "step": _meta(),
-        "mixing_temperature": other.get("tau"), "moi_beta": 1.0, "row_ids": _meta(b),
-    }  # fmt: skip
+        filters |= {"top_k": _meta(b), "top_p": rows["top_p"], "min_p": rows["min_p"]}
+    settings = Settings(
+        neighbor_ids=_meta(v, k - 1) if entry.reads_neighbors else None, k=k, strategy=strategy,
+        options=entry.option_values({}), variant=other.get("variant", "paper"), temperature=rows["temperature"],
+        mixing_temperature=other.get("tau"), **filters, seed=_meta(), step=_meta(), row_ids=_meta(b), mixing_rate=0.1,
+        entropy_threshold=other.get("entropy"), enabled=_meta(b, dtype=torch.bool),
+    )  # fmt: skip
     logits = _meta(b, v, dtype=dtype)
     if other.get("alone"):
-        of_draws = cuts if strategy in DRAWING else dict.fromkeys(cuts)
-        decode_step.mixing_candidates(logits, **common, **of_draws, return_entropy=True)
-    decode_step.decode_step(
-        logits, _meta(v, d, dtype=dtype), **common, mixing_rate=0.1, entropy_threshold=other.get("entropy"),
-        noise_scale=0.33, **cuts, enabled=_meta(b, dtype=torch.bool),
-    )  # fmt: skip
+        unread = {} if entry.reads_filters else dict.fromkeys(filters)
+        decode_step.mixing_candidates(logits, settings._replace(**unread), return_entropy=True)
+    decode_step.decode_step(logits, _meta(v, d, dtype=dtype), settings)
     if strategy == "gaussian":
         n = _meta(4096)
-        decode_step.gaussian_noise(_meta(4096, d, dtype=dtype), n.float(), n, n, n)
+        gaussian_noise.gaussian_noise(_meta(4096, d, dtype=dtype), n.float(), n, n, n)
 
 
 def _tile_best(dtype: torch.dtype, q: int, best: int) -> None:

@@ -51,9 +51,9 @@ from ngrpo_ops import (
     raise_faults,
     selective_log_softmax,
 )
-from ngrpo_ops.config import NOISE_SCALE
 from ngrpo_ops.random import bernoulli, philox
-from ngrpo_ops.table import neighbor_ids_of, table_of
+from ngrpo_ops.rollout import make_table as table_of
+from ngrpo_ops.rollout import neighbor_ids as neighbor_ids_of
 
 # The hook pair ----------------------------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class _Rollout(LogitsProcessor):
             self._finish_step(input_ids[:, -1])
         self.logits = self.fresh_logits
         self.mixing.require_vocabulary(scores)
-        scores = self._sample(scores) if self.config.sampler == "ngrpo" else self._force_anchors(scores)
+        scores = self._sample(scores) if self.config.sampler == "counter_based" else self._force_anchors(scores)
         self.step += 1
         return scores
 
@@ -372,7 +372,7 @@ class _Rollout(LogitsProcessor):
 
     def _noise(self) -> tuple[Tensor, Tensor]:
         """Scale and seed of every row."""
-        scale = NOISE_SCALE if self.config.noise_scale is None else self.config.noise_scale
+        scale = 0.33 if self.config.noise_scale is None else self.config.noise_scale
         return (
             torch.full_like(self.device_row_ids, scale, dtype=torch.float32),
             torch.full_like(self.device_row_ids, self.config.seed),
@@ -654,7 +654,7 @@ class NeighborMixing:
         rollout = _Rollout(self, generation, row_ids, input_ids.shape[1])
         processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), rollout])
         changed: dict[str, Any] = {"disable_compile": True}
-        if self.config.sampler == "ngrpo":  # what generate itself samples by is ours
+        if self.config.sampler == "counter_based":  # what generate itself samples by is ours
             changed |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
             changed["num_return_sequences"] = 1  # of greedy ones it makes no more, so they are made here
             inputs = {name: value for name, value in kwargs.items() if not hasattr(generation, name)}

@@ -216,7 +216,7 @@ class NGRPOTrainer(GRPOTrainer):
             raise TypeError(f"args must be an NGRPOConfig, got {type(args).__name__}")
         _refuse_settings(args, given)
         # At a rate of 0 the engine is stock, as all else is then.
-        self._engine_mixes = args.use_vllm and (args.mixing_rate > 0 or args.mixing_sampler == "ngrpo")
+        self._engine_mixes = args.use_vllm and (args.mixing_rate > 0 or args.mixing().sampler == "counter_based")
         with _engines_that_mix(args) if self._engine_mixes else nullcontext():
             super().__init__(*bound.args[1:], **bound.kwargs)
         if self._engine_mixes:

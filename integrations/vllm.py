@@ -43,9 +43,10 @@ from ngrpo_ops import (
     raise_faults,
     selective_log_softmax,
 )
-from ngrpo_ops.config import DRAWING, NOISE_SCALE
 from ngrpo_ops.random import bernoulli, philox
-from ngrpo_ops.table import neighbor_ids_of, table_of
+from ngrpo_ops.rollout import make_table as table_of
+from ngrpo_ops.rollout import neighbor_ids as neighbor_ids_of
+from ngrpo_ops.strategies import get_strategy
 from ngrpo_ops.versions import TESTED, is_tested
 
 KEY = "ngrpo_ops"
@@ -547,7 +548,7 @@ class EngineMixer:
         return tuple(host.to(self.device, non_blocking=True))
 
     def _noise_scale(self) -> float:
-        return NOISE_SCALE if self.config.noise_scale is None else self.config.noise_scale
+        return 0.33 if self.config.noise_scale is None else self.config.noise_scale
 
     # The sample
 
@@ -576,7 +577,9 @@ class EngineMixer:
         entries = self._entries[slots, positions]
         entries[entries < 0] = self._pool.reserve(int((entries < 0).sum()))
         self._entries[slots, positions] = entries
-        chosen = np.ones(len(live), dtype=bool) if self.config.sampler == "ngrpo" else self._drawn[slots, positions]
+        chosen = (
+            np.ones(len(live), dtype=bool) if self.config.sampler == "counter_based" else self._drawn[slots, positions]
+        )
         steps = positions - self._first[slots]
         batch_rows, slot, entry, _, _ = self._send(live, slots, entries, steps, self._row_ids[slots])
         if chosen.any():
@@ -608,7 +611,7 @@ class EngineMixer:
         if config.draws:
             common |= _cuts(states, slots, slot)
         before = sampled[row]
-        if config.sampler == "ngrpo":
+        if config.sampler == "counter_based":
             out = decode_step(
                 scores, None, neighbor_ids, **common, mixing_rate=config.mixing_rate, enabled=~self._stopped[slot],
                 entropy_threshold=config.entropy_threshold,
@@ -632,7 +635,7 @@ class EngineMixer:
             greedy = temperature == 0
             whole = scores.to(processed.dtype) / torch.where(greedy, 1, temperature)[:, None]
             of_rows = processed[row]
-            forced = torch.zeros_like(gate) if config.strategy in DRAWING else gate
+            forced = torch.zeros_like(gate) if get_strategy(config.strategy).emits_sample else gate
             uncut = forced | (of_rows.gather(1, tokens[:, None].long())[:, 0] == -torch.inf)
             processed.index_copy_(0, row, torch.where(uncut[:, None], whole, of_rows))
         return sampled, processed

@@ -26,11 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, primitives
+from .gaussian_noise import noise_uniform, normal
 from .primitives import launch, launcher, random_words, scale, widen
 
 PIVOTS = 4
 
-# As `ngrpo_ops.decoding`'s.
+OF_THE_LIKELIEST = ("topk", "gumbel", "gaussian", "moi")  # strategies whose candidates are the k most likely tokens
+
+# The bits of ngrpo_ops/ops/decode_step/faults.py.
 _NOT_A_NUMBER, _NO_TOKEN, _NO_SUCH_CANDIDATE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 _NO_ID = tl.constexpr(2**31 - 1)
 
@@ -62,11 +65,6 @@ def _inverse(temperature):
 def _load_logits(row_logits, columns, v, stride_v, INT64: tl.constexpr):
     where = row_logits + widen(columns, INT64) * stride_v
     return tl.load(where, mask=columns < v, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _open_uniform(word):
-    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
 
 
 # 1. Partials ------------------------------------------------------------------------------------------------------
@@ -269,46 +267,6 @@ def _mixed(embedding, ids, weights, columns, d, stride_v, stride_d, K: tl.conste
 
 
 @triton.jit
-def _inverse_erf(x):
-    """Of Giles, "Approximating the erfinv function" (GPU Computing Gems, 2012), good to float32's last bits."""
-    w = -tl.log((1.0 - x) * (1.0 + x))
-    near = w - 2.5
-    p = tl.full(x.shape, 2.81022636e-08, tl.float32)
-    p = tl.fma(p, near, 3.43273939e-07)
-    p = tl.fma(p, near, -3.5233877e-06)
-    p = tl.fma(p, near, -4.39150654e-06)
-    p = tl.fma(p, near, 0.00021858087)
-    p = tl.fma(p, near, -0.00125372503)
-    p = tl.fma(p, near, -0.00417768164)
-    p = tl.fma(p, near, 0.246640727)
-    p = tl.fma(p, near, 1.50140941)
-    far = tl.sqrt(tl.maximum(w, 5.0)) - 3.0
-    q = tl.full(x.shape, -0.000200214257, tl.float32)
-    q = tl.fma(q, far, 0.000100950558)
-    q = tl.fma(q, far, 0.00134934322)
-    q = tl.fma(q, far, -0.00367342844)
-    q = tl.fma(q, far, 0.00573950773)
-    q = tl.fma(q, far, -0.0076224613)
-    q = tl.fma(q, far, 0.00943887047)
-    q = tl.fma(q, far, 1.00167406)
-    q = tl.fma(q, far, 2.83297682)
-    return tl.where(w < 5.0, p, q) * x
-
-
-@triton.jit
-def _noise_uniform(seed, step, row_id, index):
-    """The uniform of each index: four to a stream."""
-    w0, w1, w2, w3 = random_words(seed, step, row_id, 1 + index // 4)
-    at = index % 4
-    return _open_uniform(tl.where(at == 0, w0, tl.where(at == 1, w1, tl.where(at == 2, w2, w3))))
-
-
-@triton.jit
-def _normal(seed, step, row_id, index):
-    return 1.4142135623730951 * _inverse_erf(2.0 * _noise_uniform(seed, step, row_id, index) - 1.0)
-
-
-@triton.jit
 def _uniform(high, low):
     """float64 in [0, 1), from two words."""
     return ((high.to(tl.uint64) << 21) | (low.to(tl.uint64) >> 11)).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
@@ -391,7 +349,7 @@ def decode_choice_kernel(
     NEIGHBOR: tl.constexpr, GUMBEL: tl.constexpr, GAUSSIAN: tl.constexpr, MOI: tl.constexpr, MULTIPLEX: tl.constexpr,
     RELEASED: tl.constexpr,
     SAMPLE: tl.constexpr, FILTER: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_ENABLED: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, OWN_TAU: tl.constexpr, PER_ROW_T: tl.constexpr, SEED_TENSOR: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_MIXING_TEMPERATURE: tl.constexpr, PER_ROW_T: tl.constexpr, SEED_TENSOR: tl.constexpr,
     STEP_TENSOR: tl.constexpr, INT64: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -458,8 +416,8 @@ def decode_choice_kernel(
     if RELEASED:
         z = tl.where((c < K) & (missing == 0), tl.exp(z) / total, float("-inf"))
     if GUMBEL:
-        z = z - tl.log(-tl.log(_noise_uniform(seed, step, row_id, c)))
-    if OWN_TAU:
+        z = z - tl.log(-tl.log(noise_uniform(seed, step, row_id, c)))
+    if HAS_MIXING_TEMPERATURE:
         inverse_m, residual_m = _inverse(mixing_temperature)
         z = scale(z, inverse_m, residual_m) if GUMBEL else scale(x, inverse_m, residual_m)
     elif GUMBEL:
@@ -516,36 +474,19 @@ def decode_choice_kernel(
             columns = start + tl.arange(0, BLOCK_D)
             value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)
             if GAUSSIAN:
-                value += tl.where(size > 0.0, size * _normal(seed, step, row_id, columns), 0.0)
+                value += tl.where(size > 0.0, size * normal(seed, step, row_id, columns), 0.0)
             value = tl.where(bad, float("nan"), value)
             where = embeddings + widen(row, INT64) * d + columns
             tl.store(where, value.to(embeddings.dtype.element_ty), mask=columns < d)
 
 
-@triton.jit
-def gaussian_noise_kernel(
-    mixed, scales, seeds, row_ids, steps, out, d, stride_m, stride_d, INT64: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    row = tl.program_id(0)
-    base = mixed + widen(row, INT64) * stride_m
-    seed, step, row_id = tl.load(seeds + row), tl.load(steps + row), tl.load(row_ids + row)
-    size = 0.0
-    for start in range(0, d, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        value = tl.load(base + widen(columns, INT64) * stride_d, mask=columns < d, other=0.0).to(tl.float32)
-        size += tl.sum(value * value, axis=0)
-    size = tl.load(scales + row) * tl.sqrt(size / d)
-    for start in range(0, d, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        where = out + widen(row, INT64) * d + columns
-        tl.store(where, size * _normal(seed, step, row_id, columns), mask=columns < d)
-
-
 # Launchers --------------------------------------------------------------------------------------------------------
+#
+# `settings` is the `Settings` of ngrpo_ops/ops/decode_step/settings.py. This folder imports nothing of ngrpo_ops.
 
 
 def _number(setting: Tensor) -> float | int | Tensor:
-    """A 0-d tensor on the CPU is a number to the kernel, any other is read by it."""
+    """A 0-d tensor on the CPU is a number to the kernel. The kernel reads every other tensor itself."""
     return setting.item() if setting.dim() == 0 and setting.device.type == "cpu" else setting
 
 
@@ -564,7 +505,7 @@ def _per_row(value: Any) -> bool:
 class _Partials:
     """The first launch: what the others need of each row's pieces."""
 
-    def __init__(self, logits: Tensor, temperature: Any, best: int) -> None:
+    def __init__(self, logits: Tensor, temperature: Tensor, best: int) -> None:
         rows, v = logits.shape
         kernel = decode_partials_kernel
         config = configs.pinned(kernel.__name__, v, interpreted=primitives.interpreted(kernel))
@@ -573,31 +514,31 @@ class _Partials:
         floats = torch.empty(2 + best, rows * self.splits, dtype=torch.float32, device=logits.device)
         self.mass, self.moment, self.values = floats[0], floats[1], floats[2:]
         self.ids = torch.empty(rows * self.splits * best, dtype=torch.int32, device=logits.device)
+        t = _strided(temperature, rows)
+        self.row_arguments: dict[str, Any] = {
+            "logits": logits, "temperature": t, "v": v, "splits": self.splits, "stride_b": logits.stride(0),
+            "stride_v": logits.stride(1), "PER_ROW_T": _per_row(t),
+        }  # fmt: skip
         launch(
-            kernel, lambda meta: (rows * self.splits,), width=v, int64_for=(logits,),
-            **self.row_arguments(logits, temperature), best_values=self.values, best_ids=self.ids, mass=self.mass,
-            moment=self.moment, BEST=best,
+            kernel, lambda meta: (rows * self.splits,), width=v, int64_for=(logits,), **self.row_arguments,
+            best_values=self.values, best_ids=self.ids, mass=self.mass, moment=self.moment, BEST=best,
         )  # fmt: skip
 
-    def row_arguments(self, logits: Tensor, temperature: Any) -> dict[str, Any]:
+    @property
+    def piece_arguments(self) -> dict[str, Any]:
         return {
-            "logits": logits, "temperature": temperature, "v": logits.shape[1], "splits": self.splits,
-            "stride_b": logits.stride(0), "stride_v": logits.stride(1), "PER_ROW_T": _per_row(temperature),
+            "best_values": self.values, "mass": self.mass, "BEST": self.best,
+            "BLOCK_S": triton.next_power_of_2(self.splits), "SPLIT": self.split,
         }  # fmt: skip
 
 
-_NOTHING_KEPT: dict[str, Any] = dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
-
-
-def _filter(
-    logits: Tensor, temperature: Any, partials: _Partials, top_k: Tensor | None, top_p: Tensor | None,
-    min_p: Tensor | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The second launch, where there is a cut."""
-    if top_k is None and top_p is None and min_p is None:
-        return _NOTHING_KEPT
+def _filter(logits: Tensor, settings: Any, partials: _Partials) -> dict[str, Any]:
+    """The second launch, where there is a filter."""
+    filters = settings.top_k, settings.top_p, settings.min_p
+    if filters == (None, None, None):
+        return dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
     rows = logits.shape[0]
-    k, p, m = (_strided(setting, rows) for setting in (top_k, top_p, min_p))
+    k, p, m = (_strided(setting, rows) for setting in filters)
     like = partials.mass
     kept: dict[str, Any] = {
         "kept_mass": torch.empty_like(like), "ties_before": torch.empty_like(like, dtype=torch.int32),
@@ -606,124 +547,101 @@ def _filter(
     }  # fmt: skip
     launch(
         decode_filter_kernel, lambda meta: (rows,), width=logits.shape[1], int64_for=(logits,),
-        **partials.row_arguments(logits, temperature), top_k=k, top_p=p, min_p=m, best_values=partials.values,
-        mass=partials.mass, **kept, BEST=partials.best, BLOCK_S=triton.next_power_of_2(partials.splits),
-        SPLIT=partials.split, HAS_K=k is not None, HAS_P=p is not None, HAS_M=m is not None, PER_ROW_K=_per_row(k),
-        PER_ROW_P=_per_row(p), PER_ROW_M=_per_row(m), PIVOTS=PIVOTS,
+        **partials.row_arguments, **partials.piece_arguments, **kept, top_k=k, top_p=p, min_p=m, HAS_K=k is not None,
+        HAS_P=p is not None, HAS_M=m is not None, PER_ROW_K=_per_row(k), PER_ROW_P=_per_row(p), PER_ROW_M=_per_row(m),
+        PIVOTS=PIVOTS,
     )  # fmt: skip
     return kept
 
 
-def _choose(
-    logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Any,
-    mixing_temperature: float | None, moi_beta: float, seed: Tensor, step: Tensor, row_ids: Tensor | None,
-    partials: _Partials, kept: dict[str, Any], outputs: dict[str, Any], sampling: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = logits.shape[0]
+def _counter_arguments(settings: Any) -> dict[str, Any]:
+    seed, step, row_ids = settings.seed, settings.step, settings.row_ids
+    return {
+        "seed": _number(seed), "step": _number(step), "stride_s": step.stride(0) if step.dim() else 0,
+        "row_ids": None if row_ids is None else row_ids.contiguous(), "HAS_ROWS": row_ids is not None,
+        "SEED_TENSOR": _per_row(_number(seed)), "STEP_TENSOR": _per_row(_number(step)),
+    }  # fmt: skip
+
+
+def _draws(logits: Tensor, settings: Any, common: dict[str, Any]) -> Tensor | None:
+    """The third launch, for the strategies that mix draws."""
+    if settings.strategy not in ("moi", "multiplex"):
+        return None
+    rows, count = logits.shape[0], settings.k if settings.strategy == "multiplex" else 1
+    draws = torch.empty(rows, count, dtype=torch.int32, device=logits.device)
+    launch(
+        decode_draws_kernel, lambda meta: (rows * count,), width=logits.shape[1], int64_for=(logits,), **common,
+        draws=draws, DRAWS=count,
+    )  # fmt: skip
+    return draws
+
+
+def _sampling_arguments(embedding: Tensor | None, settings: Any) -> dict[str, Any]:
+    """What the choice reads of a whole step; without an embedding it only finds the candidates."""
+    enabled, threshold = settings.enabled, settings.entropy_threshold
+    if embedding is None:
+        d, stride_e, stride_d, enabled, threshold = 0, 0, 0, None, None
+    else:
+        d, stride_e, stride_d = embedding.shape[1], embedding.stride(0), embedding.stride(1)
+    return {
+        "embedding": embedding, "enabled": None if enabled is None else enabled.contiguous(),
+        "threshold": round(settings.mixing_rate * 2**32), "entropy_threshold": 0.0 if threshold is None else threshold,
+        "d": d, "stride_e": stride_e, "stride_d": stride_d, "SAMPLE": embedding is not None,
+        "HAS_ENABLED": enabled is not None, "HAS_ENTROPY": threshold is not None,
+    }  # fmt: skip
+
+
+def _choose(logits: Tensor, embedding: Tensor | None, settings: Any, outputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """All launches of a step. ids, weights, entropy, fault; the outputs of a whole step are written where they are."""
+    rows, k, strategy = logits.shape[0], settings.k, settings.strategy
+    partials = _Partials(logits, settings.temperature, k if strategy in OF_THE_LIKELIEST else 1)
+    kept = _filter(logits, settings, partials)
+    common = {
+        **partials.row_arguments, **partials.piece_arguments, **kept, **_counter_arguments(settings),
+        "FILTER": kept["cuts"] is not None,
+    }  # fmt: skip
+    draws = _draws(logits, settings, common)
     ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
     entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
     fault = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    neighbors = neighbor_ids if k > 1 else None
-    embedding = sampling.get("embedding")
-    counter: dict[str, Any] = {
-        "seed": _number(seed), "step": _number(step), "stride_s": step.stride(0) if step.dim() else 0,
-        "row_ids": row_ids, "HAS_ROWS": row_ids is not None, "SEED_TENSOR": _per_row(_number(seed)),
-        "STEP_TENSOR": _per_row(_number(step)),
-    }  # fmt: skip
-    pieces: dict[str, Any] = {
-        "best_values": partials.values, "mass": partials.mass, **kept, "BEST": partials.best,
-        "BLOCK_S": triton.next_power_of_2(partials.splits), "SPLIT": partials.split,
-        "FILTER": kept is not _NOTHING_KEPT,
-    }  # fmt: skip
-    draws = None
-    if strategy in ("moi", "multiplex"):
-        count = k if strategy == "multiplex" else 1
-        draws = torch.empty(rows, count, dtype=torch.int32, device=logits.device)
-        launch(
-            decode_draws_kernel, lambda meta: (rows * count,), width=logits.shape[1], int64_for=(logits,),
-            **partials.row_arguments(logits, temperature), **counter, **pieces, draws=draws, DRAWS=count,
-        )  # fmt: skip
+    neighbors = settings.neighbor_ids if k > 1 else None
+    option = settings.options[0] if settings.options else 0.0  # each of the strategies here has one at most
+    tau = settings.mixing_temperature
     launch(
         decode_choice_kernel, lambda meta: (rows,), width=0 if embedding is None else embedding.shape[1],
-        int64_for=(logits, embedding, neighbors, outputs.get("embeddings")),
-        **partials.row_arguments(logits, temperature), neighbor_ids=neighbors,
+        int64_for=(logits, embedding, neighbors, outputs.get("embeddings")), **common,
+        **_sampling_arguments(embedding, settings), **outputs, neighbor_ids=neighbors,
         stride_n=0 if neighbors is None else neighbors.stride(0),
-        stride_k=0 if neighbors is None else neighbors.stride(1),
-        mixing_temperature=1.0 if mixing_temperature is None else mixing_temperature, moi_beta=moi_beta, draws=draws,
-        **counter, **pieces, best_ids=partials.ids, moment=partials.moment, **outputs, ids_out=ids, weights_out=weights,
-        entropies=entropy, faults=fault, **sampling, K=k, BLOCK_K=triton.next_power_of_2(k),
-        NEIGHBOR=neighbors is not None, GUMBEL=strategy == "gumbel",
-        GAUSSIAN=strategy == "gaussian" and embedding is not None, MOI=strategy == "moi",
-        MULTIPLEX=strategy == "multiplex", RELEASED=variant == "released", OWN_TAU=mixing_temperature is not None,
+        stride_k=0 if neighbors is None else neighbors.stride(1), mixing_temperature=1.0 if tau is None else tau,
+        moi_beta=option if strategy == "moi" else 0.0, noise_scale=option if strategy == "gaussian" else 0.0,
+        draws=draws, best_ids=partials.ids, moment=partials.moment, ids_out=ids, weights_out=weights,
+        entropies=entropy, faults=fault, K=k, BLOCK_K=triton.next_power_of_2(k), NEIGHBOR=neighbors is not None,
+        GUMBEL=strategy == "gumbel", GAUSSIAN=strategy == "gaussian" and embedding is not None, MOI=strategy == "moi",
+        MULTIPLEX=strategy == "multiplex", RELEASED=settings.variant == "released",
+        HAS_MIXING_TEMPERATURE=tau is not None,
     )  # fmt: skip
     return ids, weights, entropy, fault
 
 
-def _best(k: int, strategy: str) -> int:
-    return k if strategy in ("topk", "gumbel", "gaussian", "moi") else 1
-
-
-@launcher("row_ids")
-def mixing_candidates(
-    logits: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str, temperature: Tensor,
-    mixing_temperature: float | None, moi_beta: float, top_k: Tensor | None, top_p: Tensor | None,
-    min_p: Tensor | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, and one each for cuts and draws."""
-    t = _strided(temperature, logits.shape[0])
-    partials = _Partials(logits, t, _best(k, strategy))
-    kept = _filter(logits, t, partials, top_k, top_p, min_p)
+@launcher()
+def mixing_candidates(logits: Tensor, settings: Any, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, one each for filters and draws."""
     nothing: dict[str, Any] = dict.fromkeys(("token_ids", "gates", "embeddings", "logprobs"))
-    no_sample = {
-        "embedding": None, "enabled": None, "threshold": 0, "entropy_threshold": 0.0, "noise_scale": 0.0, "d": 0,
-        "stride_e": 0, "stride_d": 0, "SAMPLE": False, "HAS_ENABLED": False, "HAS_ENTROPY": False,
-    }  # fmt: skip
-    ids, weights, entropy, fault = _choose(
-        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, moi_beta, seed, step, row_ids, partials,
-        kept, nothing, no_sample,
-    )  # fmt: skip
+    ids, weights, entropy, fault = _choose(logits, None, settings, nothing)
     return ids, weights, entropy if return_entropy else entropy.new_empty(0), fault
 
 
-@launcher("row_ids", "enabled")
+@launcher()
 def decode_step(
-    logits: Tensor, embedding: Tensor, neighbor_ids: Tensor | None, k: int, strategy: str, variant: str,
-    mixing_rate: float, entropy_threshold: float | None, noise_scale: float, temperature: Tensor,
-    mixing_temperature: float | None, moi_beta: float, top_k: Tensor | None, top_p: Tensor | None,
-    min_p: Tensor | None, seed: Tensor, step: Tensor, row_ids: Tensor | None, enabled: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """token_ids, gate, ids, weights, embeddings, logprobs, entropy, fault: two launches, one each for cuts, draws."""
-    rows, d = logits.shape[0], embedding.shape[1]
-    t = _strided(temperature, rows)
-    partials = _Partials(logits, t, _best(k, strategy))
-    kept = _filter(logits, t, partials, top_k, top_p, min_p)
+    logits: Tensor, embedding: Tensor, settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `ngrpo_ops.decode_step`, in their order: two launches, one each for filters and draws."""
+    rows = logits.shape[0]
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     gates = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    embeddings = torch.empty(rows, d, dtype=embedding.dtype, device=logits.device)
+    embeddings = torch.empty(rows, embedding.shape[1], dtype=embedding.dtype, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    outputs: dict[str, Any] = {"token_ids": tokens, "gates": gates, "embeddings": embeddings, "logprobs": logprobs}
-    sampling = {
-        "embedding": embedding, "enabled": enabled, "threshold": round(mixing_rate * 2**32),
-        "entropy_threshold": 0.0 if entropy_threshold is None else entropy_threshold, "noise_scale": noise_scale,
-        "d": d, "stride_e": embedding.stride(0), "stride_d": embedding.stride(1), "SAMPLE": True,
-        "HAS_ENABLED": enabled is not None, "HAS_ENTROPY": entropy_threshold is not None,
-    }  # fmt: skip
-    ids, weights, entropy, fault = _choose(
-        logits, neighbor_ids, k, strategy, variant, t, mixing_temperature, moi_beta, seed, step, row_ids, partials,
-        kept, outputs, sampling,
-    )  # fmt: skip
+    outputs = {"token_ids": tokens, "gates": gates, "embeddings": embeddings, "logprobs": logprobs}
+    ids, weights, entropy, fault = _choose(logits, embedding, settings, outputs)
     return tokens, gates, ids, weights, embeddings, logprobs, entropy, fault
-
-
-@launcher("scale", "seed", "row_ids", "steps")
-def gaussian_noise(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor) -> Tensor:
-    """[M, d] float32: scale times the root mean square of each row of `mixed`, times N(0, I)."""
-    rows, d = mixed.shape
-    out = torch.empty(rows, d, dtype=torch.float32, device=mixed.device)
-    launch(
-        gaussian_noise_kernel, lambda meta: (rows,), width=d, int64_for=(mixed, out),
-        mixed=mixed, scales=scale, seeds=seed, row_ids=row_ids, steps=steps, out=out, d=d, stride_m=mixed.stride(0),
-        stride_d=mixed.stride(1),
-    )  # fmt: skip
-    return out

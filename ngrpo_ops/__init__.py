@@ -2,21 +2,13 @@
 
 from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
-from .functional import (
-    DecodeStep,
-    MixingCandidates,
-    NearestNeighbors,
-    candidate_weights,
-    decode_step,
-    gaussian_noise,
-    group_advantages,
-    mix_embeddings,
-    mixing_candidates,
-    nearest_neighbors,
-    raise_faults,
-    selective_log_softmax,
-)
+from .functional import NearestNeighbors, group_advantages, mix_embeddings, nearest_neighbors, selective_log_softmax
+from .ops.candidate_weights import candidate_weights
+from .ops.decode_step.api import DecodeStep, MixingCandidates, decode_step, mixing_candidates
+from .ops.decode_step.faults import raise_faults
+from .ops.gaussian_noise import gaussian_noise
 from .record import MixRecord
+from .strategies import register_strategy
 from .table import NeighborTable, RefreshReport
 
 __version__ = "0.6.1"
@@ -39,5 +31,6 @@ __all__ = [
     "mixing_candidates",
     "nearest_neighbors",
     "raise_faults",
+    "register_strategy",
     "selective_log_softmax",
 ]

@@ -1,116 +1,165 @@
-"""What a user chooses: one frozen configuration, read by every adapter."""
+"""What a user chooses: one frozen configuration, read by every adapter. A field says everything about itself once."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from .strategies import Strategy, get_strategy, load_strategy
 
 Metric = Literal["cosine", "dot", "l2", "l1"]
-Strategy = Literal["neighbor", "topk", "gumbel", "gaussian", "moi", "multiplex", "anchor"]
 Variant = Literal["paper", "released"]
-Sampler = Literal["native", "ngrpo"]
+Sampler = Literal["native", "counter_based"]
 
-NOISE_SCALE = 0.33  # of STHT
-MOI_BETA = 1.0  # of MoI
-DRAWING = ("moi", "multiplex")  # emit the row's sample, as the cuts of the rollout leave it
-OWN_WEIGHTS = ("gumbel", *DRAWING)  # not those of a softmax over logits, and so without a variant
+_OLD_SAMPLERS = {"ngrpo": "counter_based"}  # called so until 0.6
 
 
 @dataclass(frozen=True)
-class MixingConfig:
-    """How a rollout mixes (paper: arXiv 2606.10768, table 6 for the defaults).
+class Range:
+    """The numbers that a field may have."""
 
-    Args:
-        k: candidates a mixed step combines, the anchor counted (the paper's k). ``k=1`` only emits the anchor: the
-            control that separates "argmax on a fraction of the steps" from mixing; it needs no neighbour table. None:
-            3, or 1 for strategy "anchor".
-        mixing_rate: probability rho in [0, 1] that a step is mixed, drawn for every sequence and step (section 3.3).
-        temperature: tau of the mixing weights (equations 2 and 9); ``None`` takes the rollout's own temperature
-            (1.0 for a greedy rollout). For "gumbel" it divides the noised log-probabilities, which themselves are those
-            of the rollout's temperature.
-        metric: similarity by which the neighbours are chosen: "cosine" (the paper), "dot", "l2", "l1".
-        strategy: what is mixed, and what a mixed step emits. "neighbor": the anchor and its nearest neighbours in the
-            input embedding table (the paper). "topk": the k most likely tokens (Soft Thinking, arXiv 2505.15778).
-            "gumbel": the same, their weights softmax((log p + Gumbel noise) / tau) (SofT-GRPO, arXiv 2511.06411); the
-            heaviest is emitted, which is a draw from the policy's top k. "gaussian": "topk" and Gaussian noise on the
-            mix (STHT, arXiv 2509.19170). "moi": the sampled token and the k - 1 most likely others, weighted by
-            (H p + (beta + 1 - H) [sampled]) / (beta + 1), H the policy's entropy over its largest, log V (Mixture of
-            Inputs, arXiv 2505.14827, which mixes the whole vocabulary); the sampled token is emitted. "multiplex": k
-            independent draws, those that differ weighted by their probabilities; the first is emitted (Multiplex
-            Thinking, arXiv 2601.08808). "anchor": k = 1, the control. The others emit the argmax.
-        variant: "paper", or "released": the weights the published code really applies, a softmax over the candidates'
-            *probabilities* where the paper takes their logits. Only the weights follow it; the rest is the paper's.
-        entropy_threshold: a step is mixed only where the entropy of the policy, at the rollout's temperature and in
-            nats, is at least this; with ``mixing_rate=1`` it is the whole gate. None: the rate alone.
-        noise_scale: of "gaussian": the noise's size over the mix's (root mean square); None: 0.33, STHT's.
-        moi_beta: of "moi": beta, at least 0, the weight of the sample over that of the distribution; None: 1.
-        sampler: who draws the tokens of steps that are not mixed: "native", the trainer's or engine's own sampler, so
-            that a rate of 0 is stock GRPO bit for bit, or "ngrpo", `decode_step`'s, keyed (seed, row, step) too.
-        stop_token_ids: once one of these has been emitted (``</think>``, say) a sequence is no longer mixed.
-        allowed_token_ids: tokens that may be returned as neighbours; ``None`` allows the whole table.
-        loss_on_mixed_steps: ``False`` leaves the gated steps out of the loss: a forced anchor is not a draw from the
-            policy. The paper keeps them.
-        seed: key of the counter-based generator that draws the gates, the noise, and the tokens of sampler "ngrpo".
+    least: float = -math.inf
+    most: float = math.inf
+    includes_least: bool = True
+
+    def __contains__(self, value: Any) -> bool:
+        above = self.least <= value if self.includes_least else self.least < value
+        return above and value <= self.most and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.most != math.inf:
+            return f"within {'[' if self.includes_least else '('}{self.least:g}, {self.most:g}]"
+        return "positive and finite" if not self.includes_least else f"a finite number of at least {self.least:g}"
+
+
+def _field(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with its help and, where it has one, its range or its choices."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _option_help(strategy: str, option: str) -> str:
+    found = get_strategy(strategy).options[option]
+    return f"Of strategy '{strategy}': {found.help}. None: {found.default:g}."
+
+
+def _documented(cls: type) -> type:
+    """The class with the help of its fields in its docstring."""
+    lines = [f"        {f.name}: {f.metadata['help']}" for f in fields(cls)]
+    cls.__doc__ = (cls.__doc__ or "").replace("    Raises:", "\n".join(["    Args:", *lines, "", "    Raises:"]), 1)
+    return cls
+
+
+@_documented
+@dataclass(frozen=True)
+class MixingConfig:
+    """How a rollout mixes. The defaults are those of the paper (arXiv 2606.10768, table 6).
 
     Raises:
-        ValueError: a value outside what is stated above; the message names the field.
+        ValueError: a value that its field does not allow; the message names the field.
+
+    Example:
+        >>> from ngrpo_ops import MixingConfig
+        >>> MixingConfig(strategy="anchor").k
+        1
+        >>> MixingConfig(mixing_rate=2.0)
+        Traceback (most recent call last):
+        ValueError: mixing_rate must be within [0, 1], got 2.0
     """
 
-    k: int = None  # type: ignore[assignment]  # an int from __post_init__ on
-    mixing_rate: float = 0.1
-    temperature: float | None = None
-    metric: Metric = "cosine"
-    strategy: Strategy = "neighbor"
-    variant: Variant = "paper"
-    entropy_threshold: float | None = None
-    noise_scale: float | None = None
-    moi_beta: float | None = None
-    sampler: Sampler = "native"
-    stop_token_ids: Sequence[int] = ()
-    allowed_token_ids: Sequence[int] | None = None
-    loss_on_mixed_steps: bool = True
-    seed: int = 0
+    k: int = _field(
+        None,
+        "Candidates that a mixed step combines, the anchor counted (the paper's k). 1 emits the anchor alone: the "
+        "control that separates 'argmax on a fraction of the steps' from mixing; it needs no neighbor table. None: "
+        "3, or 1 for strategy 'anchor'.",
+    )
+    mixing_rate: float = _field(
+        0.1,
+        "Probability rho that a step is mixed, drawn for every sequence and step (section 3.3). 0 is GRPO.",
+        range=Range(0, 1),
+    )
+    temperature: float | None = _field(
+        None,
+        "Temperature tau of the mixing weights (equations 2 and 9). None: the rollout's own temperature, 1 for a "
+        "greedy rollout. For 'gumbel' it divides the noised log-probabilities, which are those of the rollout's "
+        "temperature.",
+        range=Range(0, includes_least=False),
+    )
+    metric: Metric = _field(
+        "cosine",
+        "Similarity by which the neighbors are chosen: 'cosine' (the paper), 'dot', 'l2' or 'l1'.",
+        choices=get_args(Metric),
+    )
+    strategy: str = _field(
+        "neighbor",
+        "What is mixed, and what a mixed step emits: 'neighbor' (N-GRPO: the anchor and its nearest "
+        "neighbors in the input embedding table), 'topk' (Soft Thinking), 'gumbel' (SofT-GRPO), 'gaussian' (STHT), "
+        "'moi' (Mixture of Inputs), 'multiplex' (Multiplex Thinking), 'anchor' (nothing: the control), or "
+        "'package.module:function', a strategy of your own. 'gumbel' emits its heaviest candidate, 'moi' and "
+        "'multiplex' the sample, the others of ours the argmax.",
+    )
+    variant: Variant = _field(
+        "paper",
+        "Weights: 'paper', or 'released', those that the published code really applies: a softmax over the "
+        "candidates' probabilities where the paper takes their logits. The rest is the paper's.",
+        choices=get_args(Variant),
+    )
+    entropy_threshold: float | None = _field(
+        None,
+        "A step is mixed only where the entropy of the policy, at the rollout's temperature and in nats, is at "
+        "least this. With a mixing rate of 1 it is the whole gate. None: the rate alone.",
+        range=Range(0),
+    )
+    noise_scale: float | None = _field(None, _option_help("gaussian", "noise_scale"), range=Range(0))
+    moi_beta: float | None = _field(None, _option_help("moi", "moi_beta"), range=Range(0))
+    sampler: Sampler = _field(
+        "native",
+        "Who draws the tokens of steps that are not mixed: 'native', the trainer's or engine's own sampler, "
+        "so that a rate of 0 is stock GRPO bit for bit, or 'counter_based', the sampler of decode_step, keyed by "
+        "seed, row and step.",
+        choices=get_args(Sampler),
+    )
+    stop_token_ids: Sequence[int] = _field(
+        (),
+        "Once a sequence has emitted one of these tokens (</think>, say) it is no longer mixed.",
+    )
+    allowed_token_ids: Sequence[int] | None = _field(
+        None,
+        "Tokens that may be neighbors. None: the whole table.",
+    )
+    loss_on_mixed_steps: bool = _field(
+        True,
+        "Whether the tokens of mixed steps enter the loss. A forced anchor is not a draw from the policy. The paper "
+        "keeps them.",
+    )
+    seed: int = _field(
+        0,
+        "Key of the counter-based generator that draws the gates, the noise, and the tokens of sampler "
+        "'counter_based'.",
+    )
 
     def __post_init__(self) -> None:
+        strategy = load_strategy(self.strategy)
         if self.k is None:
-            object.__setattr__(self, "k", 1 if self.strategy == "anchor" else 3)
+            self._set("k", 3 if strategy.fixed_k is None else strategy.fixed_k)
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"k must be an integer of at least 1 (the anchor counts), got {self.k!r}")
-        if not 0.0 <= self.mixing_rate <= 1.0:
-            raise ValueError(f"mixing_rate must be within [0, 1], got {self.mixing_rate!r}")
-        if self.temperature is not None and not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be positive and finite, or None, got {self.temperature!r}")
-        choices = {"metric": Metric, "strategy": Strategy, "variant": Variant, "sampler": Sampler}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
-        if self.strategy == "anchor" and self.k != 1:
-            raise ValueError(f"k must be 1 for strategy 'anchor', or left out, got {self.k!r}")
-        if self.strategy in OWN_WEIGHTS and self.variant == "released":
-            raise ValueError(f"variant must be 'paper' for strategy {self.strategy!r}, got 'released'")
-        for name in ("entropy_threshold", "noise_scale", "moi_beta"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a finite number of at least 0, or None, got {value!r}")
-        if self.noise_scale is not None and self.strategy != "gaussian":
-            raise ValueError(f"noise_scale is read by strategy 'gaussian' alone, got {self.noise_scale!r}")
-        if self.moi_beta is not None and self.strategy != "moi":
-            raise ValueError(f"moi_beta is read by strategy 'moi' alone, got {self.moi_beta!r}")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            tokens = getattr(self, name)
-            if tokens is None and name == "allowed_token_ids":
-                continue
-            if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
-                raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")
-            object.__setattr__(self, name, tuple(tokens))
-        if self.allowed_token_ids is not None and self.strategy != "neighbor":
-            raise ValueError(f"allowed_token_ids is read by strategy 'neighbor' alone, got strategy {self.strategy!r}")
-        if self.allowed_token_ids is not None and len(set(self.allowed_token_ids)) < self.k:
+        if self.sampler in _OLD_SAMPLERS:
+            new = _OLD_SAMPLERS[self.sampler]
+            warnings.warn(f"sampler {self.sampler!r} is called {new!r} now", DeprecationWarning, stacklevel=4)
+            self._set("sampler", new)
+        for one in fields(self):
+            self._check_range(one)
+        if strategy.fixed_k not in (None, self.k):
             raise ValueError(
-                f"allowed_token_ids must name at least k = {self.k} tokens, got {self.allowed_token_ids!r}"
+                f"k must be {strategy.fixed_k} for strategy {self.strategy!r}, or left out, got {self.k!r}"
             )
+        if self.variant == "released" and not strategy.softmax_of_logits:
+            raise ValueError(f"variant must be 'paper' for strategy {self.strategy!r}, got 'released'")
+        strategy.option_values(self.options)
+        self._check_tokens(strategy)
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer of 64 bits, got {self.seed!r}")
         if not isinstance(self.loss_on_mixed_steps, bool):
@@ -119,10 +168,47 @@ class MixingConfig:
         if always and not self.loss_on_mixed_steps:
             raise ValueError("mixing_rate must be below 1 where loss_on_mixed_steps=False, or no token is in the loss")
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def _check_range(self, one: Field) -> None:
+        value, choices, allowed = getattr(self, one.name), one.metadata.get("choices"), one.metadata.get("range")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{one.name} must be one of {choices}, got {value!r}")
+        if allowed is None or (value is None and one.default is None):
+            return
+        if not isinstance(value, (int, float)) or value not in allowed:
+            optional = ", or None" if one.default is None else ""
+            raise ValueError(f"{one.name} must be {allowed}{optional}, got {value!r}")
+
+    def _check_tokens(self, strategy: Strategy) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            tokens = getattr(self, name)
+            if tokens is None and name == "allowed_token_ids":
+                continue
+            if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
+                raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")
+            self._set(name, tuple(tokens))
+        if self.allowed_token_ids is None:
+            return
+        if not strategy.reads_neighbors:
+            raise ValueError(
+                f"allowed_token_ids is read by strategies with neighbors alone, got strategy {self.strategy!r}"
+            )
+        if len(set(self.allowed_token_ids)) < self.k:
+            raise ValueError(
+                f"allowed_token_ids must name at least k = {self.k} tokens, got {self.allowed_token_ids!r}"
+            )
+
+    @property
+    def options(self) -> dict[str, float | None]:
+        """The options of the strategies, None where they are not given."""
+        return {"noise_scale": self.noise_scale, "moi_beta": self.moi_beta}
+
     @property
     def draws(self) -> bool:
         """Whether tokens are drawn here, and not by the trainer's or engine's own sampler alone."""
-        return self.sampler == "ngrpo" or self.strategy in DRAWING
+        return self.sampler == "counter_based" or get_strategy(self.strategy).reads_filters
 
     def require_vocabulary(self, size: int) -> None:
         """
@@ -135,3 +221,14 @@ class MixingConfig:
             beyond = [token for token in getattr(self, name) or () if token >= size]
             if beyond:
                 raise ValueError(f"{name} must be below the vocabulary size {size}, got {beyond}")
+
+
+def described(name: str, default: Any = MISSING) -> Any:
+    """A dataclass field with the default and the help of `MixingConfig`'s field `name`, for a trainer's own config.
+
+    Args:
+        name: the field of `MixingConfig`.
+        default: the default where the trainer's differs.
+    """
+    one = {f.name: f for f in fields(MixingConfig)}[name]
+    return field(default=one.default if default is MISSING else default, metadata={"help": one.metadata["help"]})

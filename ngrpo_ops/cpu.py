@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from . import decoding
-from .ops._precision import ROW_BLOCK_ELEMENTS, compute_dtype
+from .ops._precision import compute_dtype
 from .reference import counted, require_candidates_in_range
 
 _BLOCK = 256  # positions whose float32 rows stay in cache
@@ -55,19 +52,6 @@ def mix_embeddings_grad_weights(
         candidates = embedding.index_select(0, rows[block].reshape(-1)).to(dtype).view(-1, k, embedding.shape[1])
         torch.sum(candidates.mul_(grad[block, None].to(dtype)), dim=-1, out=out[block])
     return (out if known is None else out.mul_(known)).to(weights.dtype)
-
-
-def decode_step(logits: Tensor, embedding: Tensor, neighbor_ids: Tensor | None, *settings: Any) -> decoding.Step:
-    """The oracle, a cache's worth of rows at a time."""
-    rows = logits.shape[0]
-    *others, row_ids, enabled = settings
-    by_row = [*others, torch.arange(rows) if row_ids is None else row_ids, enabled]
-    steps = []
-    for block in torch.arange(rows).split(max(1, ROW_BLOCK_ELEMENTS // logits.shape[1])):
-        of_block = slice(int(block[0]), int(block[-1]) + 1)
-        part: list[Any] = [x[of_block] if isinstance(x, Tensor) and x.dim() else x for x in by_row]
-        steps.append(decoding.decode_step(logits[of_block], embedding, neighbor_ids, *part))
-    return steps[0] if len(steps) == 1 else decoding.Step(*map(torch.cat, zip(*steps, strict=True)))
 
 
 def _bag(table: Tensor, ids: Tensor, weights: Tensor, used: Tensor | None) -> Tensor:

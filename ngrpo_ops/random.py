@@ -58,6 +58,11 @@ def bernoulli(word: Tensor, probability: float) -> Tensor:
     return word < round(probability * 2**32)
 
 
+def gates(seed: Tensor, row_ids: Tensor, step: Tensor, rate: float) -> Tensor:
+    """bool: which rows the rate draws at a step, over the shape that seed, row ids and step broadcast to."""
+    return bernoulli(philox(seed, row_ids, step)[0], rate)
+
+
 def uniform(high: Tensor, low: Tensor) -> Tensor:
     """float64 in [0, 1) with 53 random bits, from two words of `philox`."""
     return ((high << 21) | (low >> 11)).double() * 2.0**-53

@@ -1,7 +1,8 @@
-"""What a rollout leaves behind, and how it is padded, split and shuffled."""
+"""What a rollout leaves behind: the record of its mixed steps, dense or sparse; how it is cut, padded, serialised."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -17,7 +18,7 @@ _NOISE = ("noise_scale", "noise_seed", "row_ids")
 class MixRecord:
     """The mixed steps of B rollouts, all a trainer needs to rebuild their input embeddings (section 3.4 of the paper).
 
-    Column t belongs to completion token t, whose input column is ``prompt_length + t``: the gate decided that token and
+    Column t belongs to completion token t, whose input column is ``prompt_length + t``. The gate decided that token and
     replaced its input, so it changes log-probabilities from t + 1 on.
 
     Args:
@@ -32,6 +33,14 @@ class MixRecord:
 
     Raises:
         TypeError, ValueError: a tensor of another dtype or shape; a negative prompt_length; noise given in part.
+
+    Example:
+        >>> import torch
+        >>> from ngrpo_ops import MixRecord
+        >>> gate = torch.tensor([[True, False], [False, False]])
+        >>> record = MixRecord(gate, torch.zeros(2, 2, 3, dtype=torch.int64), torch.ones(2, 2, 3) / 3, prompt_length=4)
+        >>> len(record), record.length, len(record[:1])
+        (2, 2, 1)
     """
 
     gate: Tensor
@@ -88,6 +97,12 @@ class MixRecord:
     def to(self, device: torch.device | str) -> MixRecord:
         return self._with({name: value.to(device) for name, value in self.tensors().items()})
 
+    def cut(self, length: int) -> MixRecord:
+        """The record of the first `length` completion columns, or of all of them where there are fewer."""
+        return self._with(
+            {name: value if name in _NOISE else value[:, :length] for name, value in self.tensors().items()}
+        )
+
     def fit(self, length: int, prompt_length: int | None = None) -> MixRecord:
         """The record with T = `length`: cut, or padded with ungated columns, as a batch's completions are.
 
@@ -96,13 +111,11 @@ class MixRecord:
         """
         if bool(self.gate[:, length:].any()):
             raise ValueError(f"length must keep every gated column, got {length} with T = {self.length}")
-        grown = self.tensors()
+        grown = self.cut(length).tensors()
         for name, value in grown.items():
-            if name in _NOISE:
-                continue
-            value = value[:, :length]
-            blank = value.new_zeros(value.shape[0], length - value.shape[1], *value.shape[2:])
-            grown[name] = torch.cat([value, blank], dim=1)
+            if name not in _NOISE:
+                blank = value.new_zeros(value.shape[0], length - value.shape[1], *value.shape[2:])
+                grown[name] = torch.cat([value, blank], dim=1)
         return self._with(grown, prompt_length)
 
     @staticmethod
@@ -119,3 +132,57 @@ class MixRecord:
         length = max(r.length for r in records)
         parts = [r.fit(length).tensors() for r in records]
         return records[0]._with({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def sparse(self, row: int, first: int) -> SparseRecord:
+        """The mixed steps of one row alone.
+
+        Args:
+            row: which one.
+            first: position of the row's first generated token among its own tokens, without padding.
+        """
+        (steps,) = self.gate[row].nonzero(as_tuple=True)
+        noise = None
+        if self.row_ids is not None:
+            assert self.noise_scale is not None and self.noise_seed is not None
+            noise = float(self.noise_scale[row]), int(self.noise_seed[row]), int(self.row_ids[row])
+        assert self.logprobs is not None
+        return SparseRecord(first, steps, self.ids[row, steps], self.weights[row, steps], self.logprobs[row], noise)
+
+    def to_bytes(self) -> bytes:
+        """The record as bytes, for `from_bytes`; on the CPU."""
+        file = io.BytesIO()
+        content = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        torch.save({"prompt_length": self.prompt_length, **content}, file)
+        return file.getvalue()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> MixRecord:
+        """The record that `to_bytes` made bytes of. Nothing in the bytes is executed.
+
+        Raises:
+            ValueError: bytes that are not a record's.
+        """
+        try:
+            return MixRecord(**torch.load(io.BytesIO(content), weights_only=True))
+        except Exception as error:
+            raise ValueError(f"content must be what MixRecord.to_bytes returned: {error}") from error
+
+
+@dataclass(frozen=True)
+class SparseRecord:
+    """One rollout's record by the positions of its own tokens, prompt first and without padding.
+
+    Args:
+        first: position of the first generated token.
+        steps: int64 [M], the mixed steps, ascending; step t's token is at position first + t.
+        ids: int64 [M, k]; weights: float32 [M, k]; see `MixRecord`.
+        logprobs: float32 [T], of every generated token.
+        noise: scale, seed and row id, of a strategy that adds noise.
+    """
+
+    first: int
+    steps: Tensor
+    ids: Tensor
+    weights: Tensor
+    logprobs: Tensor
+    noise: tuple[float, int, int] | None = None

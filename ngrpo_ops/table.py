@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .config import Metric, MixingConfig
+from .config import Metric
 from .functional import nearest_neighbors
 from .ops._checks import require_choice, require_embedding, require_ids, require_mask
 from .ops._library import choose_backend
@@ -332,25 +332,3 @@ class _Drift:
         open_rows = torch.searchsorted(tolerance.sort().values, far, right=True)
         best = int((counts + open_rows).argmin())
         return float(far[best]), order[: int(counts[best])]
-
-
-def table_of(config: MixingConfig, vocabulary: int) -> NeighborTable | None:
-    """The table that rollouts of this configuration read, to be refreshed; None if they read none."""
-    if config.strategy != "neighbor" or config.k == 1 or config.mixing_rate == 0:
-        return None
-    allowed = None
-    if config.allowed_token_ids is not None:
-        allowed = torch.zeros(vocabulary, dtype=torch.bool)
-        allowed[list(config.allowed_token_ids)] = True
-    return NeighborTable(config.k - 1, metric=config.metric, allowed=allowed)
-
-
-def neighbor_ids_of(
-    config: MixingConfig, table: NeighborTable | None, vocabulary: int, device: torch.device
-) -> Tensor | None:
-    """[V, k - 1], as `decode_step` takes them; None for a strategy that has no neighbours."""
-    if config.strategy != "neighbor":
-        return None
-    if table is None:  # none at k = 1; at a rate of 0 nobody looks
-        return torch.zeros((), dtype=torch.int64, device=device).expand(vocabulary, config.k - 1)
-    return table.ids

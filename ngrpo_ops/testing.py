@@ -20,6 +20,7 @@ DEVICE = torch.device(os.environ.get("NGRPO_OPS_TEST_DEVICE", "cpu"))
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 METRICS = ("cosine", "dot", "l2", "l1")
+STRATEGIES = ("neighbor", "topk", "gumbel", "gaussian", "moi", "multiplex", "anchor")
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset")
 
 dtypes = st.sampled_from(FLOATS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -15,19 +14,19 @@ from torch import Tensor
 from ngrpo_ops import (
     candidate_weights,
     decode_step,
-    decoding,
     gaussian_noise,
     mix_embeddings,
     mixing_candidates,
     raise_faults,
 )
-from ngrpo_ops.config import Strategy
 from ngrpo_ops.kernels.primitives import forced_int64, recording
 from ngrpo_ops.ops._library import load_kernels as kernels
+from ngrpo_ops.ops.decode_step import sampling
 from ngrpo_ops.random import bernoulli, gumbel, normal, philox, uniform
 from ngrpo_ops.testing import (
     DEVICE,
     FLOATS,
+    STRATEGIES,
     assert_within,
     compute_roundoff,
     dtypes,
@@ -92,7 +91,7 @@ def test_a_draw_at_the_edge_of_a_token():
     scaled = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     draws = {0.0: 1, 0.5 - 2.0**-53: 1, 0.5: 3, 1 - 2.0**-53: 3, 1.0: 3}
     for u, token in draws.items():
-        assert decoding.sample(scaled.exp(), torch.tensor([u], dtype=torch.float64)).tolist() == [token]
+        assert sampling.sample(scaled.exp(), torch.tensor([u], dtype=torch.float64)).tolist() == [token]
 
 
 def assert_binomial(count: int, n: int, p: float) -> None:
@@ -927,7 +926,7 @@ def wide_steps(draw: st.DrawFn) -> dict:
         draw(st.integers(1, 150)),
     )
     k = draw(st.integers(1, 6))
-    strategy = draw(st.sampled_from(get_args(Strategy)))
+    strategy = draw(st.sampled_from(STRATEGIES))
     scale = draw(st.sampled_from([0.0, 0.3, 3.0, 30.0]))
     logits = (torch.randn(b, v, generator=generator, dtype=torch.float64) * scale).round(
         decimals=draw(st.integers(0, 3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import get_args
 
 import pytest
 import torch
@@ -27,8 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ngrpo_ops import MixingConfig, MixRecord, candidate_weights, nearest_neighbors
-from ngrpo_ops.config import OWN_WEIGHTS, Strategy
 from ngrpo_ops.integrations.transformers import NeighborMixing
+from ngrpo_ops.strategies import get_strategy
+from ngrpo_ops.testing import STRATEGIES
 
 PARITY = 1e-5
 
@@ -83,9 +83,9 @@ def test_replay_equals_rollout_on_left_padded_prompts(family: str, tied: bool, s
     rate=st.sampled_from([0.2, 0.5, 1.0]),
     temperature=st.sampled_from([None, 0.4, 2.0]),
     metric=st.sampled_from(["cosine", "dot", "l2", "l1"]),
-    strategy=st.sampled_from(get_args(Strategy)),
+    strategy=st.sampled_from(STRATEGIES),
     variant=st.sampled_from(["paper", "released"]),
-    sampler=st.sampled_from(["native", "ngrpo"]),
+    sampler=st.sampled_from(["native", "counter_based"]),
     entropy_threshold=st.sampled_from([None, 4.1]),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
@@ -95,7 +95,7 @@ def test_replay_equals_rollout_for_every_configuration(**fields: object) -> None
     fields["mixing_rate"] = fields.pop("rate")
     if fields["strategy"] == "anchor":
         fields["k"] = None
-    if fields["strategy"] in OWN_WEIGHTS:
+    if not get_strategy(fields["strategy"]).softmax_of_logits:
         fields["variant"] = "paper"
     config = MixingConfig(**fields)  # type: ignore[arg-type]
     error, _ = replay_errors(NeighborMixing(model, config), model, left_padded(), do_sample=True)
@@ -292,7 +292,7 @@ def test_a_criterion_that_ends_no_row_changes_nothing(pad: int) -> None:
         assert torch.equal(tensor, records[1].tensors()[name]), name
 
 
-@pytest.mark.parametrize("sampler", ["native", "ngrpo"])
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_nothing_is_recorded_of_padding(pad: int, sampler: str) -> None:
     """Whatever it looks like, and whatever ended the row."""
@@ -565,7 +565,7 @@ def test_k_of_one_emits_the_anchor_and_embeds_it_alone() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["topk", "gumbel", "gaussian", "moi", "multiplex", "anchor"])
-@pytest.mark.parametrize("sampler", ["native", "ngrpo"])
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
 def test_strategies_replay(strategy: str, sampler: str) -> None:
     model = tiny_model()
     config = MixingConfig(mixing_rate=0.5, strategy=strategy, sampler=sampler)  # type: ignore[arg-type]
@@ -618,7 +618,7 @@ def test_a_strategy_that_draws_draws_from_what_generate_would(strategy: str) -> 
 
 def test_our_sampler_knows_no_batch_and_no_global_generator() -> None:
     model, batch = tiny_model(), left_padded(16)
-    config = MixingConfig(mixing_rate=0.3, sampler="ngrpo", seed=4)
+    config = MixingConfig(mixing_rate=0.3, sampler="counter_based", seed=4)
     settings = {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.95, "max_new_tokens": 10}
     rows = torch.arange(16) + 7
     before = torch.get_rng_state()
@@ -636,7 +636,7 @@ def test_our_sampler_knows_no_batch_and_no_global_generator() -> None:
 
 def test_our_sampler_returns_several_sequences() -> None:
     model, batch = tiny_model(), left_padded(2)
-    config = MixingConfig(mixing_rate=0.5, sampler="ngrpo")
+    config = MixingConfig(mixing_rate=0.5, sampler="counter_based")
     sequences, record = NeighborMixing(model, config).generate(
         **batch, do_sample=True, num_return_sequences=3, max_new_tokens=8, pad_token_id=torch.tensor(PAD)
     )
@@ -651,7 +651,7 @@ def test_our_sampler_returns_several_sequences() -> None:
 def test_our_sampler_draws_from_the_policy() -> None:
     model = tiny_model(scale=1.5)
     batch = {name: value[1:2].expand(20_000, -1) for name, value in left_padded(2).items()}
-    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="ngrpo"))
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="counter_based"))
     sequences, _ = mixing.generate(**batch, do_sample=True, temperature=0.9, top_k=0, max_new_tokens=1)
     with torch.no_grad():
         one = {name: value[:1] for name, value in batch.items()}
@@ -664,13 +664,13 @@ def test_our_sampler_draws_from_the_policy() -> None:
 
 def test_our_sampler_is_greedy_where_generate_would_be() -> None:
     model, batch = tiny_model(), left_padded()
-    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="ngrpo"))
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="counter_based"))
     assert torch.equal(mixing.generate(**batch, max_new_tokens=8)[0], model.generate(**batch, max_new_tokens=8))
 
 
 @pytest.mark.parametrize("setting", [{"typical_p": 0.9}, {"epsilon_cutoff": 1e-3}, {"renormalize_logits": True}])
 def test_cuts_that_our_sampler_does_not_have_are_refused(setting: dict) -> None:
-    mixing = NeighborMixing(tiny_model(), MixingConfig(sampler="ngrpo"))
+    mixing = NeighborMixing(tiny_model(), MixingConfig(sampler="counter_based"))
     with pytest.raises(ValueError, match=next(iter(setting))):
         mixing.generate(**left_padded(), do_sample=True, **setting)
     NeighborMixing(tiny_model(), MixingConfig()).generate(**left_padded(), do_sample=True, max_new_tokens=2, **setting)
@@ -703,7 +703,7 @@ class _Breaks(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("sampler", ["native", "ngrpo"])
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
 @pytest.mark.parametrize(("value", "reason"), [(torch.nan, "NaN"), (-torch.inf, "-inf")])
 def test_logits_that_nothing_can_be_sampled_from_stop_the_rollout_at_its_end(sampler, value, reason) -> None:
     mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=1.0, sampler=sampler))

@@ -130,12 +130,12 @@ MULTI_STEP = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumula
         },
         {"temperature": 0.7, "mixing_k": 1, "cache_implementation": "static"},
         {"mask_truncated_completions": True, "mixing_metric": "l2", "importance_sampling_level": "sequence"},
-        {"mixing_strategy": "topk", "mixing_sampler": "ngrpo", "top_p": 0.9},
+        {"mixing_strategy": "topk", "mixing_sampler": "counter_based", "top_p": 0.9},
         {**MULTI_STEP, "mixing_strategy": "gumbel", "mixing_temperature": 0.5},
         {**MULTI_STEP, "mixing_strategy": "gaussian", "mixing_noise_scale": 1.0},
         {"mixing_strategy": "moi", "mixing_moi_beta": 0.5, "top_p": 0.9},
-        {**MULTI_STEP, "mixing_strategy": "multiplex", "mixing_sampler": "ngrpo"},
-        {"mixing_strategy": "anchor", "mixing_entropy_threshold": 4.1, "mixing_sampler": "ngrpo"},
+        {**MULTI_STEP, "mixing_strategy": "multiplex", "mixing_sampler": "counter_based"},
+        {"mixing_strategy": "anchor", "mixing_entropy_threshold": 4.1, "mixing_sampler": "counter_based"},
     ],
     ids=[
         "default", "multi-step", "reentrant", "non-reentrant", "padded-topk", "anchor-static", "truncated-gspo",
@@ -295,7 +295,7 @@ def test_lora_of_the_embedding_is_searched_merged(train: Any) -> None:
 
 
 def test_rate_zero_samples_with_our_sampler_too(train: Any) -> None:
-    trainer = train(steps=1, mixing_rate=0.0, mixing_sampler="ngrpo")
+    trainer = train(steps=1, mixing_rate=0.0, mixing_sampler="counter_based")
     assert logged(trainer, "mix/gated_share") == [0.0] and trainer.mixing.table is None
 
 
@@ -405,7 +405,7 @@ def test_advantages_equal_our_own(train: Any, monkeypatch: pytest.MonkeyPatch) -
     "settings",
     [
         {},
-        {"mixing_sampler": "ngrpo", "mixing_strategy": "gumbel"},
+        {"mixing_sampler": "counter_based", "mixing_strategy": "gumbel"},
         {"mixing_strategy": "gaussian", "num_iterations": 2, "beta": 0.04, "learning_rate": 1e-4},
         {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])},
     ],
@@ -457,7 +457,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         ({"cache_implementation": "paged"}, "paged"),
         ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs"),
         ({"generation_kwargs": {"eos_token_id": [5]}}, "generation_kwargs"),
-        ({"generation_kwargs": {"typical_p": 0.5}, "mixing_sampler": "ngrpo"}, "typical_p"),
+        ({"generation_kwargs": {"typical_p": 0.5}, "mixing_sampler": "counter_based"}, "typical_p"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "peft_config"),
         ({"rollout_func": lambda prompts, trainer: {}}, "rollout_func"),

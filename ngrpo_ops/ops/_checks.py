@@ -112,3 +112,16 @@ def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
         least, largest = (int(x) for x in ids.aminmax())
         if least < 0 or largest >= size:
             raise ValueError(f"{name} must be within [0, {size}), got values from {least} to {largest}")
+
+
+def require_counter(value: int | Tensor, name: str, other: str, tensor: Tensor) -> Tensor:
+    """A seed or step as a 0-d tensor. A Python number's is on the CPU, so that nothing is copied to a GPU; a tensor is
+    there, or where `tensor`, the argument `other`, is."""
+    if isinstance(value, Tensor):
+        require_ids(value, name)
+        require_shape(value, (), name, "0-d")
+        if value.device.type != "cpu":
+            require_same_device(name, value, other, tensor)
+        return value
+    require_integer(value, name)
+    return torch.full((), value, dtype=torch.int64)

@@ -27,6 +27,8 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Operation:
     """An operation `torch.ops.ngrpo.<name>` that mutates nothing.
 
+    Its name is that of the implementation without leading underscores, as the public function has the same name.
+
     A parameter annotated with a NamedTuple stands for the tuple's fields: they are written out in the schema, and the
     implementation gets them as one tuple. So an argument list is written once.
 
@@ -35,12 +37,13 @@ class Operation:
     """
 
     def __init__(self, implementation: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> None:
-        self.name = f"ngrpo::{implementation.__name__}"
+        name = implementation.__name__.lstrip("_")
+        self.name = f"ngrpo::{name}"
         flat = _flattened(implementation)
         schema = torch.library.infer_schema(flat, mutates_args=())
         torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(self.name, "default", flat)
-        self._call = getattr(torch.ops.ngrpo, implementation.__name__).default
+        self._call = getattr(torch.ops.ngrpo, name).default
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)

@@ -499,7 +499,7 @@ def test_the_arguments_are_the_fields_of_mixing_config(inputs: Path, monkeypatch
     monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
     expected = MixingConfig(
         k=2, mixing_rate=0.25, temperature=0.7, metric="l2", variant="released", entropy_threshold=0.5,
-        sampler="ngrpo", stop_token_ids=(7, 8), seed=3, allowed_token_ids=(4, 5, 6), loss_on_mixed_steps=False,
+        sampler="counter_based", stop_token_ids=(7, 8), seed=3, allowed_token_ids=(4, 5, 6), loss_on_mixed_steps=False,
     )  # fmt: skip
     assert adapter.read_settings() == (expected, "a.py")
 

@@ -95,7 +95,12 @@ def logged(trainer: GRPOTrainer, name: str) -> list[float]:
     [
         {},
         {"mixing_strategy": "gaussian", "num_iterations": 2, "gradient_accumulation_steps": 2, "beta": 0.04},
-        {"mixing_sampler": "ngrpo", "top_p": 0.9, "temperature": 0.8, "mixing_stop_token_ids": [20, 21, 22, 23]},
+        {
+            "mixing_sampler": "counter_based",
+            "top_p": 0.9,
+            "temperature": 0.8,
+            "mixing_stop_token_ids": [20, 21, 22, 23],
+        },
         {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]), "beta": 0.04},
     ],
     ids=["default", "gaussian-multi-step", "ngrpo", "lora"],
@@ -161,7 +166,7 @@ def test_rate_zero_is_stock(train: Any) -> None:
         assert logged(ours, name) == logged(stock, name), name
     for (key, a), b in zip(stock.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
-    own = train(mixing_rate=0.0, mixing_sampler="ngrpo", steps=1)
+    own = train(mixing_rate=0.0, mixing_sampler="counter_based", steps=1)
     assert mixer_of(own.vllm_generation.llm).table is None  # nothing is searched
     assert logged(own, "mix/gated_share") == [0.0] and logged(own, "mix/replay_error")[0] <= PARITY
 
@@ -172,7 +177,7 @@ def test_an_engine_without_the_plugin_stops_the_start(train: Any, monkeypatch: p
         train(mixing_rate=0.5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mixing_sampler": "ngrpo"}], ids=["native", "ngrpo"])
+@pytest.mark.parametrize("settings", [{}, {"mixing_sampler": "counter_based"}], ids=["native", "counter_based"])
 def test_a_resumed_run_is_the_uninterrupted_one(train: Any, tmp_path: Path, settings: dict) -> None:
     settings = {"mixing_rate": 0.5, "save_strategy": "steps", "save_steps": 2, "steps": 4} | settings
     whole = train(**settings)

@@ -180,7 +180,7 @@ def test_every_strategy_emits_and_records_what_transformers_does(
     engine: Any, model: Any, settings: dict, difference: Difference
 ) -> None:
     """With the sampler that is ours, the two paths must draw the same tokens, gates and candidates."""
-    config = MixingConfig(mixing_rate=0.5, seed=5, sampler="ngrpo", **settings)
+    config = MixingConfig(mixing_rate=0.5, seed=5, sampler="counter_based", **settings)
     llm = engine(config)
     cuts = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
     outputs = llm.generate(prompts(8), [params(row, **cuts) for row in range(8)], use_tqdm=False)
@@ -202,7 +202,9 @@ def test_every_strategy_emits_and_records_what_transformers_does(
     assert torch.allclose(theirs.weights[theirs.gate], record.weights[record.gate], atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"strategy": "moi"}, {"strategy": "multiplex"}, {"sampler": "ngrpo"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"strategy": "moi"}, {"strategy": "multiplex"}, {"sampler": "counter_based"}], ids=str
+)
 def test_a_draw_that_the_engines_own_cuts_would_not_leave_has_a_log_probability(engine: Any, settings: dict) -> None:
     """vLLM cuts by min-p first, which leaves less of the others; ours are in the order of transformers."""
     llm = engine(MixingConfig(mixing_rate=1.0, seed=3, **settings), logprobs_mode="processed_logprobs")

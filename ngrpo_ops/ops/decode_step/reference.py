@@ -1,0 +1,112 @@
+"""The step in plain torch, correct in float64: the oracle of the kernels, and what runs where there are none.
+
+Every row depends on its own logits, settings and counter alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...random import gates
+from ...reference import mix_embeddings as mix_embeddings_reference
+from ...strategies import checked, get_strategy
+from .._precision import ROW_BLOCK_ELEMENTS
+from ..gaussian_noise import gaussian_noise_reference
+from .faults import BAD_IDS, BAD_WEIGHTS, NO_SUCH_CANDIDATE, NO_TOKEN, NOT_A_NUMBER
+from .policy import Policy
+from .settings import Settings
+
+_SUM_TOLERANCE = 1e-3  # of the weights that a user's strategy returns, which may be bfloat16 sums
+
+
+class Candidates(NamedTuple):
+    """ids and weights [B, k], entropy [B] or [0], fault [B]: the outputs of `mixing_candidates`, in their order."""
+
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+    fault: Tensor
+
+
+class Step(NamedTuple):
+    """The outputs of `decode_step`, in their order."""
+
+    token_ids: Tensor
+    gate: Tensor
+    ids: Tensor
+    weights: Tensor
+    embeddings: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    fault: Tensor
+
+
+def mixing_candidates(logits: Tensor, settings: Settings, return_entropy: bool) -> Candidates:
+    """Without the entropy, most strategies only look through the logits for the largest."""
+    policy = _policy(logits, settings)
+    ids, weights, fault = _candidates(policy, settings)
+    if not return_entropy:
+        return Candidates(ids, weights, logits.new_empty(0, dtype=torch.float32), fault)
+    return Candidates(ids, weights, policy.entropy.float().masked_fill(fault != 0, torch.nan), fault)
+
+
+def decode_step(logits: Tensor, embedding: Tensor, settings: Settings) -> Step:
+    policy = _policy(logits, settings)
+    d = policy.distribution
+    ids, weights, fault = _candidates(policy, settings)
+    bad = fault != 0
+    entropy = d.entropy.float().masked_fill(bad, torch.nan)
+    seed, rows, step = settings.counter(logits)
+    gate = gates(seed, rows, step, settings.mixing_rate) & ~bad
+    if settings.enabled is not None:
+        gate = gate & settings.enabled
+    if settings.entropy_threshold is not None:
+        gate = gate & (entropy >= settings.entropy_threshold)
+    token_ids = torch.where(gate, ids[:, 0], policy.draws(1)[:, 0]).masked_fill(bad, 0)
+    mixed = mix_embeddings_reference(embedding, ids, weights)
+    if (scale := policy.options.get("noise_scale")) is not None:
+        scales = torch.full_like(entropy, scale)
+        noise = gaussian_noise_reference(mixed, scales, seed.expand(rows.shape), rows, step)
+        mixed = (mixed.to(noise.dtype) + noise).to(mixed.dtype)
+    embeddings = torch.where(gate[:, None], mixed, embedding[token_ids]).masked_fill(bad[:, None], torch.nan)
+    logprobs = (d.shifted.gather(1, token_ids[:, None]).squeeze(1) - d.exp_sum.log()).float()
+    return Step(token_ids, gate, ids, weights, embeddings, logprobs.masked_fill(bad, torch.nan), entropy, fault)
+
+
+def decode_step_cpu(logits: Tensor, embedding: Tensor, settings: Settings) -> Step:
+    """`decode_step` by blocks of rows whose logits stay in the cache."""
+    count, block = logits.shape[0], max(1, ROW_BLOCK_ELEMENTS // logits.shape[1])
+    if count <= block:
+        return decode_step(logits, embedding, settings)
+    blocks = [slice(start, min(start + block, count)) for start in range(0, count, block)]
+    steps = [decode_step(logits[rows], embedding, settings.of_rows(rows, count)) for rows in blocks]
+    return Step(*map(torch.cat, zip(*steps, strict=True)))
+
+
+def _policy(logits: Tensor, settings: Settings) -> Policy:
+    return Policy(logits, settings, get_strategy(settings.strategy))
+
+
+def _candidates(policy: Policy, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, weights and fault of each row. A faulty row has ids of 0 and weights of NaN."""
+    strategy, top = get_strategy(settings.strategy), policy.max_logit
+    found = strategy.function(policy)
+    ids, weights = found if strategy.has_kernel else checked(strategy, found, len(top), policy.k, top.device)
+    top = top.squeeze(-1)
+    fault = torch.zeros_like(ids[:, 0]) if policy.outside is None else torch.where(policy.outside, NO_SUCH_CANDIDATE, 0)
+    if not strategy.has_kernel:
+        ids, fault = _checked_values(ids, weights, policy.vocabulary, fault)
+    fault = torch.where(top.isnan() | (top == torch.inf), NOT_A_NUMBER, torch.where(top == -torch.inf, NO_TOKEN, fault))
+    bad = (fault != 0)[:, None]
+    return ids.masked_fill(bad, 0), weights.float().masked_fill(bad, torch.nan), fault.to(torch.int32)
+
+
+def _checked_values(ids: Tensor, weights: Tensor, vocabulary: int, fault: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids within the vocabulary, and the fault of rows whose ids or weights are not what a strategy promises."""
+    outside = ((ids < 0) | (ids >= vocabulary)).any(-1)
+    sums = (weights.float().sum(-1) - 1).abs() <= _SUM_TOLERANCE  # False for NaN
+    fault = fault | torch.where(outside, BAD_IDS, 0) | torch.where(sums & (weights >= 0).all(-1), 0, BAD_WEIGHTS)
+    return ids.clamp(0, vocabulary - 1), fault

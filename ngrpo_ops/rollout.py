@@ -1,0 +1,187 @@
+"""What the rollouts of all adapters share: table, gates, the decision of a step, and the lookup that mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import MixingConfig
+from .functional import mix_embeddings
+from .ops.decode_step.api import decode_step, mixing_candidates
+from .ops.gaussian_noise import gaussian_noise
+from .random import gates
+from .strategies import get_strategy
+from .table import NeighborTable
+
+# The neighbor table -----------------------------------------------------------------------------------------------
+
+
+def make_table(config: MixingConfig, vocabulary: int) -> NeighborTable | None:
+    """The table that rollouts of this configuration read, to be refreshed; None if they read none."""
+    if not get_strategy(config.strategy).reads_neighbors or config.k == 1 or config.mixing_rate == 0:
+        return None
+    allowed = None
+    if config.allowed_token_ids is not None:
+        allowed = torch.zeros(vocabulary, dtype=torch.bool)
+        allowed[list(config.allowed_token_ids)] = True
+    return NeighborTable(config.k - 1, metric=config.metric, allowed=allowed)
+
+
+def neighbor_ids(
+    config: MixingConfig, table: NeighborTable | None, vocabulary: int, device: torch.device
+) -> Tensor | None:
+    """[V, k - 1], as `decode_step` takes them; None for a strategy that reads no neighbors."""
+    if not get_strategy(config.strategy).reads_neighbors:
+        return None
+    if table is None:  # none at k = 1; at a rate of 0 nobody looks
+        return torch.zeros((), dtype=torch.int64, device=device).expand(vocabulary, config.k - 1)
+    return table.ids
+
+
+# The decision of a step -------------------------------------------------------------------------------------------
+
+
+def gate_schedule(config: MixingConfig, row_ids: Tensor, first_steps: Tensor, count: int) -> Tensor:
+    """bool [R, count]: which of the next `count` steps of each row the rate draws.
+
+    The schedule depends on seed, row id and step alone. It is computed on the CPU ahead of time, so that no step waits
+    for the device.
+
+    Args:
+        row_ids: int64 [R], on the CPU.
+        first_steps: int64 [R] or 0-d, the first of the steps.
+        count: how many steps.
+    """
+    steps = first_steps.reshape(-1, 1) + torch.arange(count)
+    return gates(torch.tensor(config.seed), row_ids[:, None], steps, config.mixing_rate)
+
+
+class Decision(NamedTuple):
+    """A step's mixed rows: gate [R] says which are mixed in the end. Those emit token_ids [R].
+
+    Rows that are not mixed emit token_ids too where the sampler is "counter_based". With the native sampler they emit
+    what that has drawn. ids and weights [R, k]; fault int32 [R].
+    """
+
+    gate: Tensor
+    token_ids: Tensor
+    ids: Tensor
+    weights: Tensor
+    fault: Tensor
+
+
+def decide(
+    config: MixingConfig,
+    logits: Tensor,
+    neighbors: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    step: int | Tensor,
+    row_ids: Tensor,
+    stopped: Tensor,
+    filters: Mapping[str, Any],
+) -> Decision:
+    """The decision of a step, for rows that the rate has drawn or, with the sampler "counter_based", for all rows.
+
+    Args:
+        logits: [R, V], after penalties, before temperature and filters.
+        neighbors: see `neighbor_ids`.
+        temperature: of the sampler, for all rows or [R]; 0 is greedy.
+        step, row_ids: what the rows are drawn by.
+        stopped: bool [R]; such a row is not mixed any more.
+        filters: top_k, top_p and min_p, those that are set.
+    """
+    common: dict[str, Any] = {
+        "strategy": config.strategy, "k": config.k, "temperature": temperature,
+        "mixing_temperature": config.temperature, "moi_beta": config.moi_beta, "variant": config.variant,
+        "seed": config.seed, "step": step, "row_ids": row_ids, **(filters if config.draws else {}),
+    }  # fmt: skip
+    threshold = config.entropy_threshold
+    if config.sampler == "counter_based":
+        out = decode_step(
+            logits, None, neighbors, **common, mixing_rate=config.mixing_rate, enabled=~stopped,
+            entropy_threshold=threshold,
+        )  # fmt: skip
+        return Decision(out.gate, out.token_ids, out.ids, out.weights, out.fault)
+    found = mixing_candidates(logits, neighbors, **common, return_entropy=threshold is not None)
+    gate = (found.fault == 0) & ~stopped
+    if threshold is not None and found.entropy is not None:
+        gate = gate & (found.entropy >= threshold)
+    return Decision(gate, found.ids[:, 0], found.ids, found.weights, found.fault)
+
+
+# The lookup that mixes --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Noise:
+    """The noise on M mixes: arguments of `gaussian_noise`, each [M]."""
+
+    scale: Tensor
+    seed: Tensor
+    row_ids: Tensor
+    steps: Tensor
+
+    @staticmethod
+    def of(config: MixingConfig, row_ids: Tensor, steps: Tensor) -> Noise | None:
+        """The noise on the mixes of these rows at these steps; None: the strategy adds none."""
+        strategy = get_strategy(config.strategy)
+        if not strategy.adds_noise:
+            return None
+        given = {name: value for name, value in config.options.items() if name in strategy.options}
+        scale = dict(zip(strategy.options, strategy.option_values(given), strict=True))["noise_scale"]
+        return Noise(
+            torch.full_like(row_ids, scale, dtype=torch.float32), torch.full_like(row_ids, config.seed), row_ids, steps
+        )
+
+    def __getitem__(self, which: Tensor) -> Noise:
+        return Noise(self.scale[which], self.seed[which], self.row_ids[which], self.steps[which])
+
+    def add_to(self, mixed: Tensor) -> Tensor:
+        return gaussian_noise(mixed, self.scale, seed=self.seed, row_ids=self.row_ids, steps=self.steps)
+
+
+@dataclass
+class Overlay:
+    """What a forward embeds in the place of its own tokens.
+
+    At flat `positions` [M] it embeds the mix of `ids` [M, k] by `weights` [M, k], with its noise, where `gate` [M] says
+    so (None: everywhere).
+    """
+
+    positions: Tensor
+    ids: Tensor
+    weights: Tensor
+    gate: Tensor | None = None
+    noise: Noise | None = None
+
+    def __getitem__(self, which: Tensor) -> Overlay:
+        gate, noise = (None if x is None else x[which] for x in (self.gate, self.noise))
+        return Overlay(self.positions[which], self.ids[which], self.weights[which], gate, noise)  # type: ignore[arg-type]
+
+    def extend(self, input_ids: Tensor) -> Tensor:
+        """The flattened ids of a forward and the candidates' [n + M k]: one native lookup embeds both."""
+        return torch.cat([input_ids.reshape(-1), self.ids.reshape(-1).to(input_ids.dtype)])
+
+    def mix(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the lookup of `extend`'s ids returned, taken apart.
+
+        Args:
+            embedded: [n + M k, d].
+
+        Returns:
+            The forward's own embeddings [n, d], what belongs at `positions` [M, d], and the anchors' embeddings [M, d].
+        """
+        count = len(embedded) - self.ids.numel()
+        own, candidates = embedded[:count], embedded[count:]
+        places = torch.arange(len(candidates), device=candidates.device).view(self.ids.shape)
+        mixed = mix_embeddings(candidates, places, self.weights)
+        if self.noise is not None:
+            mixed = self.noise.add_to(mixed)
+        if self.gate is not None:
+            mixed = torch.where(self.gate[:, None], mixed, own[self.positions])
+        return own, mixed, candidates.view(*self.ids.shape, -1)[:, 0]
