@@ -24,7 +24,7 @@ vllm = pytest.importorskip("vllm", reason="needs vLLM")
 from harness import Case, compare  # noqa: E402
 
 from ngrpo_ops import MixingConfig  # noqa: E402
-from ngrpo_ops.integrations.vllm import engine_arguments, request_arguments, take_records  # noqa: E402
+from ngrpo_ops.integrations.vllm import engine_kwargs, request_kwargs, take_records  # noqa: E402
 
 PROMPT, NEW = 16, 16
 VOCABULARY = 4_096
@@ -54,7 +54,7 @@ def _engine(mixes: bool) -> Any:
     else:
         settings |= cpu_engine.SETTINGS
     if mixes:
-        settings |= engine_arguments(MixingConfig(mixing_rate=0.1))
+        settings |= engine_kwargs(MixingConfig(mixing_rate=0.1))
     return vllm.LLM(_model(), max_model_len=128, max_num_seqs=64, **settings)
 
 
@@ -67,7 +67,7 @@ def _case(batch: int, device: str, who: str) -> Case:
     asked = [
         vllm.SamplingParams(
             max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=0, seed=row,
-            extra_args=request_arguments(row) if who == "ours" else None,
+            extra_args=request_kwargs(row) if who == "ours" else None,
         )
         for row in range(batch)
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from ngrpo_ops.integrations.openrlhf import MixedSample, action_ranges, read_settings, substitute
-from ngrpo_ops.integrations.vllm import engine_arguments, read_records, records_call, request_arguments
+from ngrpo_ops.integrations.vllm import engine_kwargs, read_records, records_call, request_kwargs
 
 
 class AgentExecutor(SingleTurnAgentExecutor):
@@ -18,7 +18,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
         self.config, reward_url = read_settings()
         super().__init__(reward_url.split(","))
         # OpenRLHF makes its engine next, in this process, and has no setting that reaches these arguments.
-        substitute("vllm:AsyncEngineArgs", lambda kind: functools.partial(kind, **engine_arguments(self.config)))
+        substitute("vllm:AsyncEngineArgs", lambda kind: functools.partial(kind, **engine_kwargs(self.config)))
 
     async def execute(
         self, prompt: str, label: str, sampling_params: Any, max_length: int, hf_tokenizer: Any, llm_engine: Any,
@@ -50,7 +50,7 @@ class _RecordedEngine:
         self.sample: MixedSample
 
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, **kwargs: Any) -> Any:
-        extra = {**(sampling_params.extra_args or {}), **request_arguments(self.row_id)}
+        extra = {**(sampling_params.extra_args or {}), **request_kwargs(self.row_id)}
         sampling_params.extra_args = extra
         output = await self.engine.generate(prompt_token_ids, sampling_params, **kwargs)
         call = records_call([self.row_id], [len(output.outputs[0].token_ids)])

@@ -481,7 +481,7 @@ _NATIVE_ONLY = {
 }
 
 
-def refuse_native_cuts(generation: GenerationConfig) -> None:
+def refuse_unsupported_filters(generation: GenerationConfig) -> None:
     """Refuse settings of a sampled generation that the sampler "ngrpo", and strategies that draw, do not have.
 
     Raises:
@@ -643,7 +643,7 @@ class NeighborMixing:
         generation, _ = model._prepare_generation_config(arguments.pop("generation_config", None), **arguments)
         refuse_generation(generation, kwargs)
         if self.config.draws:
-            refuse_native_cuts(generation)
+            refuse_unsupported_filters(generation)
         rows = input_ids.shape[0] * (generation.num_return_sequences or 1)
         if row_ids is None:
             row_ids = torch.arange(self.next_row, self.next_row + rows)

@@ -32,7 +32,7 @@ except ImportError as error:
 from ngrpo_ops import MixingConfig, MixRecord
 from ngrpo_ops.versions import TESTED
 
-from .transformers import NeighborMixing, refuse_generation, refuse_native_cuts
+from .transformers import NeighborMixing, refuse_generation, refuse_unsupported_filters
 
 logger = logging.get_logger(__name__)
 
@@ -232,7 +232,7 @@ class NGRPOTrainer(GRPOTrainer):
         if not self.use_vllm:
             refuse_generation(self.generation_config, dict(self.generation_kwargs))
             if args.mixing().draws:
-                refuse_native_cuts(self.generation_config)
+                refuse_unsupported_filters(self.generation_config)
         self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), args.mixing())
         if self.ref_model is not None:
             self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
@@ -269,7 +269,7 @@ class NGRPOTrainer(GRPOTrainer):
         of a tensor-parallel group generates the rows of all its ranks, one rank's after the other's, on
         every one of them.
         """
-        from .vllm import request_arguments, request_seed, take_records
+        from .vllm import request_kwargs, request_seed, take_records
 
         llm, records = self.vllm_generation.llm, []
         rows, place = len(row_ids), self.accelerator.process_index % self.vllm_tensor_parallel_size
@@ -281,7 +281,7 @@ class NGRPOTrainer(GRPOTrainer):
             requests = []
             for row in of_group:
                 request = sampling_params.clone()
-                request.extra_args = {**(request.extra_args or {}), **request_arguments(row)}
+                request.extra_args = {**(request.extra_args or {}), **request_kwargs(row)}
                 if request.seed is None:
                     request.seed = request_seed(self.mixing.config.seed, row)
                 requests.append(request)
@@ -484,10 +484,10 @@ def _engines_that_mix(args: NGRPOConfig) -> Iterator[None]:
     """Within it TRL's colocated engine is one that can mix: TRL has no setting that reaches its arguments."""
     from trl.generation import vllm_generation
 
-    from .vllm import engine_arguments
+    from .vllm import engine_kwargs
 
     original = vllm_generation.LLM
-    vllm_generation.LLM = functools.partial(original, **engine_arguments(args.mixing()))
+    vllm_generation.LLM = functools.partial(original, **engine_kwargs(args.mixing()))
     try:
         yield
     finally:

@@ -1,11 +1,11 @@
 """N-GRPO in vLLM: rollouts that mix, and the records that replay them. A plugin, loaded with ``ngrpo-ops[vllm]``.
 
-    llm = LLM(model, **engine_arguments(MixingConfig(k=3, mixing_rate=0.1)))
-    asked = [SamplingParams(max_tokens=64, extra_args=request_arguments(row)) for row in range(len(prompts))]
+    llm = LLM(model, **engine_kwargs(MixingConfig(k=3, mixing_rate=0.1)))
+    asked = [SamplingParams(max_tokens=64, extra_args=request_kwargs(row)) for row in range(len(prompts))]
     outputs = llm.generate(prompts, asked)
     record = take_records(llm, range(len(prompts)), [len(output.outputs[0].token_ids) for output in outputs])
 
-An engine mixes if it was started with `engine_arguments`, and then those requests that carry `request_arguments`; all
+An engine mixes if it was started with `engine_kwargs`, and then those requests that carry `request_kwargs`; all
 others are sampled as without the plugin. A mixed token's embedding is formed where the model's input is prepared: in a
 buffer that stays where it is, so that captured CUDA graphs read it. One rule serves decoding, chunked prefill and the
 prefill that follows a preemption: every scheduled token whose step was mixed is overlaid from its record. Which steps
@@ -58,12 +58,12 @@ _TAKE = "take_mix_records"  # the workers' method
 # The caller's side ------------------------------------------------------------------------------------------------
 
 
-def engine_arguments(config: MixingConfig) -> dict[str, Any]:
+def engine_kwargs(config: MixingConfig) -> dict[str, Any]:
     """Arguments of `LLM` or `EngineArgs` for an engine that can mix. Prefix caching is off in them, see `register`."""
     return {"additional_config": {KEY: asdict(config)}, "enable_prefix_caching": False}
 
 
-def request_arguments(row_id: int) -> dict[str, Any]:
+def request_kwargs(row_id: int) -> dict[str, Any]:
     """`SamplingParams.extra_args` of a request that is to be mixed.
 
     Args:
@@ -132,7 +132,7 @@ def read_records(replies: Sequence[bytes]) -> MixRecord:
         row, length, found = missing[0]
         raise ValueError(
             f"row {row}: the engine has a record of {found} steps, asked for {length}: was the request sent with "
-            "request_arguments(row_id), is it finished, and were its records not taken before?"
+            "request_kwargs(row_id), is it finished, and were its records not taken before?"
         )
     raise_faults(content.pop("fault"), row_ids=content["row_ids"])
     if "noise_scale" not in content:
@@ -146,7 +146,7 @@ def read_records(replies: Sequence[bytes]) -> MixRecord:
 def register() -> None:
     """The entry point in group ``vllm.general_plugins``: vLLM calls it in every one of its processes.
 
-    An engine without `engine_arguments` is left as it is. Of one with them is refused, when it is configured:
+    An engine without `engine_kwargs` is left as it is. Of one with them is refused, when it is configured:
     another vLLM than the tested, Model Runner V1, pipeline parallelism, speculative decoding, batch-sharded sampling,
     context parallelism, data parallelism within the engine, KV connectors, trace replay, prompt embeddings, LoRA on the
     embedding, multi-modal models. A request to mix is refused where the engine was not
@@ -271,7 +271,7 @@ def _row_id_of(sampling_params: Any) -> int | None:
         return None
     asked = extra[KEY]
     if not isinstance(asked, dict) or set(asked) != {"row_id"} or type(asked["row_id"]) is not int:
-        raise ValueError(f"extra_args[{KEY!r}] must be what request_arguments(row_id) returns, got {asked!r}")
+        raise ValueError(f"extra_args[{KEY!r}] must be what request_kwargs(row_id) returns, got {asked!r}")
     return asked["row_id"]
 
 
@@ -282,7 +282,7 @@ def _checked_request(original: Callable) -> Callable:
             return request
         if _settings(self.vllm_config) is None:
             raise ValueError(
-                f"extra_args[{KEY!r}] asks to mix, but the engine was not started with engine_arguments(MixingConfig())"
+                f"extra_args[{KEY!r}] asks to mix, but the engine was not started with engine_kwargs(MixingConfig())"
             )
         if self.vllm_config.cache_config.enable_prefix_caching and (
             request.cache_salt is None or request.sampling_params.n > 1
@@ -302,7 +302,7 @@ def _numbered_child(original: Callable) -> Callable:
         row_id = _row_id_of(params)
         if row_id is not None:
             params = params.clone()
-            params.extra_args = {**params.extra_args, **request_arguments(row_id + index)}
+            params.extra_args = {**params.extra_args, **request_kwargs(row_id + index)}
         return request_id, params
 
     return get_child_info
@@ -311,7 +311,7 @@ def _numbered_child(original: Callable) -> Callable:
 def _take(worker: Any, row_ids: list[int], lengths: list[int]) -> bytes:
     mixer = getattr(worker.model_runner.model_state, "mixer", None)
     if mixer is None:
-        raise ValueError("this engine was not started with engine_arguments(MixingConfig())")
+        raise ValueError("this engine was not started with engine_kwargs(MixingConfig())")
     return mixer.take(row_ids, lengths)
 
 

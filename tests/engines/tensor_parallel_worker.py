@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from ngrpo_ops import MixingConfig
-from ngrpo_ops.integrations.vllm import engine_arguments, request_arguments, take_records
+from ngrpo_ops.integrations.vllm import engine_kwargs, request_kwargs, take_records
 
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -25,7 +25,7 @@ llm = LLM(
     max_num_seqs=8,
     seed=0,
     **cpu_engine.SETTINGS,
-    **engine_arguments(MixingConfig(mixing_rate=0.5, seed=3)),
+    **engine_kwargs(MixingConfig(mixing_rate=0.5, seed=3)),
 )
 mixer = cpu_engine.mixer_of(llm)
 seen = []
@@ -37,7 +37,7 @@ for generation, name in enumerate(("model", "changed")):
     rows = range(12 * generation, 12 * generation + 12)
     asked = [
         SamplingParams(
-            max_tokens=20, logprobs=0, detokenize=False, ignore_eos=True, seed=row, extra_args=request_arguments(row)
+            max_tokens=20, logprobs=0, detokenize=False, ignore_eos=True, seed=row, extra_args=request_kwargs(row)
         )
         for row in rows
     ]

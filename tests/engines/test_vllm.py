@@ -20,7 +20,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from ngrpo_ops import MixingConfig, MixRecord, nearest_neighbors
 from ngrpo_ops.integrations import vllm as adapter
 from ngrpo_ops.integrations.transformers import NeighborMixing
-from ngrpo_ops.integrations.vllm import engine_arguments, request_arguments, take_records
+from ngrpo_ops.integrations.vllm import engine_kwargs, request_kwargs, take_records
 
 PARITY = 1e-4
 WITHOUT = 1e-2  # what plain ids differ by, at the least
@@ -45,7 +45,7 @@ def engine(folder: str) -> Iterator[Callable[..., LLM]]:
     engines: list[LLM] = []
 
     def start(config: MixingConfig | None = None, **settings: Any) -> LLM:
-        ours = {} if config is None else engine_arguments(config)
+        ours = {} if config is None else engine_kwargs(config)
         given = {"max_model_len": 64, "max_num_seqs": 8, **SETTINGS, **ours, **settings}
         engines.append(LLM(folder, **given))
         return engines[-1]
@@ -60,7 +60,7 @@ def prompts(count: int, longest: int = 9) -> list[dict[str, list[int]]]:
 
 
 def params(row: int | None, **settings: Any) -> SamplingParams:
-    extra = {} if row is None else {"extra_args": request_arguments(row)}
+    extra = {} if row is None else {"extra_args": request_kwargs(row)}
     given = {"max_tokens": 20, "temperature": 1.0, "logprobs": 0, "detokenize": False, "ignore_eos": True}
     return SamplingParams(**given | {"seed": row} | settings | extra)
 
@@ -457,7 +457,7 @@ def test_lora_on_the_engines_embedding_is_refused(tmp_path: Path) -> None:
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     settings = SETTINGS | {"max_model_len": 64, "enable_lora": True, "max_lora_rank": 8}
     with pytest.raises(ValueError, match="enable_lora"):
-        LLM(str(tmp_path), **settings, **engine_arguments(MixingConfig()))
+        LLM(str(tmp_path), **settings, **engine_kwargs(MixingConfig()))
 
 
 def test_an_engine_without_the_plugin_is_noticed(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +470,7 @@ def test_an_engine_without_the_plugin_is_noticed(engine: Any, monkeypatch: pytes
 
 
 def test_requests_that_cannot_be_mixed_are_refused(engine: Any) -> None:
-    with pytest.raises(ValueError, match="engine_arguments"):
+    with pytest.raises(ValueError, match="engine_kwargs"):
         engine().generate(prompts(1), params(1), use_tqdm=False)
     llm = engine(MixingConfig(mixing_rate=0.5), enable_prefix_caching=True)
     for settings, prompt in (({}, {}), ({"n": 2}, {"cache_salt": "1"})):
@@ -479,7 +479,7 @@ def test_requests_that_cannot_be_mixed_are_refused(engine: Any) -> None:
     asked = params(1)
     for wrong in ({"row_id": "1"}, {}, {"row_id": 1, "rate": 0.5}, 3):
         asked.extra_args = {"ngrpo_ops": wrong}
-        with pytest.raises(ValueError, match="request_arguments"):
+        with pytest.raises(ValueError, match="request_kwargs"):
             llm.generate(prompts(1), asked, use_tqdm=False)
     outputs = llm.generate(prompts(1)[0] | {"cache_salt": "1"}, params(1), use_tqdm=False)
     assert taken(llm, outputs, [1]).gate.any()
