@@ -142,7 +142,8 @@ def _interpreting() -> bool:
 
 
 def _kernels_are_interpreted() -> bool:
-    mix_embeddings, primitives = load_kernels("mix_embeddings"), load_kernels("primitives")
+    from ..kernels import mix_embeddings, primitives  # as a statement, which torch.compile can trace
+
     return primitives.interpreted(mix_embeddings.mix_forward_kernel)
 
 
