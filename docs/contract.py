@@ -12,6 +12,7 @@ import ngrpo_ops
 
 PAGE = Path(__file__).with_name("contract.md")
 _SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")
+_EXAMPLE = "Example:"
 _METHODS = {"NeighborTable": ("refresh", "state_dict", "load_state_dict"), "MixRecord": ("to", "fit", "cat")}
 
 
@@ -31,10 +32,11 @@ def _signature(name: str, thing: Any) -> str:
 
 
 def _docstring(text: str) -> list[str]:
-    """Sections become bold lines, their entries lists."""
+    """Sections become bold lines, their entries lists, the example a block of code."""
+    text, _, example = inspect.cleandoc(text).partition(f"\n{_EXAMPLE}\n")
     lines: list[str] = []
     inside = False
-    for line in inspect.cleandoc(text).splitlines():
+    for line in text.splitlines():
         if line in _SECTIONS:
             inside = True
             lines += ["", f"**{line.rstrip(':')}**", ""]
@@ -49,6 +51,8 @@ def _docstring(text: str) -> list[str]:
         else:
             inside = inside and not line
             lines.append(line)
+    if example:
+        lines += ["", "```pycon", *inspect.cleandoc(example).splitlines(), "```"]
     return lines
 
 
