@@ -10,12 +10,12 @@ from .functional import (
     decode_step,
     gaussian_noise,
     group_advantages,
-    mix_embeddings,
     mixing_candidates,
     nearest_neighbors,
     raise_faults,
-    selective_log_softmax,
 )
+from .ops.mix_embeddings import mix_embeddings
+from .ops.selective_log_softmax import selective_log_softmax
 from .record import MixRecord
 from .table import NeighborTable, RefreshReport
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from .config import DRAWING
 from .ops._checks import require_ids_in_range
 from .ops._precision import compute_dtype
+from .ops.mix_embeddings import mix_embeddings_reference
 from .random import bernoulli, gumbel, normal, philox, uniforms
-from .reference import mix_embeddings
 
 NOT_A_NUMBER, NO_TOKEN, NO_SUCH_CANDIDATE = 1, 2, 4
 FAULTS = {
@@ -340,7 +340,7 @@ def decode_step(
     if entropy_threshold is not None:
         gate = gate & (entropy >= entropy_threshold)
     token_ids = torch.where(gate, ids[:, 0], draws[:, 0]).masked_fill(bad, 0)
-    mixed = mix_embeddings(embedding, ids, weights)
+    mixed = mix_embeddings_reference(embedding, ids, weights)
     if strategy == "gaussian":
         noise = gaussian_noise(mixed, torch.full_like(entropy, noise_scale), seed.expand(rows.shape), rows, step)
         mixed = (mixed.to(noise.dtype) + noise).to(mixed.dtype)

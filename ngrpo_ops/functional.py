@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args, overload
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -162,66 +162,6 @@ def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, 
     require_positive(temperature, "temperature")
     require_choice(variant, get_args(Variant), "variant")
     return decoding.candidate_weights(logits, ids, temperature, variant)
-
-
-def mix_embeddings(
-    embedding: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    *,
-    padding_id: int | None = None,
-    out_rows: Tensor | None = None,
-    deterministic: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    """Weighted sum of embedding rows, sum_c weights_c E[ids_c] (equation 10): the input of a mixed step.
-
-    Args:
-        embedding: E [V, d], floating point.
-        ids: int64 [..., k], values in [0, V); repeated ids add up.
-        weights: floating point, the shape of `ids`. They need not sum to 1. A weight of 0 adds nothing, whatever its
-            row holds; a position with a single weight, 1, is a copy of its row.
-        padding_id: candidates of this id are not there: they add nothing and get no gradient. It may lie outside
-            [0, V), -1 say. None: no such id.
-        out_rows: int64 [M], the positions, counted over the leading shape, that are wanted; the result is [M, d] and
-            only they are computed. None: all.
-        deterministic: the gradient of E is summed in a fixed order, in float32, and written once in E's dtype. False
-            lets the GPU kernel add atomically instead; torch.use_deterministic_algorithms(True) overrules it.
-        backend: None, "eager" or "triton"; None is "triton" on a GPU for k <= 32 and up to float32, or under
-            TRITON_INTERPRET=1.
-
-    Returns:
-        [..., d] in E's dtype, accumulated in float32 (float64 for float64). Differentiable once in `embedding` (a
-        dense gradient) and in `weights`.
-
-    Raises:
-        TypeError: ids that are not int64, a DTensor. ValueError: shapes that do not fit, an empty table or no
-            candidates, ids out of range (checked on the CPU; on a GPU such a position is NaN), a backend that cannot
-            be used.
-    """
-    require_embedding(embedding)
-    require_ids(ids, "ids")
-    require_floating(weights, "weights")
-    if ids.dim() < 1 or ids.shape[-1] == 0:
-        raise ValueError(f"ids must be [..., k] with k >= 1, got shape {tuple(ids.shape)}")
-    require_shape(weights, tuple(ids.shape), "weights", "that of ids")
-    require_same_device("ids", ids, "embedding", embedding)
-    require_same_device("weights", weights, "embedding", embedding)
-    require_integer(padding_id, "padding_id", optional=True)
-    require_flag(deterministic, "deterministic")
-    k, d = ids.shape[-1], embedding.shape[1]
-    shape = ids.shape[:-1]
-    ids, weights = ids.reshape(-1, k), weights.reshape(-1, k)
-    if out_rows is not None:
-        require_ids(out_rows, "out_rows")
-        if out_rows.dim() != 1:
-            raise ValueError(f"out_rows must be [M], got shape {tuple(out_rows.shape)}")
-        require_same_device("out_rows", out_rows, "embedding", embedding)
-        reference.require_ids_in_range(out_rows, ids.shape[0], "out_rows")
-        shape, ids, weights = out_rows.shape, ids[out_rows], weights[out_rows]
-    unsupported = f"the kernel takes k <= {_MAX_K}, got {k}" if k > _MAX_K else None
-    backend = choose_backend(backend, embedding, unsupported)
-    return ops.mix_embeddings(embedding, ids, weights, padding_id, deterministic, backend).view(*shape, d)
 
 
 def mixing_candidates(
@@ -712,83 +652,4 @@ def _group_layout(
     return advantages.Groups(None, offsets, 1)
 
 
-@overload
-def selective_log_softmax(
-    logits: Tensor, ids: Tensor, *, temperature: float = ..., return_entropy: Literal[False] = ...,
-    in_place_backward: bool = ..., backend: str | None = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def selective_log_softmax(
-    logits: Tensor, ids: Tensor, *, temperature: float = ..., return_entropy: Literal[True],
-    in_place_backward: bool = ..., backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-def selective_log_softmax(
-    logits: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-    in_place_backward: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-softmax of logits / temperature at the given ids, and the entropy, in one pass and without a second [N, V].
-
-    Args:
-        logits: [..., V], floating point, of any strides: logits[:, :-1] of [B, T, V] is not copied.
-        ids: int64 [...] or [..., k] over the rows of logits, values in [0, V).
-        temperature: tau > 0.
-        return_entropy: also return the entropy of each row, in nats.
-        in_place_backward: the gradient is written over the logits, which nothing may read after the backward pass
-            (torch raises where its autograd would). Not taken under torch.compile, which plans memory itself.
-        backend: None, "eager" or "triton"; None is "triton" on a GPU up to float32, or under TRITON_INTERPRET=1.
-
-    Returns:
-        log-probabilities of the shape of `ids`, float32 (float64 for float64 logits), and with `return_entropy` a pair
-        with the entropy [...]. Differentiable once in `logits`; the gradient is in the dtype of `logits`.
-
-    Raises:
-        TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; ids out of range
-            (checked on the CPU; on a GPU they give NaN); a backend that cannot be used.
-    """
-    require_tensor(logits, "logits")
-    require_ids(ids, "ids")
-    if logits.dim() < 1 or not logits.is_floating_point() or logits.numel() == 0:
-        raise ValueError(
-            f"logits must be a non-empty floating-point [..., V], got {logits.dtype} of shape {tuple(logits.shape)}"
-        )
-    lead = logits.shape[:-1]
-    many = ids.dim() == logits.dim()
-    if ids.numel() == 0 or (ids.shape[:-1] if many else ids.shape) != lead:
-        raise ValueError(f"ids must be {(*lead,)} or {(*lead, 'k')} for these logits, got shape {tuple(ids.shape)}")
-    require_same_device("ids", ids, "logits", logits)
-    require_positive(temperature, "temperature")
-    require_flag(return_entropy, "return_entropy")
-    require_flag(in_place_backward, "in_place_backward")
-    rows = logits[(None,) * (3 - logits.dim())] if logits.dim() < 3 else logits.flatten(0, -3)  # [b, t, V]
-    columns = ids.reshape(-1, ids.shape[-1] if many else 1)
-    in_place = in_place_backward and not torch.compiler.is_compiling()
-    if in_place and _overlaps(logits):
-        raise ValueError(
-            f"in_place_backward needs logits whose elements lie apart, got strides {logits.stride()}: an expanded view?"
-        )
-    k = columns.shape[1]
-    unsupported = f"the kernel takes at most {_MAX_IDS} ids a row, got {k}" if k > _MAX_IDS else None
-    logprobs, entropy, _ = ops.selective_log_softmax(
-        rows, columns, temperature, return_entropy, in_place, choose_backend(backend, logits, unsupported)
-    )
-    logprobs = logprobs.view(ids.shape)
-    return (logprobs, entropy.view(lead)) if return_entropy else logprobs
-
-
-_MAX_K = 32  # of the kernel of mix_embeddings
-_MAX_IDS = 8192  # of the kernel of selective_log_softmax
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether two elements may share memory."""
-    reach = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
+_MAX_K = 32  # of the kernel of decode_step

@@ -112,3 +112,8 @@ def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
         least, largest = (int(x) for x in ids.aminmax())
         if least < 0 or largest >= size:
             raise ValueError(f"{name} must be within [0, {size}), got values from {least} to {largest}")
+
+
+def within(ids: Tensor, size: int) -> Tensor:
+    """Which ids lie in [0, size)."""
+    return (ids >= 0) & (ids < size)

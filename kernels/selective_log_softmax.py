@@ -21,7 +21,7 @@ from .primitives import launch, launcher, scale, widen
 
 
 @triton.jit(do_not_specialize=["n", "t"])
-def log_softmax_forward_kernel(
+def selective_log_softmax_forward_kernel(
     logits, ids, logprobs, entropy, normalizer, n, t, v, stride_b, stride_t, stride_v, inverse, residual,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def log_softmax_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "t"])
-def log_softmax_backward_kernel(
+def selective_log_softmax_backward_kernel(
     grad, grad_entropy, logits, ids, entropy, normalizer, out, n, t, v, stride_b, stride_t, stride_v,
     out_b, out_t, out_v, inverse, residual,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -100,7 +100,7 @@ def forward(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> t
     entropies = torch.empty(n if entropy else 0, dtype=torch.float32, device=logits.device)
     normalizer = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     launch(
-        log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids),
+        selective_log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids),
         logits=logits, ids=ids, logprobs=logprobs, entropy=entropies, normalizer=normalizer, n=n, t=t, v=v,
         stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),
         **_inverse(temperature), K=k, BLOCK_K=triton.next_power_of_2(k), ENTROPY=entropy,
@@ -117,7 +117,7 @@ def backward(
     (b, t, v), (n, k) = logits.shape, ids.shape
     out = logits if in_place else torch.empty(b, t, v, dtype=logits.dtype, device=logits.device)
     launch(
-        log_softmax_backward_kernel, lambda meta: (n, triton.cdiv(v, meta["BLOCK_V"])),
+        selective_log_softmax_backward_kernel, lambda meta: (n, triton.cdiv(v, meta["BLOCK_V"])),
         width=v, int64_for=(logits, out, ids), tunable=not in_place,
         grad=grad, grad_entropy=grad_entropy, logits=logits, ids=ids, entropy=entropy, normalizer=normalizer,
         out=out, n=n, t=t, v=v, stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),
