@@ -42,10 +42,10 @@ MUTATIONS = [
     Mutation("long segments: the slot", "mix_embeddings", "slot = tl.where(first == last, 0, 1)", "slot = 1"),
     Mutation("atomic: overwrites", "mix_embeddings", 'tl.atomic_add(where, weight[:, None] * g, mask=mask & used[:, None], sem="relaxed")', "tl.store(where, weight[:, None] * g, mask=mask & used[:, None])"),
     # selective_log_softmax
-    Mutation("forward: no rescaling", "selective_log_softmax", "mass = mass * shrink + tl.sum(e, axis=0)", "mass = mass + tl.sum(e, axis=0)"),
-    Mutation("forward: entropy not shifted", "selective_log_softmax", "shrink * (moment + shift * mass)", "shrink * moment"),
+    Mutation("forward: no rescaling", "selective_log_softmax", "exp_sum = exp_sum * rescale + tl.sum(e, axis=0)", "exp_sum = exp_sum + tl.sum(e, axis=0)"),
+    Mutation("forward: entropy not shifted", "selective_log_softmax", "rescale * (weighted_sum + shift * exp_sum)", "rescale * weighted_sum"),
     Mutation("forward: slices", "selective_log_softmax", "base = logits + (row // t) * stride_b + (row % t) * stride_t", "base = logits + row * stride_t"),
-    Mutation("forward: -inf first", "selective_log_softmax", 'reference = tl.where(new_top == float("-inf"), 0.0, new_top)', "reference = new_top"),
+    Mutation("forward: -inf first", "selective_log_softmax", 'reference = tl.where(new_max == float("-inf"), 0.0, new_max)', "reference = new_max"),
     Mutation("backward: repeated ids", "selective_log_softmax", "value += tl.where(columns == chosen, tl.load(grad + row * K + i), 0.0)", "value = tl.where(columns == chosen, tl.load(grad + row * K + i), value)"),
     Mutation("backward: temperature", "selective_log_softmax", "(value * inverse).to(out.dtype.element_ty)", "value.to(out.dtype.element_ty)"),
     Mutation("backward: ids of other tiles", "selective_log_softmax", "if tl.max(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:", "if tl.min(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:"),
