@@ -12,7 +12,8 @@ from harness import Case, compare
 from peers import compiled, embedding_bag, gather_einsum, plain_mix
 from shapes import POSITIONS
 
-from ngrpo_ops import cpu, mix_embeddings, reference
+from ngrpo_ops import mix_embeddings
+from ngrpo_ops.ops.mix_embeddings import mix_embeddings_cpu, mix_embeddings_reference
 
 K = 3
 # embedding_bag wants the weights in the table's dtype: for a bfloat16 table it computes something coarser.
@@ -42,11 +43,11 @@ def _forward(dtype: torch.dtype, device: str, who: str) -> Case:
         pytest.skip("for the CPU only")
     run: Callable[[], Any] = {
         "ours": lambda: partial(mix_embeddings, *inputs),
-        "ours, its CPU form alone": lambda: partial(cpu.mix_embeddings, *inputs, None),
+        "ours, its CPU form alone": lambda: partial(mix_embeddings_cpu, *inputs, None),
         BAG[dtype]: lambda: partial(embedding_bag, *inputs),
         "gather + einsum": lambda: partial(gather_einsum, *inputs),
         "torch.compile of the oracle": lambda: compiled(plain_mix, *inputs),
-        "the oracle": lambda: partial(reference.mix_embeddings, *inputs),
+        "the oracle": lambda: partial(mix_embeddings_reference, *inputs),
     }[who]()
     moved = n * (K + 1) * d * dtype.itemsize + n * K * 12
     return Case("mix_embeddings", _shape(device), str(dtype).removeprefix("torch."), moved, run)

@@ -22,7 +22,14 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-TESTED = ("mix_embeddings", "group_advantages", "log_softmax", "nearest_neighbors", "decode_step", "neighbor_table")
+TESTED = (
+    "mix_embeddings",
+    "group_advantages",
+    "selective_log_softmax",
+    "nearest_neighbors",
+    "decode_step",
+    "neighbor_table",
+)
 TESTS = [str(path.relative_to(ROOT)) for name in TESTED for path in sorted(ROOT.glob(f"tests/test_{name}*.py"))]
 # compute-sanitizer's; memory that was never written is poisoned by the tests themselves.
 TOOLS = ("memcheck", "racecheck")

@@ -32,9 +32,9 @@ from ngrpo_ops.kernels import (
     decode_step,
     gaussian_noise,
     group_advantages,
-    log_softmax,
     mix_embeddings,
     nearest_neighbors,
+    selective_log_softmax,
 )
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
 from ngrpo_ops.ops.decode_step.settings import Settings
@@ -82,11 +82,11 @@ def _mix(dtype: torch.dtype, d: int, k: int) -> None:
         mix_embeddings.grad_embedding(grad, table, ids, weights, None, deterministic)
 
 
-def _log_softmax(dtype: torch.dtype, v: int, k: int, entropy: bool) -> None:
+def _selective_log_softmax(dtype: torch.dtype, v: int, k: int, entropy: bool) -> None:
     b, t = 8, 1024
     logits, ids = _meta(b, t, v, dtype=dtype), _meta(b * t, k)
-    grad, *rest = log_softmax.forward(logits, ids, 0.7, entropy)
-    log_softmax.backward(grad, rest[0], logits, ids, *rest, 0.7, False)
+    grad, *rest = selective_log_softmax.forward(logits, ids, 0.7, entropy)
+    selective_log_softmax.backward(grad, rest[0], logits, ids, *rest, 0.7, False)
 
 
 def _group_advantages(
@@ -157,7 +157,7 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
             yield dtype, lambda dtype=dtype, d=d, k=k: _mix(dtype, d, k)
         for v in (4096, 151_936):
             for k, entropy in ((1, False), (3, True)):
-                yield dtype, lambda dtype=dtype, v=v, k=k, e=entropy: _log_softmax(dtype, v, k, e)
+                yield dtype, lambda dtype=dtype, v=v, k=k, e=entropy: _selective_log_softmax(dtype, v, k, e)
         for case in (
             (8, False, "mean", "std", "zero", torch.bool),
             (8, True, "leave_one_out", "none", "nan", torch.bool),

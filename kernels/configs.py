@@ -41,11 +41,11 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
         (2**31, _config(4, BLOCK_N=1, BLOCK_D=1024)),
     ),
-    "log_softmax_forward_kernel": (
+    "selective_log_softmax_forward_kernel": (
         (4096, _config(4, BLOCK_V=1024)),
         (2**31, _config(8, BLOCK_V=8192)),
     ),
-    "log_softmax_backward_kernel": (
+    "selective_log_softmax_backward_kernel": (
         (4096, _config(4, BLOCK_V=1024)),
         (2**31, _config(4, BLOCK_V=4096)),
     ),
@@ -89,8 +89,8 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "mix_grad_long_segments_kernel": {"BLOCK_M": 32, "BLOCK_D": 128},
     "mix_grad_merge_kernel": {"BLOCK_M": 32, "BLOCK_D": 128},
     "mix_grad_atomic_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
-    "log_softmax_forward_kernel": {"BLOCK_V": 1024},
-    "log_softmax_backward_kernel": {"BLOCK_V": 1024},
+    "selective_log_softmax_forward_kernel": {"BLOCK_V": 1024},
+    "selective_log_softmax_backward_kernel": {"BLOCK_V": 1024},
     "group_advantages_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "group_advantages_backward_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "decode_partials_kernel": {"BLOCK_V": 1024},
@@ -110,8 +110,8 @@ TUNING_KEYS: dict[str, tuple[str, ...]] = {
     "mix_grad_weights_kernel": ("d", "K"),
     "mix_grad_embedding_kernel": ("d", "v"),
     "mix_grad_atomic_kernel": ("d", "K"),
-    "log_softmax_forward_kernel": ("v", "ENTROPY"),
-    "log_softmax_backward_kernel": ("v", "ENTROPY"),
+    "selective_log_softmax_forward_kernel": ("v", "ENTROPY"),
+    "selective_log_softmax_backward_kernel": ("v", "ENTROPY"),
     "group_advantages_kernel": ("group_size", "columns"),
     "group_advantages_backward_kernel": ("group_size", "columns"),
 }

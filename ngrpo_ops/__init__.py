@@ -2,11 +2,13 @@
 
 from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
-from .functional import NearestNeighbors, group_advantages, mix_embeddings, nearest_neighbors, selective_log_softmax
+from .functional import NearestNeighbors, group_advantages, nearest_neighbors
 from .ops.candidate_weights import candidate_weights
 from .ops.decode_step.api import DecodeStep, MixingCandidates, decode_step, mixing_candidates
 from .ops.decode_step.faults import raise_faults
 from .ops.gaussian_noise import gaussian_noise
+from .ops.mix_embeddings import mix_embeddings
+from .ops.selective_log_softmax import selective_log_softmax
 from .record import MixRecord
 from .strategies import register_strategy
 from .table import NeighborTable, RefreshReport

@@ -14,14 +14,14 @@ from ngrpo_ops.kernels import (
     configs,
     decode_step,
     group_advantages,
-    log_softmax,
     mix_embeddings,
     nearest_neighbors,
     primitives,
+    selective_log_softmax,
 )
 from ngrpo_ops.testing import poisoned_empty
 
-MODULES = (decode_step, group_advantages, log_softmax, mix_embeddings, nearest_neighbors)
+MODULES = (decode_step, group_advantages, mix_embeddings, nearest_neighbors, selective_log_softmax)
 KERNELS = {name: getattr(module, name) for module in MODULES for name in dir(module) if name.endswith("_kernel")}
 
 

@@ -11,9 +11,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import ngrpo_ops
-from ngrpo_ops import cpu, mix_embeddings, reference
+from ngrpo_ops import mix_embeddings
 from ngrpo_ops.kernels import mix_embeddings as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.ops import mix_embeddings as operation
+from ngrpo_ops.ops.mix_embeddings import (
+    mix_embeddings_cpu,
+    mix_embeddings_grad_embedding_reference,
+    mix_embeddings_grad_weights_cpu,
+    mix_embeddings_grad_weights_reference,
+    mix_embeddings_reference,
+)
 from ngrpo_ops.testing import (
     DEVICE,
     FLOATS,
@@ -116,9 +124,9 @@ def test_kernel_against_oracle(embedding, n, k, hot, generator):
     grad = normal(generator, n, embedding.shape[1], dtype=embedding.dtype)
     exact = by_hand(embedding, ids, weights, grad, None)[::2]
     eager = (
-        reference.mix_embeddings(embedding, ids, weights),
-        reference.mix_embeddings_grad_embedding(grad, embedding, ids, weights),
-        reference.mix_embeddings_grad_weights(grad, embedding, ids, weights),
+        mix_embeddings_reference(embedding, ids, weights),
+        mix_embeddings_grad_embedding_reference(grad, embedding, ids, weights),
+        mix_embeddings_grad_weights_reference(grad, embedding, ids, weights),
     )
     kernel = (
         kernels.forward(embedding, ids, weights, None),
@@ -142,10 +150,10 @@ def test_the_fast_cpu_form_agrees_with_the_oracle(dtype):
             x = lay_out(table, layout)
             exact = by_hand(x, ids, weights, grad, None)
             assert_as_accurate(
-                cpu.mix_embeddings(x, ids, weights, None), reference.mix_embeddings(x, ids, weights), exact[0]
+                mix_embeddings_cpu(x, ids, weights, None), mix_embeddings_reference(x, ids, weights), exact[0]
             )
-            ours = cpu.mix_embeddings_grad_weights(grad, x, ids, weights, None)
-            assert_as_accurate(ours, reference.mix_embeddings_grad_weights(grad, x, ids, weights), exact[4])
+            ours = mix_embeddings_grad_weights_cpu(grad, x, ids, weights, None)
+            assert_as_accurate(ours, mix_embeddings_grad_weights_reference(grad, x, ids, weights), exact[4])
 
 
 @pytest.mark.slow
@@ -233,15 +241,15 @@ def test_ids_out_of_range_are_nan_in_the_kernel():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_ids_out_of_range_are_nan_without_the_kernel_too(dtype, monkeypatch):
     """On an accelerator, where nothing looks at them first."""
-    monkeypatch.setattr(reference, "require_ids_in_range", lambda *args: None)
+    monkeypatch.setattr(operation, "require_ids_in_range", lambda *args: None)
     table, weights = torch.ones(3, 4, dtype=dtype), torch.ones(3, 2, dtype=dtype)
     ids = torch.tensor([[0, 3], [-1, 1], [2, 2]])
-    assert reference.mix_embeddings(table, ids, weights).isnan().all(1).tolist() == [True, True, False]
+    assert mix_embeddings_reference(table, ids, weights).isnan().all(1).tolist() == [True, True, False]
     grad = torch.ones(3, 4, dtype=dtype)
-    assert reference.mix_embeddings_grad_embedding(grad, table, ids, weights)[:, 0].tolist() == [1, 1, 2]
-    assert reference.mix_embeddings_grad_weights(grad, table, ids, weights).tolist() == [[4, 0], [0, 4], [4, 4]]
+    assert mix_embeddings_grad_embedding_reference(grad, table, ids, weights)[:, 0].tolist() == [1, 1, 2]
+    assert mix_embeddings_grad_weights_reference(grad, table, ids, weights).tolist() == [[4, 0], [0, 4], [4, 4]]
     unused = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=dtype)
-    assert reference.mix_embeddings(table, ids, unused).isfinite().all()
+    assert mix_embeddings_reference(table, ids, unused).isfinite().all()
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -125,3 +125,8 @@ def require_counter(value: int | Tensor, name: str, other: str, tensor: Tensor) 
         return value
     require_integer(value, name)
     return torch.full((), value, dtype=torch.int64)
+
+
+def within(ids: Tensor, size: int) -> Tensor:
+    """Which ids lie in [0, size)."""
+    return (ids >= 0) & (ids < size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...random import gates
-from ...reference import mix_embeddings as mix_embeddings_reference
+from ..mix_embeddings import mix_embeddings_reference
 from ...strategies import checked, get_strategy
 from .._precision import ROW_BLOCK_ELEMENTS
 from ..gaussian_noise import gaussian_noise_reference

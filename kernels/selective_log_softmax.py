@@ -1,8 +1,9 @@
 """Log-probabilities of chosen ids and the entropy in one pass over the logits, and their gradient in one more.
 
-Forward: one program a row keeps the running maximum m, the sum of exp(z - m) and, for the entropy, the sum of
-exp(z - m) (z - m), rescaled when m grows. (m, log of the sum) are kept for the backward, which then needs no reduction:
-each program reads one tile of logits and writes that tile of the gradient, which may be the logits' own memory.
+Forward: one program a row. It keeps the running maximum m, the sum of exp(z - m) and, for the entropy, the sum of
+exp(z - m) (z - m), and rescales both sums when m grows. It stores m and the log of the first sum. So the backward needs
+no reduction: each program reads one tile of logits and writes the same tile of the gradient, which may be the memory of
+the logits.
 
 Logits are [b, t, v] with any strides: a slice logits[:, :-1] is read where it is.
 """
@@ -21,45 +22,46 @@ from .primitives import launch, launcher, scale, widen
 
 
 @triton.jit(do_not_specialize=["n", "t"])
-def log_softmax_forward_kernel(
+def selective_log_softmax_forward_kernel(
     logits, ids, logprobs, entropy, normalizer, n, t, v, stride_b, stride_t, stride_v, inverse, residual,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = widen(tl.program_id(0), INT64)
     base = logits + (row // t) * stride_b + (row % t) * stride_t
-    top = float("-inf")
-    mass = 0.0
-    moment = 0.0
+    max_logit = float("-inf")
+    exp_sum = 0.0
+    weighted_sum = 0.0
     for start in range(0, v, BLOCK_V):
         columns = widen(start + tl.arange(0, BLOCK_V), INT64)
         z = tl.load(base + columns * stride_v, mask=columns < v, other=float("-inf")).to(tl.float32)
         z = scale(z, inverse, residual)
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        # Nothing but -inf so far: any finite reference will do.
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        below = z - reference
-        e = tl.exp(below)
-        shift = tl.where(top == float("-inf"), 0.0, top - reference)
-        shrink = tl.exp(shift)
+        new_max = tl.maximum(max_logit, tl.max(z, axis=0))
+        # As long as all logits are -inf, any finite reference will do.
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+        shifted = z - reference
+        e = tl.exp(shifted)
+        shift = tl.where(max_logit == float("-inf"), 0.0, max_logit - reference)
+        rescale = tl.exp(shift)
         if ENTROPY:
-            moment = shrink * (moment + shift * mass) + tl.sum(e * tl.where(e > 0.0, below, 0.0), axis=0)
-        mass = mass * shrink + tl.sum(e, axis=0)
-        top = new_top
-    top = tl.where(top == float("-inf"), 0.0, top)
-    log_mass = tl.log(mass)
-    tl.store(normalizer + row, top)
-    tl.store(normalizer + n + row, log_mass)
+            weighted_sum = rescale * (weighted_sum + shift * exp_sum)
+            weighted_sum += tl.sum(e * tl.where(e > 0.0, shifted, 0.0), axis=0)
+        exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
+        max_logit = new_max
+    max_logit = tl.where(max_logit == float("-inf"), 0.0, max_logit)
+    log_sum = tl.log(exp_sum)
+    tl.store(normalizer + row, max_logit)
+    tl.store(normalizer + n + row, log_sum)
     if ENTROPY:
-        tl.store(entropy + row, log_mass - moment / mass)
+        tl.store(entropy + row, log_sum - weighted_sum / exp_sum)
     c = tl.arange(0, BLOCK_K)
     token = tl.load(ids + row * K + c, mask=c < K, other=-1)
     known = (token >= 0) & (token < v)
     z = tl.load(base + widen(token, INT64) * stride_v, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(logprobs + row * K + c, (scale(z, inverse, residual) - top) - log_mass, mask=c < K)
+    tl.store(logprobs + row * K + c, (scale(z, inverse, residual) - max_logit) - log_sum, mask=c < K)
 
 
 @triton.jit(do_not_specialize=["n", "t"])
-def log_softmax_backward_kernel(
+def selective_log_softmax_backward_kernel(
     grad, grad_entropy, logits, ids, entropy, normalizer, out, n, t, v, stride_b, stride_t, stride_v,
     out_b, out_t, out_v, inverse, residual,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -74,10 +76,10 @@ def log_softmax_backward_kernel(
     token = tl.load(ids + row * K + c, mask=c < K, other=-1)
     value = -p * tl.sum(tl.load(grad + row * K + c, mask=c < K, other=0.0), axis=0)
     if ENTROPY:
-        surprise = tl.where(p > 0.0, log_p, 0.0) + tl.load(entropy + row)
-        value -= tl.load(grad_entropy + row) * (p * surprise)
+        above_mean = tl.where(p > 0.0, log_p, 0.0) + tl.load(entropy + row)  # the mean of log p is -entropy
+        value -= tl.load(grad_entropy + row) * (p * above_mean)
     first = tl.program_id(1) * BLOCK_V
-    # Most tiles hold none of the ids.
+    # Most tiles contain none of the ids.
     if tl.max(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:
         for i in range(K):
             chosen = tl.load(ids + row * K + i)
@@ -93,14 +95,16 @@ def _inverse(temperature: float) -> dict[str, Any]:
 
 @launcher("ids")
 def forward(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [b, t, v], ids [b t, K]: log-probabilities [b t, K], entropy [b t] (or empty) and normalizer [2, b t], all
-    float32. An id out of range gives NaN."""
+    """Log-probabilities [b t, K], entropy [b t] (or empty) and normalizer [2, b t] of logits [b, t, v], ids [b t, K].
+
+    All three are float32. An id out of range gives NaN.
+    """
     (_, t, v), (n, k) = logits.shape, ids.shape
     logprobs = torch.empty(n, k, dtype=torch.float32, device=logits.device)
     entropies = torch.empty(n if entropy else 0, dtype=torch.float32, device=logits.device)
     normalizer = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     launch(
-        log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids),
+        selective_log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids),
         logits=logits, ids=ids, logprobs=logprobs, entropy=entropies, normalizer=normalizer, n=n, t=t, v=v,
         stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),
         **_inverse(temperature), K=k, BLOCK_K=triton.next_power_of_2(k), ENTROPY=entropy,
@@ -113,11 +117,11 @@ def backward(
     grad: Tensor, grad_entropy: Tensor, logits: Tensor, ids: Tensor, entropy: Tensor, normalizer: Tensor,
     temperature: float, in_place: bool,
 ) -> Tensor:  # fmt: skip
-    """The gradient of logits, in their dtype; in their own memory if `in_place`."""
+    """The gradient of logits, in their dtype; in their own memory with `in_place`."""
     (b, t, v), (n, k) = logits.shape, ids.shape
     out = logits if in_place else torch.empty(b, t, v, dtype=logits.dtype, device=logits.device)
     launch(
-        log_softmax_backward_kernel, lambda meta: (n, triton.cdiv(v, meta["BLOCK_V"])),
+        selective_log_softmax_backward_kernel, lambda meta: (n, triton.cdiv(v, meta["BLOCK_V"])),
         width=v, int64_for=(logits, out, ids), tunable=not in_place,
         grad=grad, grad_entropy=grad_entropy, logits=logits, ids=ids, entropy=entropy, normalizer=normalizer,
         out=out, n=n, t=t, v=v, stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),

@@ -58,6 +58,6 @@ CASES = {
 }
 
 
-def bench_log_softmax(benchmark: Any, case_name: str, who: str, device: str) -> None:
+def bench_selective_log_softmax(benchmark: Any, case_name: str, who: str, device: str) -> None:
     make, _ = CASES[case_name]
     compare(benchmark, make, who, device)

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngrpo_ops import reference, selective_log_softmax
-from ngrpo_ops.kernels import log_softmax as kernels
+from ngrpo_ops import selective_log_softmax
+from ngrpo_ops.kernels import selective_log_softmax as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.ops import selective_log_softmax as operation
+from ngrpo_ops.ops.selective_log_softmax import (
+    selective_log_softmax_backward_reference,
+    selective_log_softmax_reference,
+)
 from ngrpo_ops.testing import (
     DEVICE,
     assert_as_accurate,
@@ -143,7 +148,7 @@ def test_kernel_against_oracle(dtype):
     ids[1, 0] = 2500
     rows = logits.reshape(6, 3000)
     logprobs, entropy, normalizer = kernels.forward(logits, ids, temperature, True)
-    eager = reference.selective_log_softmax(logits, ids, temperature, True)
+    eager = selective_log_softmax_reference(logits, ids, temperature, True)
     log_p, _, exact = by_hand(rows, temperature)
     finite = eager[0].isfinite()
     assert torch.equal(logprobs.isfinite(), finite)
@@ -152,7 +157,7 @@ def test_kernel_against_oracle(dtype):
     grad = normal(generator, 6, 3, dtype=torch.float32)
     grad_entropy = normal(generator, 6, dtype=torch.float32)
     got = kernels.backward(grad, grad_entropy, logits, ids, entropy, normalizer, temperature, False)
-    want = reference.selective_log_softmax_backward(grad, grad_entropy, logits, ids, temperature, True, False)
+    want = selective_log_softmax_backward_reference(grad, grad_entropy, logits, ids, temperature, True, False)
     assert_as_accurate(got.view(6, -1), want.view(6, -1), gradient_by_hand(rows, ids, temperature, grad, grad_entropy))
 
 
@@ -247,12 +252,12 @@ def test_ids_out_of_range_are_nan_in_the_kernel():
 @pytest.mark.parametrize("entropy", [True, False])
 def test_ids_out_of_range_are_nan_without_the_kernel_too(entropy, monkeypatch):
     """On an accelerator, where nothing looks at them first."""
-    monkeypatch.setattr(reference, "require_ids_in_range", lambda *args: None)
+    monkeypatch.setattr(operation, "require_ids_in_range", lambda *args: None)
     logits, ids = torch.zeros(1, 2, 4).double(), torch.tensor([[4, 0], [-1, 3]])
-    logprobs, _ = reference.selective_log_softmax(logits, ids, 1.0, entropy)
+    logprobs, _ = selective_log_softmax_reference(logits, ids, 1.0, entropy)
     assert logprobs.isnan().tolist() == [[True, False], [True, False]]
     grad, of_entropy = torch.ones(2, 2).double(), torch.zeros(2 if entropy else 0).double()
-    found = reference.selective_log_softmax_backward(grad, of_entropy, logits, ids, 1.0, entropy, False)
+    found = selective_log_softmax_backward_reference(grad, of_entropy, logits, ids, 1.0, entropy, False)
     assert found.tolist() == [[[0.5, -0.5, -0.5, -0.5], [-0.5, -0.5, -0.5, 0.5]]]
 
 
@@ -302,7 +307,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
     ids = torch.randint(13, (11, 2))
     results = []
     for elements in (2**24, 30):
-        monkeypatch.setattr(reference, "ROW_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(operation, "ROW_BLOCK_ELEMENTS", elements)
         out = selective_log_softmax(logits, ids, return_entropy=True)
         results.append((*out, *torch.autograd.grad((out[0].sum(), out[1].sum()), logits)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
