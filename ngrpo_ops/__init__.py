@@ -5,19 +5,18 @@ from .config import MixingConfig
 from .functional import (
     DecodeStep,
     MixingCandidates,
-    NearestNeighbors,
     candidate_weights,
     decode_step,
     gaussian_noise,
     group_advantages,
     mix_embeddings,
     mixing_candidates,
-    nearest_neighbors,
     raise_faults,
     selective_log_softmax,
 )
+from .ops.nearest_neighbors.api import NearestNeighbors, nearest_neighbors
+from .ops.nearest_neighbors.table import NeighborTable, RefreshReport
 from .record import MixRecord
-from .table import NeighborTable, RefreshReport
 
 __version__ = "0.6.1"
 

@@ -7,13 +7,11 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from . import _operations as ops
-from . import advantages, decoding, reference, sharded
+from . import advantages, decoding, reference
 from .advantages import Whitening
-from .config import DRAWING, MOI_BETA, NOISE_SCALE, OWN_WEIGHTS, Metric, Strategy, Variant
+from .config import DRAWING, MOI_BETA, NOISE_SCALE, OWN_WEIGHTS, Strategy, Variant
 from .ops._checks import (
     require_choice,
     require_embedding,
@@ -22,23 +20,13 @@ from .ops._checks import (
     require_ids,
     require_integer,
     require_mask,
-    require_neighbors,
     require_number,
     require_positive,
     require_same_device,
     require_shape,
-    require_table,
     require_tensor,
 )
 from .ops._library import choose_backend
-from .search import Progress
-
-
-class NearestNeighbors(NamedTuple):
-    """ids [Q, k] int64, best first; scores [Q, k] float32, larger is nearer."""
-
-    ids: Tensor
-    scores: Tensor
 
 
 class DecodeStep(NamedTuple):
@@ -61,80 +49,6 @@ class MixingCandidates(NamedTuple):
     weights: Tensor
     fault: Tensor
     entropy: Tensor | None
-
-
-def nearest_neighbors(
-    embedding: Tensor,
-    k: int,
-    *,
-    metric: Metric = "cosine",
-    queries: Tensor | None = None,
-    allowed: Tensor | None = None,
-    group: ProcessGroup | None = None,
-    backend: str | None = None,
-    progress: Progress | None = None,
-) -> NearestNeighbors:
-    """The k most similar *other* rows of an embedding table, for every row or for the rows in `queries`.
-
-    The candidates C of N-GRPO are the anchor and its k - 1 nearest neighbours by cosine (equations 7 and 8); here `k`
-    counts neighbours. The result is exact: the ids are those of scoring every pair in float32, equal scores by the
-    lower id. The search runs in tiles and never holds a [V, V] matrix: at most 256 MiB beyond inputs and outputs.
-
-    Args:
-        embedding: [V, d], floating point, finite; scored in float32. A DTensor with sharded rows (FSDP) is searched
-            where it is: every rank of its mesh must call this, scores its own rows against those of the others, and
-            gets the result for all V, the same as without shards.
-        k: neighbours a row, 1 <= k < V.
-        metric: "cosine" (a zero row has similarity 0 to every row), "dot", "l2" (negative squared distance) or "l1"
-            (negative distance; it has no matrix-multiplication form and is many times slower).
-        queries: int64 [Q], ids of the rows whose neighbours are wanted; None: all V, in order.
-        allowed: bool [V], rows that may be returned; None: all. At least k + 1 of them.
-        group: a process group of which each rank has some consecutive rows (maybe none) of the table as `embedding`, in
-            the order of the ranks: searched as a DTensor is.
-        backend: None to choose, "eager" or "triton".
-        progress: called with (rows done, rows in all) as a long search goes on.
-
-    Returns:
-        ids [Q, k] int64 and scores [Q, k] float32, nearest first. Not differentiable.
-
-    Raises:
-        TypeError: ids or a mask of another dtype.
-        ValueError: k out of range, NaN or inf in the embedding, an empty table, queries out of range or empty, too few
-            allowed rows, an unknown metric or backend, shapes that do not fit; a DTensor sharded otherwise than by
-            rows, queries of a sharded table. What is wrong on one rank is raised on all.
-    """
-    require_choice(metric, get_args(Metric), "metric")
-    if isinstance(embedding, DTensor):
-        embedding, group = sharded.local_rows(embedding)
-
-    def check(vocabulary: int) -> None:
-        require_neighbors(vocabulary, k)
-        if allowed is not None:
-            require_mask(allowed, (vocabulary,), "allowed", "[V]")
-            require_same_device("allowed", allowed, "embedding", embedding)
-            if group is not None:  # else where the operation runs: it reads the mask
-                reference.require_enough_allowed(allowed, k)
-
-    if group is not None:
-        require_table(embedding)
-        if queries is not None:
-            raise ValueError("queries of a sharded embedding cannot be searched: leave queries out, for all rows")
-        return NearestNeighbors(
-            *sharded.nearest_neighbors(
-                embedding.detach(), group, k, metric, allowed, choose_backend(backend, embedding), progress, check
-            )
-        )
-    require_embedding(embedding)
-    check(embedding.shape[0])
-    if queries is not None:
-        require_ids(queries, "queries")
-        require_same_device("queries", queries, "embedding", embedding)
-        if queries.dim() != 1 or queries.numel() == 0:
-            raise ValueError(f"queries must be a non-empty vector of row ids, got shape {tuple(queries.shape)}")
-    embedding, backend = embedding.detach(), choose_backend(backend, embedding)
-    if progress is None:
-        return NearestNeighbors(*ops.nearest_neighbors(embedding, k, metric, queries, allowed, backend))
-    return NearestNeighbors(*reference.nearest_neighbors(embedding, k, metric, queries, allowed, backend, progress))
 
 
 def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, variant: Variant = "paper") -> Tensor:

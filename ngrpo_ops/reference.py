@@ -12,58 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import Metric
 from .ops._checks import require_ids_in_range
 from .ops._precision import ROW_BLOCK_ELEMENTS, compute_dtype
-from .scoring import ScoredRows
-from .search import Progress, search, usual_candidates
-
-# Nearest neighbours -----------------------------------------------------------------------------------------------
-
-
-def nearest_neighbors(
-    embedding: Tensor,
-    k: int,
-    metric: Metric,
-    queries: Tensor | None,
-    allowed: Tensor | None,
-    backend: str,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The tiled search of `search`, which the brute force of `every_score` holds to account in the tests."""
-    if queries is not None:
-        require_ids_in_range(queries, embedding.shape[0], "queries")
-    if allowed is not None:
-        require_enough_allowed(allowed, k)
-    found = search(
-        ScoredRows(embedding, metric, backend=backend),
-        k,
-        usual_candidates(k),
-        queries=queries,
-        allowed=allowed,
-        progress=progress,
-    )
-    return found.ids, found.scores
-
-
-def require_enough_allowed(allowed: Tensor, k: int) -> None:
-    if int(allowed.sum()) <= k:
-        raise ValueError(f"allowed must have at least k + 1 = {k + 1} True rows, got {int(allowed.sum())}")
-
-
-def every_score(embedding: Tensor, metric: Metric) -> Tensor:
-    """The oracle of the search: [V, V] scores in float64, the diagonal -inf. For small V only."""
-    x = embedding.double()
-    if metric == "cosine":
-        norms = x.norm(dim=1, keepdim=True)
-        x = torch.where(norms > 0, x / norms, 0.0)
-    if metric in ("cosine", "dot"):
-        scores = x @ x.T
-    else:
-        difference = x[:, None] - x[None]
-        scores = -(difference.square().sum(-1) if metric == "l2" else difference.abs().sum(-1))
-    return scores.fill_diagonal_(-torch.inf)
-
 
 # Weighted mix -----------------------------------------------------------------------------------------------------
 

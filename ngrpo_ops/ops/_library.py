@@ -27,6 +27,9 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Operation:
     """An operation `torch.ops.ngrpo.<name>` that mutates nothing.
 
+    <name> is the name of the implementation without leading underscores: the public function can then have the name
+    itself.
+
     A parameter annotated with a NamedTuple stands for the tuple's fields: they are written out in the schema, and the
     implementation gets them as one tuple. So an argument list is written once.
 
@@ -35,12 +38,13 @@ class Operation:
     """
 
     def __init__(self, implementation: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> None:
-        self.name = f"ngrpo::{implementation.__name__}"
-        flat = _flattened(implementation)
+        name = implementation.__name__.lstrip("_")
+        self.name = f"ngrpo::{name}"
+        flat = flattened(implementation)
         schema = torch.library.infer_schema(flat, mutates_args=())
         torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(self.name, "default", flat)
-        self._call = getattr(torch.ops.ngrpo, implementation.__name__).default
+        self._call = getattr(torch.ops.ngrpo, name).default
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
@@ -65,7 +69,7 @@ class Operation:
 HostReadingOperation = functools.partial(Operation, tags=(torch.Tag.cudagraph_unsafe,))
 
 
-def _flattened(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def flattened(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation with the fields of its NamedTuple parameter as parameters of their own."""
     hints = get_type_hints(implementation)
     signature = inspect.signature(implementation)
@@ -88,7 +92,8 @@ def _flattened(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
     flat.__name__ = implementation.__name__
     flat.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=parameters, return_annotation=hints["return"]
+        parameters=parameters,
+        return_annotation=None if hints["return"] is type(None) else hints["return"],  # as infer_schema wants it
     )
     return flat
 
