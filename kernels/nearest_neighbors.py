@@ -1,10 +1,12 @@
-"""The best pairs of a tile of scores, without the scores leaving the chip; and the scores of given pairs.
+"""The best pairs of each tile of scores, and the scores of given pairs. The tiles never leave the chip.
 
-The rows come prepared: bfloat16, with the columns that make their inner product an optimistic score (see
-`ngrpo_ops.scoring`); for l1, which has no inner product, float32 as they are. One program scores BLOCK_M rows of x
-against BLOCK_N rows of y; T rounds of a masked maximum then write the T best of each of its rows, and in the symmetric
-kernel of each of its columns too. There is no running list: merging what the tiles wrote is a small fraction of the
-work, and programs depend on nothing but their tile. Few queries are so split over the vocabulary by themselves.
+The caller prepares the rows. They are bfloat16, with extra columns that turn their inner product into an upper bound of
+the score. For l1, which is no inner product, they are the float32 rows themselves.
+
+One program scores BLOCK_M rows of x against BLOCK_N rows of y. T rounds of a masked maximum then write the T best of
+each of its rows, and in the symmetric kernel of each of its columns too. No program keeps a running list: it depends on
+its tile alone, and merging the results of the tiles is a small fraction of the work. So a few queries are spread over
+as many programs as the vocabulary has tiles.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from . import configs, primitives
 from .primitives import launch, launcher, widen
 
-STEP = 64  # columns multiplied at once: what the width of prepared rows is a multiple of
+STEP = 64  # columns multiplied at once; the width of prepared rows is a multiple of it
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def _tile(
     L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Rows past the end are read from the last one, and never returned: no mask in the loop.
+    # Rows past the end are read as the last row, so that the loop needs no mask. They are never returned.
     x_row = x + widen(tl.minimum(m, q - 1), INT64) * x_m
     y_row = y + widen(tl.minimum(n, c - 1), INT64) * y_n
     scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -42,7 +44,7 @@ def _tile(
         for _ in range(0, d, BLOCK_K):
             a = tl.load(x_at)
             b = tl.load(y_at)
-            if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+            if UPCAST:  # the interpreter's product of bfloat16 blocks is wrong
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             scores = tl.dot(a, b, scores)
@@ -52,8 +54,8 @@ def _tile(
 
 
 @triton.jit
-def _place(n_m, n_n, GROUP_M: tl.constexpr):
-    """Row and column of this program's tile; neighbours in time share rows of y in the cache."""
+def _tile_position(n_m, n_n, GROUP_M: tl.constexpr):
+    """Row and column of this program's tile. Programs that run at the same time share rows of y in the cache."""
     program = tl.program_id(0)
     group = program // (GROUP_M * n_n)
     rows = tl.minimum(n_m - group * GROUP_M, GROUP_M)
@@ -63,7 +65,8 @@ def _place(n_m, n_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _store_best(scores, index, first, values, places, mask, AXIS: tl.constexpr, T: tl.constexpr):
-    """The T highest scores along an axis and their index, equal scores by the lower index; -1 where there is none."""
+    """Stores the T highest scores along an axis, best first, and their indices: among equal scores the lower index
+    first, -1 where there is no score above -inf."""
     for t in tl.static_range(T):
         best, at = tl.max(scores, axis=AXIS, return_indices=True)
         at += first
@@ -74,33 +77,33 @@ def _store_best(scores, index, first, values, places, mask, AXIS: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["q", "c", "n_m", "n_n"])
 def tile_best_kernel(
-    x, y, own, values, places, q, c, d, n_m, n_n, x_m, y_n,
+    x, y, excluded, values, places, q, c, d, n_m, n_n, x_m, y_n,
     T: tl.constexpr, L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = _place(n_m, n_n, 8)
+    tile_m, tile_n = _tile_position(n_m, n_n, 8)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     scores = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
-    itself = tl.load(own + m, mask=m < q, other=-1)
-    scores = tl.where((n < c)[None, :] & (n[None, :] != itself[:, None]), scores, float("-inf"))
+    excluded_n = tl.load(excluded + m, mask=m < q, other=-1)
+    scores = tl.where((n < c)[None, :] & (n[None, :] != excluded_n[:, None]), scores, float("-inf"))
     out = (widen(m, INT64) * n_n + tile_n) * T
     _store_best(scores, n[None, :], tile_n * BLOCK_N, values + out, places + out, m < q, 1, T)
 
 
 @triton.jit(do_not_specialize=["q", "c", "n_m", "n_n"])
 def tile_best_symmetric_kernel(
-    x, y, x_values, x_places, y_values, y_places, q, c, d, n_m, n_n, ahead, x_m, y_n,
+    x, y, x_values, x_places, y_values, y_places, q, c, d, n_m, n_n, column_offset, x_m, y_n,
     T: tl.constexpr, L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = _place(n_m, n_n, 8)
-    if tile_n * BLOCK_N + BLOCK_N - 1 + ahead <= tile_m * BLOCK_M:
+    tile_m, tile_n = _tile_position(n_m, n_n, 8)
+    if tile_n * BLOCK_N + BLOCK_N - 1 + column_offset <= tile_m * BLOCK_M:  # below the diagonal
         return
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     scores = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
-    valid = (m < q)[:, None] & (n < c)[None, :] & ((n + ahead)[None, :] > m[:, None])
+    valid = (m < q)[:, None] & (n < c)[None, :] & ((n + column_offset)[None, :] > m[:, None])
     scores = tl.where(valid, scores, float("-inf"))
     out = (widen(m, INT64) * n_n + tile_n) * T
     _store_best(scores, n[None, :], tile_n * BLOCK_N, x_values + out, x_places + out, m < q, 1, T)
@@ -149,25 +152,27 @@ def _operands(x: Tensor, y: Tensor, metric: str, kernel: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@launcher("x", "y", "own")
-def tile_best(x: Tensor, y: Tensor, metric: str, own: Tensor, best: int) -> tuple[Tensor, Tensor]:
-    """Of each row of x the `best` rows of y in every tile of y.
+@launcher("x", "y", "excluded")
+def tile_best(x: Tensor, y: Tensor, metric: str, excluded: Tensor, best: int) -> tuple[Tensor, Tensor]:
+    """The `best` rows of each tile of y, for every row of x.
 
     Args:
-        x, y: rows [q, w] and [c, w], their last dimension dense. For l1 float32, their distance the score negated;
-            else bfloat16 with w a multiple of `STEP`, their inner product the score.
-        own: int32 [q]: the place in y of the row itself, which is left out, or -1.
+        x, y: rows [q, w] and [c, w], their last dimension dense. For l1 they are float32, and the score is the negative
+            distance. Otherwise they are bfloat16 with w a multiple of `STEP`, and the score is the inner product.
+        metric: as in `pair_scores`; all but "l1" are the same here.
+        excluded: int32 [q]: the row of y that is left out for each row of x, or -1. A row is not its own neighbour.
+        best: rows a tile.
 
     Returns:
-        Scores float32 and places in y int32 [q, tiles, best], best first, equal scores by the lower place; -inf and -1
-        where a tile has fewer.
+        Scores float32 and rows of y int32 [q, tiles, best]: best first, among equal scores the lower row first; -inf
+        and -1 where a tile has fewer.
     """
     operands = _operands(x, y, metric, tile_best_kernel)
     values = torch.empty(x.shape[0], operands["n_n"], best, dtype=torch.float32, device=x.device)
     places = torch.empty(values.shape, dtype=torch.int32, device=x.device)
     launch(
         tile_best_kernel, lambda meta: (operands["n_m"] * operands["n_n"],),
-        int64_for=(x, y, values), **operands, own=own, values=values, places=places, T=best,
+        int64_for=(x, y, values), **operands, excluded=excluded, values=values, places=places, T=best,
     )  # fmt: skip
     return values, places
 
@@ -176,16 +181,24 @@ def tile_best(x: Tensor, y: Tensor, metric: str, own: Tensor, best: int) -> tupl
 def tile_best_symmetric(
     x: Tensor, y: Tensor, metric: str, best: int, *, diagonal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both sides of all pairs of x and y, or of a block with itself (`diagonal`) of the pairs above the diagonal: what
-    `tile_best` returns for x, [q, tiles of y, best], and the same for y, [c, tiles of x, best], with places in x."""
+    """The best rows of each tile of y for every row of x, and the best rows of each tile of x for every row of y.
+
+    Args:
+        x, y, metric, best: as in `tile_best`.
+        diagonal: whether x and y are the same rows. Then only the pairs above the diagonal are scored.
+
+    Returns:
+        Scores and rows of y [q, tiles of y, best], as `tile_best` returns them; scores and rows of x
+        [c, tiles of x, best].
+    """
     operands = _operands(x, y, metric, tile_best_symmetric_kernel)
     shapes = ((x.shape[0], operands["n_n"], best), (y.shape[0], operands["n_m"], best))
-    # Programs below the diagonal leave at once.
+    # Filled, because programs below the diagonal return at once.
     x_values, y_values = (torch.full(s, -torch.inf, dtype=torch.float32, device=x.device) for s in shapes)
     x_places, y_places = (torch.full(s, -1, dtype=torch.int32, device=x.device) for s in shapes)
     launch(
         tile_best_symmetric_kernel, lambda meta: (operands["n_m"] * operands["n_n"],),
-        int64_for=(x, y, x_values, y_values), **operands, ahead=0 if diagonal else x.shape[0], T=best,
+        int64_for=(x, y, x_values, y_values), **operands, column_offset=0 if diagonal else x.shape[0], T=best,
         x_values=x_values, x_places=x_places, y_values=y_values, y_places=y_places,
     )  # fmt: skip
     return x_values, x_places, y_values, y_places
@@ -195,8 +208,16 @@ def tile_best_symmetric(
 def pair_scores(
     x: Tensor, x_scales: Tensor | None, rows: Tensor, y: Tensor, y_scales: Tensor | None, columns: Tensor, metric: str
 ) -> Tensor:
-    """Scores float32 [n] of the pairs of rows x[rows[i]] and y[columns[i]], int64 [n]; x and y [., d] any strides,
-    scales float32 [.] the inverse norms, for cosine. A pair's bits depend on its rows alone."""
+    """Scores float32 [n] of the pairs of rows x[rows[i]] and y[columns[i]].
+
+    The bits of a score depend on its two rows alone.
+
+    Args:
+        x, y: [., d], floating point, any strides.
+        x_scales, y_scales: float32 [.], the inverse norms of the rows, for cosine; None for other metrics.
+        rows, columns: int64 [n].
+        metric: "cosine", "dot", "l2" or "l1".
+    """
     out = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     if out.numel():
         launch(

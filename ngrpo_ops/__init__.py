@@ -2,16 +2,17 @@
 
 from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
-from .functional import NearestNeighbors, group_advantages, nearest_neighbors
+from .functional import group_advantages
 from .ops.candidate_weights import candidate_weights
 from .ops.decode_step.api import DecodeStep, MixingCandidates, decode_step, mixing_candidates
 from .ops.decode_step.faults import raise_faults
 from .ops.gaussian_noise import gaussian_noise
 from .ops.mix_embeddings import mix_embeddings
+from .ops.nearest_neighbors.api import NearestNeighbors, nearest_neighbors
+from .ops.nearest_neighbors.table import NeighborTable, RefreshReport
 from .ops.selective_log_softmax import selective_log_softmax
 from .record import MixRecord
 from .strategies import register_strategy
-from .table import NeighborTable, RefreshReport
 
 __version__ = "0.6.1"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint import Vocabulary, load_vocabulary
 from .config import Metric
 from .environment import report
-from .functional import NearestNeighbors, nearest_neighbors
+from .ops.nearest_neighbors.api import NearestNeighbors, nearest_neighbors
 
 _EPILOG = """examples:
   python -m ngrpo_ops neighbors --model Qwen/Qwen2.5-0.5B --tokens " seven" " therefore"

@@ -15,21 +15,6 @@ from .ops._library import HostReadingOperation, Operation
 from .ops._library import load_kernels as kernels
 
 
-@HostReadingOperation
-def nearest_neighbors(
-    embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    return reference.nearest_neighbors(embedding, k, metric, queries, allowed, backend)  # type: ignore[arg-type]
-
-
-@nearest_neighbors.register_fake
-def _(
-    embedding: Tensor, k: int, metric: str, queries: Tensor | None, allowed: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    rows = embedding.shape[0] if queries is None else queries.shape[0]
-    return embedding.new_empty(rows, k, dtype=torch.int64), embedding.new_empty(rows, k, dtype=torch.float32)
-
-
 @Operation
 def mix_embeddings(
     embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | None, deterministic: bool, backend: str

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .config import MixingConfig
-from .functional import mix_embeddings
 from .ops.decode_step.api import decode_step, mixing_candidates
 from .ops.gaussian_noise import gaussian_noise
+from .ops.mix_embeddings import mix_embeddings
+from .ops.nearest_neighbors.table import NeighborTable
 from .random import gates
 from .strategies import get_strategy
-from .table import NeighborTable
 
 # The neighbor table -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from ngrpo_ops import NeighborTable, nearest_neighbors, scoring, sharded
+from ngrpo_ops import NeighborTable, nearest_neighbors
+from ngrpo_ops.ops.nearest_neighbors import scores, sharded
 from ngrpo_ops.testing import METRICS
 
 torch.set_num_threads(1)
@@ -26,8 +27,8 @@ def noted(rows, *arguments, columns, **options):
 
 
 sharded_search, sharded.search = sharded.search, noted
-sharded._VISITORS = 50
-scoring._PAIR_ELEMENTS = 2**14  # blocks are padded: too slow for many small searches
+sharded._BROADCAST_ROWS = 50
+scores._PAIR_ELEMENTS = 2**14  # blocks are padded: too slow for many small searches
 
 
 def same(got, want):

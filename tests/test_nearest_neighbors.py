@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngrpo_ops import nearest_neighbors, scoring, search
+from ngrpo_ops import nearest_neighbors
+from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, search
+from ngrpo_ops.ops.nearest_neighbors import scores as scores_module
+from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
+from ngrpo_ops.ops.nearest_neighbors.oracle import brute_force_scores
+from ngrpo_ops.ops.nearest_neighbors.scores import ScoredRows
 from ngrpo_ops.testing import (
     DEVICE,
     METRICS,
@@ -55,8 +60,18 @@ def defined_scores(table: Tensor, metric: str, backend: str = "eager") -> Tensor
     """What the documentation calls scoring every pair in float32: the package's own pair scores, all of them."""
     v = table.shape[0]
     rows = torch.arange(v, device=table.device)[:, None].expand(v, v).contiguous()
-    scored = scoring.ScoredRows(table, metric, backend=backend)  # type: ignore[arg-type]
+    scored = ScoredRows(table, metric, backend=backend)  # type: ignore[arg-type]
     return scored.pair_scores(rows, scored, rows.T.contiguous())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_oracle_is_the_formula(metric):
+    table = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    table[4] = 0
+    exact, error = brute_force(table, metric)
+    found = brute_force_scores(table, metric)
+    assert found.dtype == torch.float64 and bool((found.diagonal() == -torch.inf).all())
+    assert_within(found.fill_diagonal_(0), exact.fill_diagonal_(0), 1e-6 * error.fill_diagonal_(0) + 1e-300)
 
 
 @st.composite
@@ -81,13 +96,13 @@ def every_row(table: Tensor, queries: Tensor | None = None) -> Tensor:
 @pytest.fixture(autouse=True)
 def _kernels_for_few_rows(monkeypatch):
     """A search of few rows would score pairs with the kernels, and scan without them."""
-    monkeypatch.setattr(scoring, "_KERNELS_FROM", 0)
+    monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Re-scored blocks are padded to one size, two million numbers: too slow for hundreds of tiny searches."""
-    monkeypatch.setattr(scoring, "_PAIR_ELEMENTS", 2**13)
+    monkeypatch.setattr(scores_module, "_PAIR_ELEMENTS", 2**13)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -160,11 +175,11 @@ def test_tiles_do_not_show(data, metric, limit, backend):
     whole = nearest_neighbors(table, k, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
-        patch.setattr(search, "_COLUMN_TILE", limit)
-        patch.setattr(search, "_SQUARE", 16)
-        patch.setattr(search, "_TILE_ELEMENTS", limit * table.shape[1])
+        patch.setattr(search, "_SQUARE_TILE", 16)
         patch.setattr(search, "_KERNEL_ROWS", 20)
-        patch.setattr(scoring, "_CAST_ELEMENTS", limit)
+        patch.setattr(scores_module, "_COLUMN_TILE", limit)
+        patch.setattr(scores_module, "_TILE_ELEMENTS", limit * table.shape[1])
+        patch.setattr(scores_module, "_CAST_ELEMENTS", limit)
         tiled = nearest_neighbors(table, k, **options)
     assert torch.equal(whole.ids, tiled.ids) and torch.equal(whole.scores, tiled.scores)
 
@@ -176,11 +191,11 @@ def test_small_tiles_are_exact_too(metric, data, backend):
     table = for_backend(data.draw(exact_tables(metric, st.integers(20, 30))), backend)
     k, queries, allowed = data.draw(requests(table.shape[0]))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_QUERY_TILE", 8), ("_COLUMN_TILE", 5), ("_SQUARE", 16), ("_HITS_AT_ONCE", 40)):
+        for name, value in (("_QUERY_TILE", 8), ("_SQUARE_TILE", 16), ("_KERNEL_ROWS", 7)):
             patch.setattr(search, name, value)
-        patch.setattr(search, "_KERNEL_ROWS", 7)
         for name, value in (("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
-            patch.setattr(scoring, name, value)
+            patch.setattr(scores_module, name, value)
+        patch.setattr(candidates, "_MAX_HITS", 40)
         got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed, backend=backend)
     ids, scores = ranked(brute_force(table, metric)[0], k, every_row(table, queries), allowed)
     assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores.float())
@@ -220,8 +235,8 @@ def test_scores_that_underflow(metric, scale, backend):
 def test_thousands_of_equal_rows(metric, backend, monkeypatch):
     """More equal rows than candidates: only the exhaustive pass can find the lowest ids, and it must have run."""
     calls = []
-    original = search._Search.exhaustive
-    monkeypatch.setattr(search._Search, "exhaustive", lambda *a: calls.append(a[1].numel()) or original(*a))
+    original = search._Search.exhaustive_search
+    monkeypatch.setattr(search._Search, "exhaustive_search", lambda *a: calls.append(a[1].numel()) or original(*a))
     table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     table[500:2900] = table[2950].clone()
     queries = torch.tensor([2950, 500, 501, 2899, 3, 0], device=DEVICE)
@@ -272,37 +287,37 @@ def test_matmul_precision_changes_nothing(metric):
 @given(data=st.data())
 def test_optimistic_scores_are_optimistic(metric, precision, data):
     """None below the score it stands for, on any device: matmuls may round their inputs to bfloat16 ("medium"), tiles
-    may be bfloat16 altogether, or the kernels'; and none further above than `spread` says."""
+    may be bfloat16 altogether, or the kernels'; and none further above than `error_bound` says."""
     backend = "triton" if precision == "kernels" else "eager"
     table = for_backend(data.draw(tables(st.integers(2, 40), st.integers(1, 70))), backend)
-    rows = scoring.ScoredRows(table, metric, backend=backend)
+    rows = ScoredRows(table, metric, backend=backend)
     every = every_row(table)
     before = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
         if precision == "bfloat16":
-            patch.setattr(scoring, "_multiplies_bfloat16", lambda: True)
-            patch.setattr(scoring, "_LOW_PRECISION_FROM", 0)
-            patch.setattr(scoring, "_LOW_PRECISION_QUERIES", 0)
+            patch.setattr(bounds, "cpu_multiplies_bfloat16", lambda: True)
+            patch.setattr(bounds, "_LOW_PRECISION_FROM", 0)
+            patch.setattr(bounds, "_LOW_PRECISION_QUERIES", 0)
         try:
             torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
-            scores = scoring.OptimisticScores(rows, rows, len(rows))
+            optimistic = OptimisticScores(rows, rows, len(rows))
         finally:
             torch.set_float32_matmul_precision(before)
-    queries, columns = scores.prepared_queries(every), scores.prepared_columns(every)
+    queries, columns = optimistic.prepared_queries(every), optimistic.prepared_columns(every)
     if precision == "medium" and metric != "l1":  # as a device would round them
         queries, columns = queries.bfloat16().float(), columns.bfloat16().float()
-    tile = torch.empty(len(rows), len(rows), dtype=scores.dtype, device=table.device)
-    if scores.kernels is not None:  # which keep their tiles to themselves: all of their best, back in their places
-        own = torch.full((len(rows),), -1, dtype=torch.int32, device=table.device)
-        values, places = scores.tile_best(queries, columns, own, len(rows))
+    tile = torch.empty(len(rows), len(rows), dtype=optimistic.dtype, device=table.device)
+    if optimistic.kernels is not None:  # which return no tiles: all of their best, back in their places
+        excluded = torch.full((len(rows),), -1, dtype=torch.int32, device=table.device)
+        values, places = optimistic.tile_best(queries, columns, excluded, len(rows))
         tile.scatter_(1, places[:, 0].long(), values[:, 0])
     else:
-        scores.tile(queries, columns, tile)
-    true, ceilings = defined_scores(table, metric, backend), scores.ceiling(tile)
-    assert bool((ceilings >= true).all())
+        optimistic.write_tile(queries, columns, tile)
+    true, upper_bounds = defined_scores(table, metric, backend), optimistic.upper_bound(tile)
+    assert bool((upper_bounds >= true).all())
     left, right = every[:, None].expand_as(true), every.expand_as(true)
-    assert bool((ceilings - scores.spread(ceilings, left, right) <= true).all())
-    beaten = tile[None] <= scores.below(true.reshape(-1, 1, 1)[:200])
+    assert bool((upper_bounds - optimistic.error_bound(upper_bounds, left, right) <= true).all())
+    beaten = tile[None] <= optimistic.threshold_below(true.reshape(-1, 1, 1)[:200])
     assert not bool((beaten & (true >= true.reshape(-1, 1, 1)[:200])).any())
 
 
@@ -311,17 +326,17 @@ def bfloat16_scan(monkeypatch):
     """Low-precision tiles whatever the processor and the size of the table."""
     if DEVICE.type != "cpu":
         pytest.skip("low-precision tiles are for CPUs: GPUs have the kernels")
-    monkeypatch.setattr(scoring, "_multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(scoring, "_LOW_PRECISION_FROM", 0)
-    monkeypatch.setattr(scoring, "_LOW_PRECISION_QUERIES", 0)
+    monkeypatch.setattr(bounds, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(bounds, "_LOW_PRECISION_FROM", 0)
+    monkeypatch.setattr(bounds, "_LOW_PRECISION_QUERIES", 0)
     used = []
-    original = scoring.OptimisticScores.__init__
+    original = OptimisticScores.__init__
 
     def noted(self, *arguments):
         original(self, *arguments)
         used.append(self.dtype)
 
-    monkeypatch.setattr(scoring.OptimisticScores, "__init__", noted)
+    monkeypatch.setattr(OptimisticScores, "__init__", noted)
     yield
     assert torch.bfloat16 in used
 

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngrpo_ops import scoring
 from ngrpo_ops.kernels import nearest_neighbors as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.ops import _precision
+from ngrpo_ops.ops.nearest_neighbors import bounds
+from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
+from ngrpo_ops.ops.nearest_neighbors.scores import ScoredRows
 from ngrpo_ops.testing import (
     DEVICE,
     METRICS,
@@ -40,7 +43,7 @@ def prepared(draw: st.DrawFn, rows: int, metric: str) -> Tensor:
     return x.to(torch.float32 if metric == "l1" else torch.bfloat16).to(DEVICE)
 
 
-def every_score(x: Tensor, y: Tensor, metric: str) -> Tensor:
+def all_scores(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """float64 [q, c]"""
     return -torch.cdist(x.double(), y.double(), p=1) if metric == "l1" else x.double() @ y.double().T
 
@@ -91,7 +94,7 @@ def test_tile_best_kernel_against_oracle(metric, data, q, c, best, int64):
     y = data.draw(prepared(c, metric))
     x = as_wide(data.draw(prepared(q, metric)), y)
     own = integers(data.draw(generators), c + 1, q).int() - 1
-    scores = every_score(x, y, metric)
+    scores = all_scores(x, y, metric)
     scores[own >= 0, own[own >= 0].long()] = -torch.inf
     if int64:
         with forced_int64():
@@ -109,7 +112,7 @@ def test_tile_best_symmetric_kernel_against_oracle(metric, data, q, c, best, dia
     x = data.draw(prepared(q, metric))
     y = x if diagonal else data.draw(prepared(c, metric))
     x = as_wide(x, y)
-    scores = every_score(x, y, metric)
+    scores = all_scores(x, y, metric)
     if diagonal:
         scores[torch.ones_like(scores, dtype=torch.bool).tril()] = -torch.inf
     if int64:
@@ -179,25 +182,25 @@ def test_rows_that_lie_otherwise_score_as_their_copy():
     flat = torch.randn(40 * 8 + 1, device=DEVICE)[1:].view(40, 8)  # contiguous, of another alignment
     assert flat.data_ptr() % 16
     for rows in (whole[:, :8], whole.T, flat):
-        scored = scoring.ScoredRows(rows, "dot", backend="triton").embedding
+        scored = ScoredRows(rows, "dot", backend="triton").embedding
         assert scored.is_contiguous() and scored.data_ptr() % 16 == 0 and torch.equal(scored, rows)
-    assert scoring.ScoredRows(whole, "dot", backend="triton").embedding is whole
-    assert scoring.ScoredRows(flat, "dot").embedding is flat
+    assert ScoredRows(whole, "dot", backend="triton").embedding is whole
+    assert ScoredRows(flat, "dot").embedding is flat
 
 
 def test_gpus_without_matrix_units_search_in_plain_torch(monkeypatch):
-    monkeypatch.setattr(scoring, "_KERNELS_FROM", 0)
-    rows = scoring.ScoredRows(torch.randn(40, 8), "cosine", backend="triton")
-    assert scoring.OptimisticScores(rows, rows, 40).kernels is not None
-    monkeypatch.setattr(scoring, "_has_matrix_units", lambda device: False)
-    assert scoring.OptimisticScores(rows, rows, 40).kernels is None and rows.kernels is not None
+    monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
+    rows = ScoredRows(torch.randn(40, 8), "cosine", backend="triton")
+    assert OptimisticScores(rows, rows, 40).kernels is not None
+    monkeypatch.setattr(bounds, "has_matrix_units", lambda device: False)
+    assert OptimisticScores(rows, rows, 40).kernels is None and rows.kernels is not None
     monkeypatch.undo()
-    scoring._has_matrix_units.cache_clear()
+    _precision.has_matrix_units.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert scoring._has_matrix_units(torch.device("cuda")) is expected
-        scoring._has_matrix_units.cache_clear()
+        assert _precision.has_matrix_units(torch.device("cuda")) is expected
+        _precision.has_matrix_units.cache_clear()
 
 
 def test_nothing_to_score():

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngrpo_ops import NeighborTable, nearest_neighbors, scoring, table
+from ngrpo_ops import NeighborTable, nearest_neighbors
+from ngrpo_ops.ops.nearest_neighbors import bounds, scores, table
 from ngrpo_ops.testing import DEVICE, METRICS, for_backend, generators, metrics, tables
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Re-scored blocks are padded to one size, two million numbers: too slow for hundreds of tiny searches."""
-    monkeypatch.setattr(scoring, "_PAIR_ELEMENTS", 2**14)
+    monkeypatch.setattr(scores, "_PAIR_ELEMENTS", 2**14)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _backend(request, monkeypatch):
     """A table takes the kernels where they run: for a test's backend "triton" also on the CPU, interpreted."""
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(scoring, "_KERNELS_FROM", 0)
+        monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
 
 
 def assert_fresh(neighbors: NeighborTable, embedding: Tensor) -> None:
@@ -127,7 +128,7 @@ def test_equal_rows_are_never_certified_wrongly(metric, backend):
 
 
 def test_some_rows_searched_anew(monkeypatch):
-    """Only the open rows are searched when few are, and all of them again beyond the rebuild share."""
+    """Only the open rows are searched when few are, and all of them again beyond the rebuild fraction."""
     generator = torch.Generator().manual_seed(4)
     embedding = torch.cat([torch.randn(150, 8, generator=generator), torch.randn(50, 8, generator=generator) * 50])
     neighbors = NeighborTable(2, metric="l2", candidates=10)
@@ -139,7 +140,7 @@ def test_some_rows_searched_anew(monkeypatch):
     assert 0 < report.recomputed < 100 and report.certified + report.rescored == 200 - report.recomputed
     assert searched[-1] == (report.recomputed, report.recomputed)
     assert_fresh(neighbors, moved)
-    monkeypatch.setattr(table, "_REBUILD_SHARE", 0.0)
+    monkeypatch.setattr(table, "_REBUILD_FRACTION", 0.0)
     assert neighbors.refresh(moved + 0.01).recomputed == 200
     assert_fresh(neighbors, moved + 0.01)
 
@@ -155,7 +156,7 @@ def test_another_shape_or_dtype_rebuilds():
 
 def test_movement_is_measured_in_the_metrics_own_norm(monkeypatch):
     """A small step in every coordinate is short in l2 and long in l1: 4 and 32 for the row that jumps here."""
-    monkeypatch.setattr(table, "_REBUILD_SHARE", 1.0)
+    monkeypatch.setattr(table, "_REBUILD_FRACTION", 1.0)
     embedding = torch.zeros(11, 64)
     embedding[:8, 0] = torch.arange(8.0)
     embedding[8:] = 0.5

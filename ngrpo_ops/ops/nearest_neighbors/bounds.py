@@ -1,0 +1,239 @@
+"""Upper bounds of scores, computed by matrix multiplication, and the constants of their proof.
+
+A search may skip a pair whose upper bound is too low. An upper bound below the true score would lose a neighbour
+silently, so every constant that makes it a bound stands in this module, once, beside its derivation.
+
+Notation: u is the unit roundoff of float32 (2^-24), d the width of the rows. The score is always the value that
+`ScoredRows.pair_scores` returns, rounding included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._precision import FLOAT32_ROUNDOFF, cpu_multiplies_bfloat16, has_matrix_units, matmul_input_roundoff
+from .scores import ScoredRows
+
+_LOW_PRECISION_FROM = 2**22  # elements of a table: in a smaller one the conversion costs more than it saves
+_LOW_PRECISION_QUERIES = 32  # with fewer queries, reading the table takes most of the time
+_KERNELS_FROM = 2**13  # rows to search: with fewer tiles, the best few of each tile leave too loose a bound
+_MIN_BFLOAT16_NORM = 1e-15  # see `underflow_error`
+
+# The constants of the proof ---------------------------------------------------------------------------------------
+
+
+def rounding_error(d: int, *, truncating: bool = False) -> float:
+    """r: the float32 rounding in an upper bound and in the score it stands for, together and relative.
+
+    - An inner product of at most d + 9 terms, accumulated in float32 in any order, is off by at most (d + 9) u times
+      the sum of the magnitudes of its terms. The score is off by at most (d + 4) u times the same sum.
+    - A norm is off by at most (d / 2 + 2) u times itself, and its square by twice that.
+    - The magnitudes add up to at most |x||y| for cosine and dot, and to (|x| + |y|)^2 for l2.
+
+    r = 3.3 (d + 16) u covers all of it.
+
+    Args:
+        truncating: whether the accumulation may truncate where float32 arithmetic rounds, as tensor cores may. That
+            doubles r.
+    """
+    return (2.0 if truncating else 1.0) * 3.3 * (d + 16) * FLOAT32_ROUNDOFF
+
+
+def input_rounding_error(roundoff: float) -> float:
+    """What rounding the inputs of a multiplication adds to r: 2.01 p, relative to |x||y|.
+
+    Inputs rounded to x + e with |e| <= p |x| change the inner product by at most (2 p + p^2) |x||y|, by Cauchy and
+    Schwarz. p is at most 2^-7, so that 2.01 p covers it.
+
+    Args:
+        roundoff: p. For bfloat16 it is measured (`ScoredRows.bfloat16_roundoff`): about 2^-9.3 for float32 rows, where
+            the format guarantees 2^-8, and 0 for rows that are bfloat16 already.
+    """
+    return 2.01 * roundoff
+
+
+def underflow_error(d: int) -> float:
+    """t: the absolute error from products that underflow, flushed to zero or not.
+
+    The bound and the score have fewer than 2 (d + 16) products together, and each loses at most the smallest normal
+    number. bfloat16 multiplications may also flush their inputs. They are only used where every row but zero rows has a
+    norm of at least 1e-15, for which the error that s allows is far above that loss.
+    """
+    return 2.0 * (d + 16) * torch.finfo(torch.float32).smallest_normal
+
+
+def distance_upper_bound(distances: Tensor, d: int) -> Tensor:
+    """At least the distances between pairs of rows, given their float32 evaluation as float64.
+
+    The difference and the norm are off by at most (d + 8) u, relative. A coordinate whose square underflows is shorter
+    than 2^-62.
+    """
+    return distances * (1.0 + FLOAT32_ROUNDOFF * (d + 8)) + d * 2.0**-62
+
+
+# Matrix multiplications that bound ----------------------------------------------------------------------------------
+
+
+class OptimisticScores:
+    """Upper bounds of the scores of all pairs of a tile. None is below the score of its pair.
+
+    The rows get extra columns, so that one inner product gives approximate score + error bound. With r, s = r + 2.01 p
+    and t as defined by `rounding_error`, `input_rounding_error` and `underflow_error`:
+
+        cosine   x.y + s |x||y|                             query x, s |x|                  against y, |y|
+        dot      x.y + s |x||y| + t                         query x, s |x|, t               against y, |y|, 1
+        l2       2 x.y + 2 s |x||y| - (1 - r)(|x|^2 + |y|^2) + t
+                 query 2 x, 2 s |x|, t - (1 - r)|x|^2, 1    against y, |y|, 1, -(1 - r)|y|^2
+        l1       -(1 - r) |x - y|_1                         no inner product: many times slower
+
+    The extra columns are bfloat16 numbers, which no multiplication rounds; each square is the sum of three.
+
+    Tiles are stored in `dtype`. Storing in bfloat16 rounds the results once more: `upper_bound`, `threshold_below` and
+    `error_bound` account for that. The kernels keep their tiles in float32 registers. Their rows are bfloat16 and
+    padded to a multiple of `step`; for l1 the rows are float32.
+
+    Args:
+        queries, columns: the rows of the two sides of a tile, of one metric.
+        count: how many queries there will be. Tiles of few queries are float32.
+    """
+
+    def __init__(self, queries: ScoredRows, columns: ScoredRows, count: int) -> None:
+        self.queries, self.columns = queries, columns
+        self.metric = queries.metric
+        d = queries.embedding.shape[1]
+        l1 = self.metric == "l1"
+        bfloat16_safe = l1 or not any(
+            bool(((rows.norms > 0) & (rows.norms < _MIN_BFLOAT16_NORM)).any()) for rows in (queries, columns)
+        )
+        use_kernels = bfloat16_safe and count and len(columns) >= _KERNELS_FROM
+        self.kernels = queries.kernels if use_kernels and has_matrix_units(columns.embedding.device) else None
+        fused = self.kernels is not None
+        low_precision = (
+            bfloat16_safe
+            and not l1
+            and columns.embedding.device.type == "cpu"
+            and cpu_multiplies_bfloat16()
+            and columns.embedding.numel() >= _LOW_PRECISION_FROM
+            and count >= _LOW_PRECISION_QUERIES
+        )
+        self.dtype = torch.bfloat16 if low_precision and not fused else torch.float32
+        self.input_dtype = torch.bfloat16 if fused and not l1 else self.dtype
+        self.step = self.kernels.STEP if self.kernels is not None else 1
+        if self.input_dtype == torch.bfloat16:
+            roundoff = max(rows.bfloat16_roundoff for rows in (queries, columns))
+        else:
+            roundoff = matmul_input_roundoff()
+        self.rounding = rounding_error(d, truncating=fused)
+        self.product_error = self.rounding + input_rounding_error(roundoff)
+        self.underflow = underflow_error(d)
+
+    def prepared_queries(self, index: slice | Tensor) -> Tensor:
+        """Some of the queries with their extra columns."""
+        rows = self.queries
+        if self.metric == "l1":
+            return rows[index].contiguous()
+        norm = rows.norms[index]
+        scale = 2.0 if self.metric == "l2" else 1.0
+        extra = [_round_up_to_bfloat16(scale * self.product_error * norm)]
+        if self.metric == "dot":
+            extra.append(torch.full_like(norm, self.underflow).bfloat16().float() * 2.0)
+        elif self.metric == "l2":
+            one = torch.ones_like(norm)
+            extra += [*_split_into_bfloat16((self.rounding - 1.0) * norm.square() + self.underflow), one, one, one]
+        return self._augmented(rows, index, extra, scale)
+
+    def prepared_columns(self, index: slice | Tensor) -> Tensor:
+        """Some of the columns with their extra columns."""
+        rows = self.columns
+        if self.metric == "l1":
+            return rows[index].contiguous()
+        norm = rows.norms[index]
+        one = torch.ones_like(norm)
+        extra = [_round_up_to_bfloat16(norm)]
+        if self.metric == "dot":
+            extra.append(one)
+        elif self.metric == "l2":
+            extra += [one, one, one, *_split_into_bfloat16((self.rounding - 1.0) * norm.square())]
+        return self._augmented(rows, index, extra, 1.0)
+
+    def _augmented(self, rows: ScoredRows, index: slice | Tensor, extra: list[Tensor], scale: float) -> Tensor:
+        n, d = extra[0].shape[0], rows.embedding.shape[1]
+        width = -(-(d + len(extra)) // self.step) * self.step
+        out = torch.empty(n, width, dtype=self.input_dtype, device=rows.embedding.device)
+        out[:, d + len(extra) :] = 0
+        for start in range(0, n, rows.cast_size):
+            span = slice(start, min(start + rows.cast_size, n))
+            chosen = (
+                slice(index.start + span.start, index.start + span.stop) if isinstance(index, slice) else index[span]
+            )
+            # Multiplied in float32 and converted as a whole: many times faster than a product written as bfloat16.
+            out[span, :d] = rows[chosen] if scale == 1.0 else rows[chosen].mul(scale)
+        for column, values in enumerate(extra, start=d):
+            out[:, column] = values
+        return out
+
+    def write_tile(self, queries: Tensor, columns: Tensor, out: Tensor) -> None:
+        """Writes the optimistic scores of prepared queries [q, .] and columns [n, .] to out [q, n]."""
+        if self.metric == "l1":
+            for block in torch.arange(queries.shape[0], device=out.device).split(256):  # bounds the memory of cdist
+                out[block] = torch.cdist(queries[block], columns, p=1.0).mul_(self.rounding - 1.0)
+        else:
+            torch.mm(queries, columns.T, out=out)
+
+    def tile_best(self, queries: Tensor, columns: Tensor, excluded: Tensor, best: int) -> tuple[Tensor, ...]:
+        """The kernels' `tile_best` of prepared rows, with optimistic scores."""
+        assert self.kernels is not None
+        values, places = self.kernels.tile_best(queries, columns, self.metric, excluded, best)
+        return self._optimistic(values), places
+
+    def tile_best_symmetric(self, rows: Tensor, columns: Tensor, best: int, *, diagonal: bool) -> tuple[Tensor, ...]:
+        """The kernels' `tile_best_symmetric` of prepared rows, with optimistic scores."""
+        assert self.kernels is not None
+        x, x_places, y, y_places = self.kernels.tile_best_symmetric(rows, columns, self.metric, best, diagonal=diagonal)
+        return self._optimistic(x), x_places, self._optimistic(y), y_places
+
+    def _optimistic(self, values: Tensor) -> Tensor:
+        return values.mul_(1.0 - self.rounding) if self.metric == "l1" else values
+
+    def upper_bound(self, values: Tensor) -> Tensor:
+        """float32: at least every result that was rounded to `values` when it was stored in a tile."""
+        if self.dtype == torch.float32:
+            return values
+        above = values.nextafter(torch.full_like(values, torch.inf)).float()
+        return torch.where(values == -torch.inf, -torch.inf, 0.5 * (values.float() + above))
+
+    def threshold_below(self, scores: Tensor) -> Tensor:
+        """In the dtype of the tiles: a pair stored at this value or less scores strictly below float32 `scores`."""
+        if self.dtype == torch.float32:
+            return scores.nextafter(torch.full_like(scores, -torch.inf))
+        rounded = scores.bfloat16()
+        lowest = torch.full_like(rounded, -torch.inf)
+        rounded = torch.where(rounded.float() > scores, rounded.nextafter(lowest), rounded)
+        return rounded.nextafter(lowest)
+
+    def error_bound(self, upper_bounds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """float32: how far the score of a pair may lie below its upper bound.
+
+        For cosine, dot and l2 that is twice the error that the upper bound adds, what rounding its columns up added to
+        it (2.1 together), and the rounding of the result to bfloat16 (1.01 * 2^-7). For l1 it is 2.2 r.
+        """
+        if self.metric == "l1":
+            return 2.2 * self.rounding * upper_bounds.abs()
+        x, y = self.queries.norms[rows], self.columns.norms[columns]
+        error = self.product_error * x * y + self.underflow
+        if self.metric == "l2":
+            error = 2.0 * error + self.rounding * (x.square() + y.square())
+        return 2.1 * error + (0.0 if self.dtype == torch.float32 else 1.01 * 2.0**-7) * upper_bounds.abs()
+
+
+def _round_up_to_bfloat16(values: Tensor) -> Tensor:
+    """At least `values` >= 0: a bfloat16 number, as float32."""
+    return values.mul(1.0 + 2.0**-7).bfloat16().float()
+
+
+def _split_into_bfloat16(values: Tensor) -> list[Tensor]:
+    """Three bfloat16 numbers that add up to the float32 values: 3 x 8 bits, without rounding."""
+    high = values.bfloat16().float()
+    middle = (values - high).bfloat16().float()
+    return [high, middle, values - high - middle]

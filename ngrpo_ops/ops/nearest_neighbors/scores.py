@@ -1,0 +1,142 @@
+"""What the score of two rows is, to the bit.
+
+Every score that a search returns comes from `ScoredRows.pair_scores`. The bounds in `bounds` only decide which pairs
+need one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...config import Metric
+from .._library import load_kernels
+
+# These limits keep a search below 256 MiB beyond its inputs and outputs, and the matrix multiplications large.
+_COLUMN_TILE = 8192  # rows
+_TILE_ELEMENTS = 2**23  # float32, in one tile of rows
+_CAST_ELEMENTS = 2**19  # in one block of rows that is converted
+_PAIR_ELEMENTS = 2**19  # in one block of pairs that is scored
+
+_ZERO_NORM = 1e-30  # a row with a smaller norm counts as a zero row
+_MAX_NORM = {"cosine": 1e30, "dot": 1e18, "l2": 1e18, "l1": 1e18}  # larger norms overflow float32 scores
+
+
+def rows_per_tile(d: int, limit: int) -> int:
+    """The number of rows of width d in one tile, at most `limit`."""
+    return max(1, min(limit, _TILE_ELEMENTS // d))
+
+
+class ScoredRows:
+    """The rows of an embedding as their metric scores them: in float32, and normalised for cosine.
+
+    Args:
+        embedding: [n, d], floating point. A row with a norm below 1e-30 counts as a zero row.
+        metric: "cosine", "dot", "l2" or "l1".
+        backend: "eager" or "triton", the implementation that scores pairs.
+        first_id: the id of row 0 in error messages.
+
+    Raises:
+        ValueError: a row with NaN or inf, or a norm beyond which scores overflow float32.
+    """
+
+    def __init__(self, embedding: Tensor, metric: Metric, *, backend: str = "eager", first_id: int = 0) -> None:
+        self.kernels = load_kernels("nearest_neighbors") if backend == "triton" else None
+        if self.kernels is not None and not (embedding.is_contiguous() and embedding.data_ptr() % 16 == 0):
+            # The compiler may order a kernel's sums by strides and alignment. Equal rows must have equal scores.
+            embedding = embedding.clone(memory_format=torch.contiguous_format)
+        self.embedding = embedding
+        self.metric = metric
+        norms = torch.cat([_row_norms(embedding[rows]) for rows in self.tiles()])
+        nonfinite = (~norms.isfinite()).nonzero().flatten()
+        if nonfinite.numel():
+            ids = ", ".join(str(first_id + i) for i in nonfinite[:8].tolist())
+            ids += ", ..." if nonfinite.numel() > 8 else ""
+            raise ValueError(f"embedding must be finite, got NaN or inf in {nonfinite.numel()} rows: {ids}")
+        if float(norms.max()) > _MAX_NORM[metric]:
+            raise ValueError(
+                f"embedding must have rows of norm at most {_MAX_NORM[metric]:g}, beyond which {metric} scores "
+                f"overflow float32, got {float(norms.max()):.3g}"
+            )
+        zero = norms < _ZERO_NORM
+        self.inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float() if metric == "cosine" else None
+        self.norms = (~zero).float() if metric == "cosine" else norms.float()
+
+    def __len__(self) -> int:
+        return self.embedding.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        x = self.embedding[rows].float()
+        return x if self.inverse_norms is None else x * self.inverse_norms[rows, None]
+
+    @property
+    def tile_size(self) -> int:
+        """Rows in one tile."""
+        return rows_per_tile(self.embedding.shape[1], _COLUMN_TILE)
+
+    @property
+    def cast_size(self) -> int:
+        """Rows that are converted at a time."""
+        return max(1, _CAST_ELEMENTS // self.embedding.shape[1])
+
+    def tiles(self) -> Iterator[slice]:
+        for start in range(0, len(self), self.tile_size):
+            yield slice(start, min(start + self.tile_size, len(self)))
+
+    @functools.cached_property
+    def bfloat16_roundoff(self) -> float:
+        """The largest |x - bfloat16(x)| / |x| of the rows."""
+        largest = 0.0
+        for start in range(0, len(self), self.cast_size):
+            x = self[start : start + self.cast_size]
+            error = torch.linalg.vector_norm(x.bfloat16().float().sub_(x), dim=1)
+            relative = (error / self.norms[start : start + self.cast_size]).nan_to_num_(0.0)  # zero rows: 0 / 0
+            largest = max(largest, float(relative.max()))
+        return 1.001 * largest  # covers the rounding of these norms
+
+    def pair_scores(self, rows: Tensor, others: ScoredRows, columns: Tensor) -> Tensor:
+        """Scores of the pairs (rows[i], columns[i] of `others`): float32, larger is nearer, in the shape of `rows`.
+
+        cosine and dot are inner products, l2 is the negative squared distance, l1 the negative distance. Distances are
+        summed from differences, never from |x|^2 + |y|^2 - 2 x.y.
+
+        The bits of a score depend on its two rows alone, not on the other pairs of the call.
+        """
+        shape, rows, columns = rows.shape, rows.reshape(-1), columns.reshape(-1)
+        if self.kernels is not None:
+            scores = self.kernels.pair_scores(
+                self.embedding, self.inverse_norms, rows, others.embedding, others.inverse_norms, columns, self.metric
+            )
+            return scores.view(shape)
+        out = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
+        block = max(1, _PAIR_ELEMENTS // self.embedding.shape[1])
+        for start in range(0, rows.numel(), block):
+            used = min(block, rows.numel() - start)
+            # All blocks are padded to one shape, because a reduction may choose its order of summation by the shape.
+            row_ids, column_ids = rows.new_zeros(block), rows.new_zeros(block)
+            row_ids[:used], column_ids[:used] = rows[start : start + used], columns[start : start + used]
+            x, y = self[row_ids], others[column_ids]
+            if self.metric == "l2":
+                scores = x.sub_(y).square_().sum(-1).neg_()
+            elif self.metric == "l1":
+                scores = x.sub_(y).abs_().sum(-1).neg_()
+            else:
+                scores = x.mul_(y).sum(-1)
+            out[start : start + used] = scores[:used]
+        return out.add_(0.0).view(shape)  # turns -0.0 into 0.0
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Norms of the rows, float64 [n].
+
+    The sums are in float32, which is many times faster, except for norms whose squares might overflow or underflow.
+    """
+    x = rows.float().contiguous()
+    norms = torch.linalg.vector_norm(x, dim=1).double()
+    extreme = (~((norms > 1e-15) & (norms < 1e18))).nonzero().squeeze(1)
+    if extreme.numel():
+        norms[extreme] = torch.linalg.vector_norm(x[extreme], dim=1, dtype=torch.float64)
+    return norms

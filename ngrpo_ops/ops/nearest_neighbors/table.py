@@ -1,0 +1,350 @@
+"""The neighbour table of an embedding: built once, then refreshed after weight updates with as little work as can be
+proven to be enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from ...config import Metric
+from .._checks import require_choice, require_embedding, require_ids, require_mask
+from .._library import choose_backend
+from .._ties import ranked
+from .api import nearest_neighbors, require_enough_allowed
+from .drift import Drift
+from .scores import ScoredRows
+from .search import Progress, default_num_candidates, rescore, search, update_neighbors
+
+# Above this fraction, searching the rows one by one is no cheaper than a rebuild, which also renews the certificates.
+_REBUILD_FRACTION = 0.5
+_RESCORED_ROWS = 2**14  # rows whose candidates are scored together
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What a refresh did.
+
+    Attributes:
+        certified: rows whose stored neighbours were proven to be the nearest still. Only these neighbours were scored.
+        rescored: rows for which all stored candidates were scored, and proven to hold the nearest.
+        recomputed: rows that were searched.
+        movers: rows that moved so far that they were scored against every other row instead of being bounded.
+        reason: the reason for this, in words.
+
+    Example:
+        >>> import torch
+        >>> from ngrpo_ops import NeighborTable
+        >>> table = NeighborTable(1)
+        >>> table.refresh(torch.eye(3))
+        RefreshReport(certified=0, rescored=0, recomputed=3, movers=0, reason='first build')
+    """
+
+    certified: int
+    rescored: int
+    recomputed: int
+    movers: int
+    reason: str
+
+
+@dataclass
+class _Build:
+    """What a full search found, for later certificates. Nothing here changes until the next full search.
+
+    Attributes:
+        snapshot: the rows that were searched.
+        candidates: int32 [V, c], -1 where there are fewer; the first k + 1 are the nearest.
+        next_scores: float32 [V]: no row outside the first k scored above it (-inf: there is no such row).
+        bounds: float32 [V]: no row outside the candidates scored above it (-inf: there is no such row).
+    """
+
+    snapshot: ScoredRows
+    candidates: Tensor
+    next_scores: Tensor
+    bounds: Tensor
+
+
+class NeighborTable:
+    """The k nearest neighbours of every row of an embedding table, kept up to date while the embedding is trained.
+
+    After `refresh`, ids and scores are always those of `nearest_neighbors` on the same embedding. Both score with the
+    same routine, and whatever cannot be proven is searched. `refresh` compares the contents of the embedding, so it
+    notices weights that were loaded or updated in place.
+
+    A build stores the best `candidates` of each row, and the score that no other row reached. A refresh measures how
+    far every row has moved since the build and bounds from that what a row outside the candidates can score now. A row
+    whose k-th neighbour is strictly above this bound is certified without a search: first by scoring its k neighbours
+    alone, against the score of the next; where that is too close, by scoring all its candidates, against the bound. A
+    few rows that moved far are scored against every row. The remaining rows are searched, with their k-th score as a
+    threshold to start from.
+
+    `nbytes` is the memory that the table keeps: the snapshot of the embedding and 12 k + 4 candidates + 16 bytes a row.
+
+    Args:
+        k: neighbours a row, at least 1.
+        metric: "cosine", "dot", "l2" or "l1", as in `nearest_neighbors`.
+        candidates: rows kept for the certificate, more than k; default 8 + 4 k.
+        allowed: bool [V], rows that may be returned; None: all.
+
+    Raises:
+        ValueError, TypeError: k < 1, candidates <= k, an unknown metric, an unusable mask.
+
+    Example:
+        >>> import torch
+        >>> from ngrpo_ops import NeighborTable
+        >>> table = NeighborTable(1, metric="l2")
+        >>> report = table.refresh(torch.tensor([[0.0], [1.0], [3.0], [3.5]]))
+        >>> table.ids.tolist()
+        [[1], [0], [3], [2]]
+    """
+
+    def __init__(
+        self, k: int, *, metric: Metric = "cosine", candidates: int | None = None, allowed: Tensor | None = None
+    ) -> None:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+        require_choice(metric, get_args(Metric), "metric")
+        if candidates is None:
+            candidates = default_num_candidates(k)
+        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates <= k:
+            raise ValueError(f"candidates must be an integer of more than k = {k}, got {candidates!r}")
+        self.k = k
+        self.metric = metric
+        self.candidates = candidates
+        self.allowed = allowed
+        self._ids: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._build: _Build | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [V, k], nearest first. Raises RuntimeError before the first `refresh`."""
+        return self._filled(self._ids)
+
+    @property
+    def scores(self) -> Tensor:
+        """float32 [V, k], larger is nearer. Raises RuntimeError before the first `refresh`."""
+        return self._filled(self._scores)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the table keeps, the snapshot of the embedding included."""
+        stored = [self._ids, self._scores]
+        if (build := self._build) is not None:
+            rows = build.snapshot
+            stored += [rows.embedding, rows.norms, rows.inverse_norms]
+            stored += [build.candidates, build.next_scores, build.bounds]
+        return sum(x.numel() * x.element_size() for x in stored if x is not None)
+
+    def lookup(self, token_ids: Tensor) -> Tensor:
+        """The neighbours of the given tokens.
+
+        Args:
+            token_ids: int64 [...].
+
+        Returns:
+            int64 [..., k], nearest first.
+
+        Raises:
+            TypeError: token_ids that are not int64. RuntimeError: before the first `refresh`.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import NeighborTable
+            >>> table = NeighborTable(1, metric="l2")
+            >>> report = table.refresh(torch.tensor([[0.0], [1.0], [3.0], [3.5]]))
+            >>> table.lookup(torch.tensor([2, 0])).tolist()
+            [[3], [1]]
+        """
+        require_ids(token_ids, "token_ids")
+        return self.ids[token_ids]
+
+    @staticmethod
+    def _filled(stored: Tensor | None) -> Tensor:
+        if stored is None:
+            raise RuntimeError("the table is empty: call refresh(embedding) first")
+        return stored
+
+    @torch.no_grad()
+    def refresh(
+        self, embedding: Tensor, *, group: ProcessGroup | None = None, progress: Progress | None = None
+    ) -> RefreshReport:
+        """Brings the table up to date with an embedding [V, d].
+
+        Args:
+            embedding: floating point, finite. A shape, dtype or device that differs from the last one rebuilds the
+                table. An embedding whose rows are sharded, as a DTensor or by `group` (see `nearest_neighbors`), is
+                searched where it is, by every rank and completely at each refresh: its certificates would need the rows
+                of other ranks.
+            group: the process group of a sharded embedding.
+            progress: called with (rows searched, rows to search).
+
+        Returns:
+            A report of the rows that were certified, scored again and searched.
+
+        Raises:
+            TypeError, ValueError: as `nearest_neighbors`, k >= V among them.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import NeighborTable
+            >>> embedding = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
+            >>> table = NeighborTable(1, metric="l2")
+            >>> table.refresh(embedding).recomputed
+            4
+            >>> table.refresh(embedding + 1e-3).certified
+            4
+        """
+        if group is not None or isinstance(embedding, DTensor):
+            found = nearest_neighbors(
+                embedding, self.k, metric=self.metric, allowed=self.allowed, group=group, progress=progress
+            )
+            self._ids, self._scores, self._build = found.ids, found.scores, None
+            return RefreshReport(0, 0, len(found.ids), 0, "searched in shards")
+        require_embedding(embedding)
+        vocabulary = embedding.shape[0]
+        if self.k >= vocabulary:
+            raise ValueError(f"k must be below the {vocabulary} rows of the embedding, got {self.k}")
+        if self.allowed is not None:
+            require_mask(self.allowed, (vocabulary,), "allowed", "[V]")
+            require_enough_allowed(self.allowed, self.k)
+            self.allowed = self.allowed.to(embedding.device)
+        embedding = embedding.detach()
+        if self._build is None:
+            return self._rebuild(embedding, "first build", progress)
+        built = self._build.snapshot.embedding
+        if (embedding.shape, embedding.dtype, embedding.device) != (built.shape, built.dtype, built.device):
+            return self._rebuild(embedding, "another shape, dtype or device", progress)
+        return self._update(embedding, self._build, progress)
+
+    def _update(self, embedding: Tensor, build: _Build, progress: Progress | None) -> RefreshReport:
+        """Proves what can be proven from the build, and searches the other rows."""
+        vocabulary = embedding.shape[0]
+        rows = ScoredRows(embedding, self.metric, backend=choose_backend(None, embedding))
+        all_rows = torch.arange(vocabulary, device=embedding.device)
+        stored = build.candidates[:, : self.k].long()
+        ids, scores = ranked(stored, rows.pair_scores(all_rows[:, None].expand_as(stored), rows, stored))
+        drift = Drift(build.snapshot, rows)
+        # To choose the movers, a lower bound of the k-th score is enough, as the k neighbours alone give it.
+        max_movement, movers = drift.exclude_movers(drift.tolerance(scores[:, -1], build.bounds))
+        uncertified = (drift.tolerance(scores[:, -1], build.next_scores) <= max_movement).nonzero().squeeze(1)
+        certified = vocabulary - uncertified.numel()
+        for part in uncertified.split(_RESCORED_ROWS) if uncertified.numel() else ():
+            part_ids, part_scores = rescore(rows, part, build.candidates[part].long())
+            ids[part], scores[part] = part_ids[:, : self.k], part_scores[:, : self.k]
+        uncertified = uncertified[drift.tolerance(scores[:, -1], build.bounds)[uncertified] <= max_movement]
+        count = uncertified.numel()
+        if count > _REBUILD_FRACTION * vocabulary:
+            return self._rebuild(embedding, f"{count} rows moved too far to be certified", progress)
+        if movers.numel():
+            proven = torch.ones_like(all_rows, dtype=torch.bool).index_fill_(0, uncertified, False)
+            proven = proven.nonzero().squeeze(1)
+            is_mover = torch.zeros_like(all_rows, dtype=torch.bool).index_fill_(0, movers, True)
+            if self.allowed is not None:
+                is_mover &= self.allowed
+            ids[proven], scores[proven] = update_neighbors(rows, proven, ids[proven], scores[proven], new=is_mover)
+        if count:
+            found = search(
+                rows,
+                self.k,
+                self.candidates,
+                queries=uncertified,
+                allowed=self.allowed,
+                floor=scores[uncertified, -1],
+                progress=progress,
+            )
+            # The candidates and bounds found here are not stored: they would be of another version than the snapshot.
+            ids[uncertified], scores[uncertified] = found.ids, found.scores
+        self._ids, self._scores = ids, scores
+        reason = f"compared with the last build, rows moved by up to {max_movement:.2g}"
+        if movers.numel():
+            reason += f", and {movers.numel()} further"
+        return RefreshReport(certified, vocabulary - certified - count, count, movers.numel(), reason)
+
+    def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
+        snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose_backend(None, embedding))
+        available = len(snapshot) if self.allowed is None else int(self.allowed.sum())
+        # One neighbour more than asked for: its score bounds all rows after the k-th.
+        wanted = min(self.k + 1, available - 1)
+        found = search(snapshot, wanted, self.candidates, allowed=self.allowed, progress=progress)
+        if wanted > self.k:
+            next_scores = found.scores[:, self.k].clone()
+        elif self.allowed is None:
+            next_scores = torch.full_like(found.bounds, -torch.inf)
+        else:  # a row that is not allowed itself has one neighbour more than the others
+            next_scores = torch.where(self.allowed, -torch.inf, found.scores[:, -1])
+        # Set together, after the search: an interrupted search leaves the table as it was.
+        self._build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds)
+        self._ids, self._scores = found.ids[:, : self.k].contiguous(), found.scores[:, : self.k].contiguous()
+        return RefreshReport(0, 0, embedding.shape[0], 0, reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table as tensors and plain values, for `torch.save`. A table that loads them needs no first build.
+
+        Raises:
+            RuntimeError: before the first `refresh`, and after a refresh in shards, which stores nothing for later.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import NeighborTable
+            >>> table = NeighborTable(1)
+            >>> report = table.refresh(torch.eye(3))
+            >>> sorted(table.state_dict())
+            ['allowed', 'bounds', 'candidates', 'ids', 'k', 'metric', 'nexts', 'scores', 'snapshot']
+        """
+        build = self._build
+        if build is None:
+            self._filled(self._ids)
+            raise RuntimeError("a table searched in shards has no state to keep: its refreshes search anew")
+        return {
+            "k": self.k,
+            "metric": self.metric,
+            "snapshot": build.snapshot.embedding,
+            "candidates": build.candidates,
+            "nexts": build.next_scores,  # the name in states that were saved before
+            "bounds": build.bounds,
+            "ids": self.ids,
+            "scores": self.scores,
+            "allowed": self.allowed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned for a table of the same k, metric and allowed rows.
+
+        Raises:
+            ValueError: another k, metric or mask, entries missing, shapes that do not fit.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import NeighborTable
+            >>> table, restored = NeighborTable(1), NeighborTable(1)
+            >>> report = table.refresh(torch.eye(3))
+            >>> restored.load_state_dict(table.state_dict())
+            >>> restored.refresh(torch.eye(3)).recomputed == 3, torch.equal(restored.ids, table.ids)
+            (False, True)
+        """
+        names = ("k", "metric", "snapshot", "candidates", "nexts", "bounds", "ids", "scores", "allowed")
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(f"state must be what state_dict returned, got one without {', '.join(missing)}")
+        for name in ("k", "metric"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"state must be of a table with {name} = {getattr(self, name)!r}, got {state[name]!r}")
+        same = self.allowed is state["allowed"] is None
+        if self.allowed is not None and state["allowed"] is not None:
+            same = torch.equal(self.allowed.cpu(), state["allowed"].cpu())
+        if not same:
+            raise ValueError("state must be of a table with the same allowed rows")
+        v = state["snapshot"].shape[0]
+        tails = {"candidates": None, "nexts": (), "bounds": (), "ids": (self.k,), "scores": (self.k,)}
+        for name, tail in tails.items():
+            shape = tuple(state[name].shape)
+            if shape[:1] != (v,) or (shape[1:] != tail if tail is not None else len(shape) != 2):
+                raise ValueError(f"state[{name!r}] must be of {v} rows like the snapshot, got shape {shape}")
+        self.candidates = state["candidates"].shape[1]
+        snapshot = ScoredRows(state["snapshot"], self.metric, backend=choose_backend(None, state["snapshot"]))
+        self._build = _Build(snapshot, state["candidates"], state["nexts"], state["bounds"])
+        self._ids, self._scores = state["ids"], state["scores"]
