@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from ngrpo_ops.config import DRAWING
 from ngrpo_ops.kernels import configs, decode_step, group_advantages, log_softmax, mix_embeddings, nearest_neighbors
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
+from ngrpo_ops.ops.group_advantages.reference import GroupSettings
 
 RESULTS = Path(__file__).parent / "results" / "resources.csv"
 COLUMNS = ("kernel", "target", "config", "dtype", "registers", "stack", "spills", "shared", "wgmma")
@@ -81,14 +82,23 @@ def _log_softmax(dtype: torch.dtype, v: int, k: int, entropy: bool) -> None:
 
 
 def _group_advantages(
-    dtype: torch.dtype, group_size: int, ragged: bool, baseline: str, scale: str, singles: str, weighed_by: torch.dtype
+    dtype: torch.dtype,
+    group_size: int,
+    ragged: bool,
+    baseline: str,
+    scale: str,
+    singleton_groups: str,
+    weights_dtype: torch.dtype,
 ) -> None:
     n = 64 * group_size
-    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=weighed_by) if ragged else None
+    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=weights_dtype) if ragged else None
     order, offsets = (_meta(n), _meta(65)) if ragged else (None, None)
-    options = (weights, order, offsets, group_size, baseline, scale, 1, 1e-4, singles, ragged)
-    out, spread = group_advantages.forward(rewards, *options)
-    group_advantages.backward(out, spread, rewards, *options)
+    settings = GroupSettings(
+        weights, order, offsets, group_size, baseline, scale, ddof=1, eps=1e-4, singleton_groups=singleton_groups,
+        omit_nan=ragged,
+    )  # fmt: skip
+    out, scales = group_advantages.forward(rewards, settings)
+    group_advantages.backward(out, scales, rewards, settings)
 
 
 DECODE_STEPS: tuple[tuple[int, int, str, dict[str, Any]], ...] = (

@@ -1,6 +1,5 @@
 """N-GRPO (arXiv 2606.10768) as components: neighbour mixing for GRPO rollouts, for the trainers people already use."""
 
-from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
 from .functional import (
     DecodeStep,
@@ -9,13 +8,14 @@ from .functional import (
     candidate_weights,
     decode_step,
     gaussian_noise,
-    group_advantages,
     mix_embeddings,
     mixing_candidates,
     nearest_neighbors,
     raise_faults,
     selective_log_softmax,
 )
+from .ops.group_advantages.api import group_advantages
+from .ops.group_advantages.presets import ADVANTAGE_PRESETS, Whitening
 from .record import MixRecord
 from .table import NeighborTable, RefreshReport
 

@@ -11,8 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from . import _operations as ops
-from . import advantages, decoding, reference, sharded
-from .advantages import Whitening
+from . import decoding, reference, sharded
 from .config import DRAWING, MOI_BETA, NOISE_SCALE, OWN_WEIGHTS, Metric, Strategy, Variant
 from .ops._checks import (
     require_choice,
@@ -588,128 +587,6 @@ def _counter(value: int | Tensor, name: str, other: str, tensor: Tensor) -> Tens
         return value
     require_integer(value, name)
     return torch.full((), value, dtype=torch.int64)
-
-
-def group_advantages(
-    rewards: Tensor,
-    *,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    offsets: Tensor | None = None,
-    baseline: str = "mean",
-    scale: str = "std",
-    ddof: int = 1,
-    eps: float = 1e-4,
-    mask: Tensor | None = None,
-    reward_weights: Tensor | None = None,
-    aggregation: str = "sum_then_normalize",
-    nan_policy: str = "propagate",
-    singles: str = "zero",
-    whitening: Whitening | None = None,
-    lengths: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Group-relative advantages (r - baseline) / (scale + eps), one a completion (equation 12).
-
-    The defaults are those of TRL's GRPOTrainer; `ADVANTAGE_PRESETS` has the settings of each trainer's modes:
-    `group_advantages(rewards, group_size=8, **ADVANTAGE_PRESETS["verl/rloo"])`.
-
-    Args:
-        rewards: [N], or [N, R] from R reward functions; floating point; computed in float32 (float64 for float64).
-        group_size: rows of a group, one after the other; divides N. Exactly one of it, `group_ids` and `offsets` is
-            given.
-        group_ids: int64 [N], a label a row; groups need not be contiguous nor equal in size.
-        offsets: int64 [G + 1], from 0 to N and never falling (checked on the CPU): group g is rows offsets[g] to
-            offsets[g + 1]. On a GPU rows in no group get 0.
-        baseline: "mean" of the group, "leave_one_out", the mean of the group's others, or "none".
-        scale: "std" of the group, "batch_std" over all rows, "mean" of the group, or "none" (then eps is not used).
-        ddof: the standard deviations divide by (n - ddof).
-        eps: added to the scale, >= 0. Equal rewards give exactly 0 whatever it is.
-        mask: bool [N]; False rows have no part in any statistic and get 0.
-        reward_weights: [R], floating point; of the reward functions. None: 1 each.
-        aggregation: for R functions, "sum_then_normalize", or "normalize_then_sum" (GDPO): each normalised by itself.
-        nan_policy: "propagate": a NaN reward makes its group NaN; "omit": it has no part in any statistic, a row whose
-            rewards are all NaN gets 0, and a sum over functions goes over those that are not NaN.
-        singles: a group of one row gives 0 ("zero") or its reward over 1 + eps ("keep", as verl does; over the batch's
-            scale with "batch_std"). It is not asked where neither baseline nor scale is the group's: baseline="none"
-            with scale "none", "mean" or "batch_std".
-        whitening: a `Whitening` of the advantages over the whole batch. Rows without an advantage are left out: masked
-            ones, unscored ones under "omit", and one that is alone where the others' mean is its baseline.
-        lengths: int64 [N], not negative, tokens of each completion: the whitening's statistics go over tokens. None:
-            over rows.
-        backend: None, "eager" or "triton"; None is "triton" on a GPU up to float32, or under TRITON_INTERPRET=1.
-
-    Returns:
-        advantages [N] in the dtype of `rewards`. Differentiable once in `rewards`.
-
-    Raises:
-        TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; a group_size that
-            does not divide N; not exactly one of group_size, group_ids and offsets; a backend that cannot be used.
-    """
-    require_tensor(rewards, "rewards")
-    if rewards.dim() not in (1, 2) or not rewards.is_floating_point() or rewards.numel() == 0:
-        raise ValueError(
-            f"rewards must be a non-empty floating-point [N] or [N, R], got {rewards.dtype} of shape "
-            f"{tuple(rewards.shape)}"
-        )
-    count, functions = rewards.shape[0], rewards.shape[1] if rewards.dim() == 2 else 1
-    require_choice(baseline, ("mean", "leave_one_out", "none"), "baseline")
-    require_choice(scale, ("std", "batch_std", "mean", "none"), "scale")
-    require_choice(aggregation, ("sum_then_normalize", "normalize_then_sum"), "aggregation")
-    require_choice(nan_policy, ("propagate", "omit"), "nan_policy")
-    require_choice(singles, ("zero", "keep"), "singles")
-    require_integer(ddof, "ddof", least=0)
-    require_number(eps, "eps", least=0)
-    if whitening is not None and not isinstance(whitening, Whitening):
-        raise TypeError(f"whitening must be a Whitening or None, got {whitening!r}")
-    if lengths is not None and whitening is None:
-        raise ValueError("lengths are read only with a whitening")
-    if mask is not None:
-        require_mask(mask, (count,), "mask", "[N]")
-        require_same_device("mask", mask, "rewards", rewards)
-    if reward_weights is not None:
-        require_floating(reward_weights, "reward_weights")
-        require_shape(reward_weights, (functions,), "reward_weights", "[R]")
-        require_same_device("reward_weights", reward_weights, "rewards", rewards)
-    if lengths is not None:
-        require_ids(lengths, "lengths")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
-            raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
-        require_shape(lengths, (count,), "lengths", "[N]")
-        require_same_device("lengths", lengths, "rewards", rewards)
-    groups = _group_layout(rewards, group_size, group_ids, offsets)
-    options = advantages.Options(
-        baseline, scale, ddof, float(eps), singles, nan_policy == "omit", aggregation == "normalize_then_sum",
-        whitening, choose_backend(backend, rewards),
-    )  # fmt: skip
-    columns = rewards if rewards.dim() == 2 else rewards[:, None]
-    return advantages.compute(columns, groups, options, mask, reward_weights, lengths)
-
-
-def _group_layout(
-    rewards: Tensor, group_size: int | None, group_ids: Tensor | None, offsets: Tensor | None
-) -> advantages.Groups:
-    count = rewards.shape[0]
-    if sum(x is not None for x in (group_size, group_ids, offsets)) != 1:
-        raise ValueError("exactly one of group_size, group_ids and offsets must be given")
-    if group_size is not None:
-        require_integer(group_size, "group_size")
-        if group_size < 1 or count % group_size:
-            raise ValueError(f"group_size must divide the {count} rewards, got {group_size}")
-        return advantages.Groups(None, None, group_size)
-    if group_ids is not None:
-        require_ids(group_ids, "group_ids")
-        require_shape(group_ids, (count,), "group_ids", "[N]")
-        require_same_device("group_ids", group_ids, "rewards", rewards)
-        return advantages.Groups.of_labels(group_ids)
-    assert offsets is not None
-    require_ids(offsets, "offsets")
-    if offsets.dim() != 1 or offsets.shape[0] < 2:
-        raise ValueError(f"offsets must be [G + 1] with G >= 1, got shape {tuple(offsets.shape)}")
-    require_same_device("offsets", offsets, "rewards", rewards)
-    if not torch.compiler.is_compiling():
-        reference.require_offsets(offsets, count)
-    return advantages.Groups(None, offsets, 1)
 
 
 @overload
