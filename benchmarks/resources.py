@@ -38,6 +38,7 @@ from ngrpo_ops.kernels import (
 )
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
 from ngrpo_ops.ops.decode_step.settings import Settings
+from ngrpo_ops.ops.group_advantages.reference import GroupSettings
 from ngrpo_ops.strategies import get_strategy
 
 RESULTS = Path(__file__).parent / "results" / "resources.csv"
@@ -90,14 +91,23 @@ def _selective_log_softmax(dtype: torch.dtype, v: int, k: int, entropy: bool) ->
 
 
 def _group_advantages(
-    dtype: torch.dtype, group_size: int, ragged: bool, baseline: str, scale: str, singles: str, weighed_by: torch.dtype
+    dtype: torch.dtype,
+    group_size: int,
+    ragged: bool,
+    baseline: str,
+    scale: str,
+    singleton_groups: str,
+    weights_dtype: torch.dtype,
 ) -> None:
     n = 64 * group_size
-    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=weighed_by) if ragged else None
+    rewards, weights = _meta(n, 1, dtype=dtype), _meta(n, dtype=weights_dtype) if ragged else None
     order, offsets = (_meta(n), _meta(65)) if ragged else (None, None)
-    options = (weights, order, offsets, group_size, baseline, scale, 1, 1e-4, singles, ragged)
-    out, spread = group_advantages.forward(rewards, *options)
-    group_advantages.backward(out, spread, rewards, *options)
+    settings = GroupSettings(
+        weights, order, offsets, group_size, baseline, scale, ddof=1, eps=1e-4, singleton_groups=singleton_groups,
+        omit_nan=ragged,
+    )  # fmt: skip
+    out, scales = group_advantages.forward(rewards, settings)
+    group_advantages.backward(out, scales, rewards, settings)
 
 
 DECODE_STEPS: tuple[tuple[int, int, str, dict[str, Any]], ...] = (

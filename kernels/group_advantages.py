@@ -1,15 +1,15 @@
-"""Rewards centred and scaled within their groups, and the gradient.
+"""Rewards centered and scaled within their groups, and the gradient.
 
-One program a tile of [groups, rows of a group] and a column of rewards; a group longer than the tile is gone through in
-steps. Each pass reads the rewards again, from the cache: largest reward and weight, mean, spread (two passes, so that
-nothing cancels), then the result. Rows of a group are consecutive, or consecutive in `order`; groups are equal in size,
-or given by `offsets`.
+A program handles a tile of [groups, rows of a group] and one column of rewards. It goes through a group longer than the
+tile in steps. Each pass reads the rewards again, from the cache: largest reward and weight, mean, standard deviation
+(two passes, so that nothing cancels), then the result. The rows of a group are consecutive, or consecutive in `order`.
+Groups have one size, or are given by `offsets`.
 
-The formula (`reference` has the same): with c = x - mean, W the sum of the weights and w a row's own,
+The formula is that of the oracle. With c = x - mean, W the sum of a group's weights and w the weight of a row:
 
-    numerator  c ("mean"), c W / (W - w) ("leave_one_out"), x ("none")
-    spread     sqrt(sum w c^2 / max(W - ddof, 1)) ("std"), mean ("mean")
-    advantage  numerator / (spread + eps), or numerator where the scale is "none"
+    numerator  c ("mean"); c W / (W - w) ("leave_one_out"); x ("none")
+    scale      sqrt(sum w c^2 / max(W - ddof, 1)) ("std"); mean ("mean"); 1 ("none")
+    advantage  numerator / (scale + eps); the numerator itself where the scale is "none"
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch import Tensor
 
 from .primitives import launch, launcher, widen
 
-BASELINES = {"mean": 0, "leave_one_out": 1, "none": 2}
-SCALES = {"std": 0, "mean": 1, "none": 2}
-SINGLES = {"zero": 0, "keep": 1, "nan": 2}
+# The constants of the kernels for the values of the settings.
+_BASELINES = {"mean": 0, "leave_one_out": 1, "none": 2}
+_SCALES = {"std": 0, "mean": 1, "none": 2}
+_SINGLETON_GROUPS = {"zero": 0, "keep": 1, "nan": 2}
 
 
 @triton.jit
 def _groups(offsets, groups, group_size, INT64: tl.constexpr, BLOCK_G: tl.constexpr):
-    """First row and number of rows of each group of this program."""
+    """Number, first row and number of rows of each group of this program."""
     group = widen(tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), INT64)
     live = group < groups
     if offsets is None:
@@ -47,10 +48,10 @@ def _rows(
     rewards, weights, order, first, size, start, column, n, stride_n, stride_r,
     OMIT_NAN: tl.constexpr, INT64: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The tile's row numbers, rewards and weights; rows that are not there weigh nothing and have reward 0."""
+    """The tile's row numbers, which of them exist, their rewards and weights. Rows of weight 0 have reward 0."""
     position = start + tl.arange(0, BLOCK_R)[None, :]
     rows = first[:, None] + position
-    live = (position < size[:, None]) & (rows >= 0) & (rows < n)  # whatever the offsets say
+    live = (position < size[:, None]) & (rows >= 0) & (rows < n)  # the values of the offsets are unchecked
     if order is not None:
         rows = widen(tl.load(order + rows, mask=live, other=0), INT64)
     x = tl.load(rewards + rows * stride_n + column * stride_r, mask=live, other=0.0).to(tl.float32)
@@ -65,57 +66,59 @@ def _rows(
 @triton.jit
 def _statistics(
     rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLES: tl.constexpr, OMIT_NAN: tl.constexpr,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLETON_GROUPS: tl.constexpr, OMIT_NAN: tl.constexpr,
     INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Of each group: what to measure from, mean from there, spread, divisor (0: no advantages), weight, members."""
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    """Of each group: largest reward, mean of (reward - largest), scale, divisor (0: no advantages), sum of the weights,
+    number of rows."""
+    max_reward = tl.full([BLOCK_G], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_G], tl.float32)
     members = tl.zeros([BLOCK_G], tl.int32)
     for start in range(0, longest, BLOCK_R):
         _, _, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
-        top = tl.maximum(top, tl.max(tl.where(w != 0.0, x, float("-inf")), axis=1))
+        max_reward = tl.maximum(max_reward, tl.max(tl.where(w != 0.0, x, float("-inf")), axis=1))
         weight += tl.sum(w, axis=1)
         members += tl.sum((w != 0.0).to(tl.int32), axis=1)
-    # Measured from the group's largest reward, so that equal rewards are centred to exactly 0.
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    # Rewards are measured from the largest of the group, so that equal rewards are centered to exactly 0.
+    max_reward = tl.where(max_reward == float("-inf"), 0.0, max_reward)
+    shifted_sum = tl.zeros([BLOCK_G], tl.float32)
     for start in range(0, longest, BLOCK_R):
         _, _, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
-        total += tl.sum(tl.where(w != 0.0, w * (x - top[:, None]), 0.0), axis=1)
-    mean = total / tl.maximum(weight, 1.0)
-    spread = tl.full([BLOCK_G], 1.0, tl.float32)
+        shifted_sum += tl.sum(tl.where(w != 0.0, w * (x - max_reward[:, None]), 0.0), axis=1)
+    shifted_mean = shifted_sum / tl.maximum(weight, 1.0)
+    scale = tl.full([BLOCK_G], 1.0, tl.float32)
     if SCALE == 0:
         squares = tl.zeros([BLOCK_G], tl.float32)
         for start in range(0, longest, BLOCK_R):
             _, _, x, w = _rows(
                 rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
             )
-            centered = (x - top[:, None]) - mean[:, None]
+            centered = (x - max_reward[:, None]) - shifted_mean[:, None]
             squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)
-        spread = tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))  # an approximate one flushes small spreads to 0
+        # An approximate square root would flush small deviations to 0.
+        scale = tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))
     if SCALE == 1:
-        spread = top + mean
-    divisor = spread
+        scale = max_reward + shifted_mean
+    divisor = scale
     if SCALE != 2:
-        divisor = spread + eps
+        divisor = scale + eps
     if BASELINE != 2 or SCALE == 0:
         divisor = tl.where(members > 1, divisor, 0.0)
-    if SINGLES == 1 and (BASELINE != 2 or SCALE == 0):
-        # Measured from nothing and divided by 1: the reward stays.
-        single = members == 1
-        mean = tl.where(single, -top, mean)
-        divisor = tl.where(single, 1.0 + (eps if SCALE != 2 else 0.0), divisor)
-    return top, mean, spread, divisor, weight, members
+    if SINGLETON_GROUPS == 1 and (BASELINE != 2 or SCALE == 0):
+        # With a mean of 0 and a divisor of 1 (+ eps) the reward stays.
+        is_singleton = members == 1
+        shifted_mean = tl.where(is_singleton, -max_reward, shifted_mean)
+        divisor = tl.where(is_singleton, 1.0 + (eps if SCALE != 2 else 0.0), divisor)
+    return max_reward, shifted_mean, scale, divisor, weight, members
 
 
 @triton.jit
 def _factor(w, weight, members, BASELINE: tl.constexpr):
-    """What multiplies x - mean: 1, or, where the others' mean is the baseline, W / (W - w)."""
+    """What multiplies x - mean: W / (W - w) where the baseline is the mean of the others, else 1."""
     if BASELINE == 1:
         rest = weight[:, None] - w
         several = (members > 1)[:, None] & (rest != 0.0)
@@ -127,79 +130,81 @@ def _factor(w, weight, members, BASELINE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["groups", "group_size", "longest", "n"])
 def group_advantages_kernel(
-    rewards, weights, order, offsets, out, spreads, groups, group_size, longest, n, columns, stride_n, stride_r,
+    rewards, weights, order, offsets, out, scales, groups, group_size, longest, n, columns, stride_n, stride_r,
     eps, ddof,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLES: tl.constexpr, OMIT_NAN: tl.constexpr,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLETON_GROUPS: tl.constexpr, OMIT_NAN: tl.constexpr,
     INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1)
     group, first, size = _groups(offsets, groups, group_size, INT64, BLOCK_G)
     if offsets is not None:
         longest = tl.max(size, axis=0).to(tl.int32)
-    top, mean, spread, divisor, weight, members = _statistics(
+    max_reward, shifted_mean, scale, divisor, weight, members = _statistics(
         rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
-        BASELINE, SCALE, SINGLES, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
+        BASELINE, SCALE, SINGLETON_GROUPS, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
     )  # fmt: skip
-    tl.store(spreads + group * columns + column, spread, mask=group < groups)
-    safe = tl.where(divisor != 0.0, divisor, 1.0)[:, None]
+    tl.store(scales + group * columns + column, scale, mask=group < groups)
+    safe_divisor = tl.where(divisor != 0.0, divisor, 1.0)[:, None]
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         value = x
         if BASELINE != 2:
-            value = ((x - top[:, None]) - mean[:, None]) * _factor(w, weight, members, BASELINE)
-        value = tl.where((w != 0.0) & (divisor != 0.0)[:, None], value / safe, 0.0)
-        if SINGLES == 2:
+            value = ((x - max_reward[:, None]) - shifted_mean[:, None]) * _factor(w, weight, members, BASELINE)
+        value = tl.where((w != 0.0) & (divisor != 0.0)[:, None], value / safe_divisor, 0.0)
+        if SINGLETON_GROUPS == 2:
             value = tl.where((w != 0.0) & (members == 1)[:, None], float("nan"), value)
         tl.store(out + rows * columns + column, value.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["groups", "group_size", "longest", "n"])
 def group_advantages_backward_kernel(
-    grad, grad_spreads, rewards, weights, order, offsets, out, groups, group_size, longest, n, columns,
+    grad, grad_scales, rewards, weights, order, offsets, out, groups, group_size, longest, n, columns,
     stride_gn, stride_gr, stride_n, stride_r, eps, ddof,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLES: tl.constexpr, OMIT_NAN: tl.constexpr,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, SINGLETON_GROUPS: tl.constexpr, OMIT_NAN: tl.constexpr,
     INT64: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1)
     group, first, size = _groups(offsets, groups, group_size, INT64, BLOCK_G)
     if offsets is not None:
         longest = tl.max(size, axis=0).to(tl.int32)
-    top, mean, spread, divisor, weight, members = _statistics(
+    max_reward, shifted_mean, scale, divisor, weight, members = _statistics(
         rewards, weights, order, first, size, longest, column, n, stride_n, stride_r, eps, ddof,
-        BASELINE, SCALE, SINGLES, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
+        BASELINE, SCALE, SINGLETON_GROUPS, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
     )  # fmt: skip
-    # 0 where the group's advantages are.
+    # 0 for a group whose advantages are 0.
     inverse = tl.where(divisor != 0.0, 1.0 / tl.where(divisor != 0.0, divisor, 1.0), 0.0)
-    sum_direct = tl.zeros([BLOCK_G], tl.float32)
-    to_divisor = tl.zeros([BLOCK_G], tl.float32)
+    # `direct` is what a row gets through its own numerator. The rest comes through the group's mean and scale.
+    direct_sum = tl.zeros([BLOCK_G], tl.float32)
+    grad_divisor = tl.zeros([BLOCK_G], tl.float32)
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         value = x
         if BASELINE != 2:
-            value = (x - top[:, None]) - mean[:, None]
+            value = (x - max_reward[:, None]) - shifted_mean[:, None]
         g = tl.load(grad + rows * stride_gn + column * stride_gr, mask=live, other=0.0).to(tl.float32)
         direct = tl.where(w != 0.0, g * _factor(w, weight, members, BASELINE) * inverse[:, None], 0.0)
-        sum_direct += tl.sum(direct, axis=1)
-        to_divisor -= tl.sum(tl.where(direct != 0.0, direct * value * inverse[:, None], 0.0), axis=1)
-    if SINGLES == 1 and (BASELINE != 2 or SCALE == 0):  # neither a mean nor a spread of its own
-        sum_direct = tl.where(members == 1, 0.0, sum_direct)
-        to_divisor = tl.where(members == 1, 0.0, to_divisor)
-    to_spread = to_divisor + tl.load(grad_spreads + group * columns + column, mask=group < groups, other=0.0)
-    # What every row of the group gets, by its weight: from the mean, and from the spread.
+        direct_sum += tl.sum(direct, axis=1)
+        grad_divisor -= tl.sum(tl.where(direct != 0.0, direct * value * inverse[:, None], 0.0), axis=1)
+    if SINGLETON_GROUPS == 1 and (BASELINE != 2 or SCALE == 0):
+        # A kept row depends on neither a mean nor a scale.
+        direct_sum = tl.where(members == 1, 0.0, direct_sum)
+        grad_divisor = tl.where(members == 1, 0.0, grad_divisor)
+    grad_scale = grad_divisor + tl.load(grad_scales + group * columns + column, mask=group < groups, other=0.0)
+    # What every row of the group gets in proportion to its weight: through the mean, and through the deviation.
     shared = tl.zeros([BLOCK_G], tl.float32)
     slope = tl.zeros([BLOCK_G], tl.float32)
     if BASELINE != 2:
-        shared -= sum_direct / tl.maximum(weight, 1.0)
+        shared -= direct_sum / tl.maximum(weight, 1.0)
     if SCALE == 0:
-        # A spread of zero passes nothing on: its one-sided derivative is no gradient.
-        scale = tl.maximum(weight - ddof, 1.0) * spread
-        slope = tl.where(spread > 0.0, to_spread / tl.where(spread > 0.0, scale, 1.0), 0.0)
+        # A standard deviation of 0 passes nothing on: its one-sided derivative is no gradient.
+        denominator = tl.maximum(weight - ddof, 1.0) * scale
+        slope = tl.where(scale > 0.0, grad_scale / tl.where(scale > 0.0, denominator, 1.0), 0.0)
     if SCALE == 1:
-        shared += to_spread / tl.maximum(weight, 1.0)
+        shared += grad_scale / tl.maximum(weight, 1.0)
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
@@ -207,65 +212,66 @@ def group_advantages_backward_kernel(
         g = tl.load(grad + rows * stride_gn + column * stride_gr, mask=live, other=0.0).to(tl.float32)
         value = g * _factor(w, weight, members, BASELINE) * inverse[:, None] + w * shared[:, None]
         if SCALE == 0:
-            value += w * ((x - top[:, None]) - mean[:, None]) * slope[:, None]
+            value += w * ((x - max_reward[:, None]) - shifted_mean[:, None]) * slope[:, None]
         value = tl.where(w != 0.0, value, 0.0)
         tl.store(out + rows * columns + column, value.to(out.dtype.element_ty), mask=live)
 
 
-def _arguments(
-    rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
-    baseline: str, scale: str, ddof: int, eps: float, singles: str, omit_nan: bool,
-) -> dict[str, Any]:  # fmt: skip
-    n, columns = rewards.shape
-    return {
-        "rewards": rewards, "weights": weights, "order": order, "offsets": offsets,
-        "groups": n // group_size if offsets is None else offsets.shape[0] - 1,
-        "group_size": group_size, "longest": group_size, "n": n, "columns": columns,
-        "stride_n": rewards.stride(0), "stride_r": rewards.stride(1), "eps": eps, "ddof": ddof,
-        "BASELINE": BASELINES[baseline], "SCALE": SCALES[scale], "SINGLES": SINGLES[singles], "OMIT_NAN": omit_nan,
-    }  # fmt: skip
-
-
-# Where the sizes of the groups are known to the device alone, tiles are made for the sizes GRPO uses.
+# Where only the device knows the sizes of the groups, tiles are made for the sizes that GRPO uses.
 _RAGGED_WIDTH = 16
 
 
-@launcher("weights", "order", "offsets")
-def forward(
-    rewards: Tensor, weights: Tensor | None, order: Tensor | None, offsets: Tensor | None, group_size: int,
-    baseline: str, scale: str, ddof: int, eps: float, singles: str, omit_nan: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """rewards [n, columns]; weights [n], order [n] and offsets [groups + 1] or None. Advantages [n, columns] in the
-    rewards' dtype, and the spread [groups, columns], float32."""
-    arguments = _arguments(rewards, weights, order, offsets, group_size, baseline, scale, ddof, eps, singles, omit_nan)
-    groups, columns = arguments["groups"], rewards.shape[1]
-    # Rows that the offsets leave out are in no group.
-    make = torch.empty if offsets is None else torch.zeros
-    out = make(rewards.shape, dtype=rewards.dtype, device=rewards.device)
-    spreads = torch.empty(groups, columns, dtype=torch.float32, device=rewards.device)
+def _launch(kernel: Any, rewards: Tensor, settings: Any, **others: Any) -> None:
+    n, columns = rewards.shape
+    groups = settings.num_groups(n)
     launch(
-        group_advantages_kernel, lambda meta: (triton.cdiv(groups, meta["BLOCK_G"]), columns),
-        width=group_size if offsets is None else _RAGGED_WIDTH, int64_for=(rewards, out),
-        out=out, spreads=spreads, **arguments,
+        kernel, lambda meta: (triton.cdiv(groups, meta["BLOCK_G"]), columns),
+        width=settings.group_size if settings.offsets is None else _RAGGED_WIDTH,
+        int64_for=(rewards, others.get("grad"), others["out"]),
+        rewards=rewards, weights=settings.weights, order=settings.order, offsets=settings.offsets, groups=groups,
+        group_size=settings.group_size, longest=settings.group_size, n=n, columns=columns,
+        stride_n=rewards.stride(0), stride_r=rewards.stride(1), eps=settings.eps, ddof=settings.ddof,
+        BASELINE=_BASELINES[settings.baseline], SCALE=_SCALES[settings.scale],
+        SINGLETON_GROUPS=_SINGLETON_GROUPS[settings.singleton_groups], OMIT_NAN=settings.omit_nan, **others,
     )  # fmt: skip
-    return out, spreads
 
 
-@launcher("grad_spreads", "weights", "order", "offsets")
-def backward(
-    grad: Tensor, grad_spreads: Tensor, rewards: Tensor, weights: Tensor | None, order: Tensor | None,
-    offsets: Tensor | None, group_size: int, baseline: str, scale: str, ddof: int, eps: float, singles: str,
-    omit_nan: bool,
-) -> Tensor:  # fmt: skip
-    """The gradient of the rewards, in their dtype, from those of both outputs."""
-    arguments = _arguments(rewards, weights, order, offsets, group_size, baseline, scale, ddof, eps, singles, omit_nan)
-    groups, columns = arguments["groups"], rewards.shape[1]
-    # Rows that the offsets leave out are in no group.
-    make = torch.empty if offsets is None else torch.zeros
-    out = make(rewards.shape, dtype=rewards.dtype, device=rewards.device)
-    launch(
-        group_advantages_backward_kernel, lambda meta: (triton.cdiv(groups, meta["BLOCK_G"]), columns),
-        width=group_size if offsets is None else _RAGGED_WIDTH, int64_for=(rewards, grad, out),
-        grad=grad, grad_spreads=grad_spreads, out=out, stride_gn=grad.stride(0), stride_gr=grad.stride(1), **arguments,
+def _contiguous(settings: Any) -> Any:
+    """The settings with contiguous tensors: the kernels take no strides of them."""
+    tensors = {name: getattr(settings, name) for name in ("weights", "order", "offsets")}
+    return settings._replace(**{name: x.contiguous() for name, x in tensors.items() if x is not None})
+
+
+def _new_output(rewards: Tensor, settings: Any) -> Tensor:
+    # Rows that the offsets leave out are in no group, and no program writes them.
+    make = torch.empty if settings.offsets is None else torch.zeros
+    return make(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+
+
+@launcher()
+def forward(rewards: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+    """The advantages, and the scale of each group.
+
+    Args:
+        rewards: [n, columns], of any strides.
+        settings: a `GroupSettings` of the operation.
+
+    Returns:
+        advantages [n, columns] in the dtype of the rewards; scales [groups, columns], float32.
+    """
+    settings, out = _contiguous(settings), _new_output(rewards, settings)
+    groups = settings.num_groups(rewards.shape[0])
+    scales = torch.empty(groups, rewards.shape[1], dtype=torch.float32, device=rewards.device)
+    _launch(group_advantages_kernel, rewards, settings, out=out, scales=scales)
+    return out, scales
+
+
+@launcher("grad_scales")
+def backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor, settings: Any) -> Tensor:
+    """The gradient of the rewards, in their dtype, from the gradients of both outputs."""
+    settings, out = _contiguous(settings), _new_output(rewards, settings)
+    _launch(
+        group_advantages_backward_kernel, rewards, settings, out=out, grad=grad, grad_scales=grad_scales,
+        stride_gn=grad.stride(0), stride_gr=grad.stride(1),
     )  # fmt: skip
     return out

@@ -1,12 +1,12 @@
 """N-GRPO (arXiv 2606.10768) as components: neighbour mixing for GRPO rollouts, for the trainers people already use."""
 
-from .advantages import ADVANTAGE_PRESETS, Whitening
 from .config import MixingConfig
-from .functional import group_advantages
 from .ops.candidate_weights import candidate_weights
 from .ops.decode_step.api import DecodeStep, MixingCandidates, decode_step, mixing_candidates
 from .ops.decode_step.faults import raise_faults
 from .ops.gaussian_noise import gaussian_noise
+from .ops.group_advantages.api import group_advantages
+from .ops.group_advantages.presets import ADVANTAGE_PRESETS, Whitening
 from .ops.mix_embeddings import mix_embeddings
 from .ops.nearest_neighbors.api import NearestNeighbors, nearest_neighbors
 from .ops.nearest_neighbors.table import NeighborTable, RefreshReport

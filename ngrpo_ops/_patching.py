@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+
 _MISSING: Any = object()
 
 
@@ -94,7 +96,7 @@ def refuse(refusals: Iterable[Refusal], verb: str = "cannot be mixed") -> None:
 
 
 def renamed(values: Mapping[str, Any], names: Mapping[str, str], owner: str) -> dict[str, Any]:
-    """Keywords with their old names replaced, each with a DeprecationWarning.
+    """Keywords with their old names replaced. Each old name gives a DeprecationWarning, except under torch.compile.
 
     Args:
         values: keywords as the user gave them.
@@ -112,6 +114,7 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, str], owner: str) -> 
             continue
         if new in found:
             raise TypeError(f"{owner} got both {new!r} and its old name {old!r}")
-        warnings.warn(f"{old!r} of {owner} is called {new!r} now", DeprecationWarning, stacklevel=3)
+        if not torch.compiler.is_compiling():  # torch.compile cannot trace a warning
+            warnings.warn(f"{old!r} of {owner} is called {new!r} now", DeprecationWarning, stacklevel=3)
         found[new] = found.pop(old)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngrpo_ops import ADVANTAGE_PRESETS, Whitening, group_advantages, reference
+from ngrpo_ops import ADVANTAGE_PRESETS, Whitening, group_advantages
 from ngrpo_ops.kernels import group_advantages as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
+from ngrpo_ops.ops.group_advantages import reference
+from ngrpo_ops.ops.group_advantages.reference import GroupSettings
 from ngrpo_ops.testing import (
     DEVICE,
     assert_as_accurate,
@@ -118,20 +121,18 @@ def test_kernel_against_oracle(baseline, size):
     _, order = integers(generator, 5, n).sort()
     ragged = torch.tensor([0, 0, 1, 3, 120, n], device=DEVICE)
     for arrangement in ((None, None, size), (order, ragged, 1)):
-        for scale, singles in (("std", "zero"), ("mean", "keep"), ("none", "nan")):
-            options = (*arrangement, baseline, scale, 1, 1e-2, singles, True)
-            got = kernels.forward(rewards, weights, *options)
-            want = reference.group_advantages(rewards, weights, *options)
-            exact = reference.group_advantages(rewards.double(), weights, *options)
+        for scale, singleton_groups in (("std", "zero"), ("mean", "keep"), ("none", "nan")):
+            settings = GroupSettings(weights, *arrangement, baseline, scale, 1, 1e-2, singleton_groups, True)
+            got = kernels.forward(rewards, settings)
+            want = reference.group_advantages(rewards, settings)
+            exact = reference.group_advantages(rewards.double(), settings)
             for kernel, eager, truth in zip(got, want, exact, strict=True):
                 assert_as_accurate(kernel, eager, truth)
-            spread = normal(generator, *got[1].shape, dtype=torch.float32)
+            grad_scales = normal(generator, *got[1].shape, dtype=torch.float32)
             assert_as_accurate(
-                kernels.backward(grad, spread, rewards, weights, *options),
-                reference.group_advantages_backward(grad, spread, rewards, weights, *options),
-                reference.group_advantages_backward(
-                    grad.double(), spread.double(), rewards.double(), weights, *options
-                ),
+                kernels.backward(grad, grad_scales, rewards, settings),
+                reference.group_advantages_backward(grad, grad_scales, rewards, settings),
+                reference.group_advantages_backward(grad.double(), grad_scales.double(), rewards.double(), settings),
             )
 
 
@@ -166,7 +167,7 @@ LENGTHS = torch.tensor([3, 1, 7, 2, 9, 4, 4, 1, 2, 30, 1, 5])
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_presets(backend, preset, formula, dtype):
-    """Each trainer's formula, written out (TRL's own code: test_trl_adapter.py)."""
+    """Each trainer's formula, written out (TRL's own code: test_group_advantages_trainers.py)."""
     rewards = for_backend(GROUPS.to(dtype).to(DEVICE), backend)
     lengths = {"lengths": LENGTHS.to(DEVICE)} if preset == "openrlhf/reinforce_baseline" else {}
     options = ADVANTAGE_PRESETS[preset]
@@ -218,8 +219,8 @@ def test_several_reward_functions(backend):
 
 def test_nan_rewards_by_policy(backend):
     rewards = torch.tensor([1.0, torch.nan, 2.0, 3.0, torch.nan, 7.0], device=DEVICE)
-    spread = group_advantages(rewards, group_size=2, backend=backend)
-    assert spread.isnan().tolist() == [True, True, False, False, True, True]
+    propagated = group_advantages(rewards, group_size=2, backend=backend)
+    assert propagated.isnan().tolist() == [True, True, False, False, True, True]
     omitted = group_advantages(rewards, group_size=3, nan_policy="omit", backend=backend)
     alone = group_advantages(rewards[[0, 2]], group_size=2, backend=backend)
     assert torch.equal(omitted[[0, 2]], alone) and omitted[1] == omitted[4] == 0
@@ -246,17 +247,33 @@ def test_a_partner_without_one_of_the_rewards(backend):
     assert_within(got, (plain - plain.mean()) / (plain.std() + 1e-4), 1e-6)
 
 
-def test_singles_are_kept_only_where_they_would_be_nothing(backend):
+def test_singleton_groups_are_kept_only_where_they_would_be_nothing(backend):
     rewards, labels = torch.tensor([7.0, 1.0, 2.0], device=DEVICE), torch.tensor([0, 1, 1], device=DEVICE)
 
     def first(**options):
-        return float(group_advantages(rewards, group_ids=labels, singles="keep", backend=backend, **options)[0])
+        return float(
+            group_advantages(rewards, group_ids=labels, singleton_groups="keep", backend=backend, **options)[0]
+        )
 
     assert abs(first() - 7 / (1 + 1e-4)) < 1e-5
     assert abs(first(baseline="none", scale="mean") - 7 / (7 + 1e-4)) < 1e-5
     deviation = rewards.double().std().item()
     assert abs(first(scale="batch_std") - 7 / (deviation + 1e-4)) < 1e-5
     assert first(baseline="leave_one_out", scale="none", whitening=Whitening()) != 0
+
+
+def test_the_old_name_of_singleton_groups_warns():
+    rewards, labels = torch.tensor([7.0, 1.0, 2.0]), torch.tensor([0, 1, 1])
+    want = group_advantages(rewards, group_ids=labels, singleton_groups="keep")
+    with pytest.warns(DeprecationWarning, match="'singles' of group_advantages is called 'singleton_groups'") as seen:
+        assert torch.equal(group_advantages(rewards, group_ids=labels, singles="keep"), want)
+    assert seen[0].filename == __file__
+    with pytest.raises(TypeError, match="both 'singleton_groups' and its old name 'singles'"):
+        group_advantages(rewards, group_ids=labels, singles="keep", singleton_groups="zero")
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="singleton_groups"):
+        group_advantages(rewards, group_ids=labels, singles="nan")
+    assert "singles" not in inspect.signature(group_advantages).parameters
+    assert not any("singles" in options for options in ADVANTAGE_PRESETS.values())
 
 
 def test_half_precision_is_rounded_once(backend):
@@ -271,9 +288,11 @@ def test_half_precision_is_rounded_once(backend):
 def test_the_kernel_stays_inside_whatever_the_offsets_say(offsets):
     """On a GPU they are not looked at: rows of no group get 0, and nothing beyond the rewards is touched."""
     rewards = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], device=DEVICE)[:, None]
-    options = (None, None, torch.tensor(offsets, device=DEVICE), 1, "mean", "none", 1, 0.0, "zero", False)
-    out, spread = kernels.forward(rewards, *options)
-    gradient = kernels.backward(torch.ones_like(out), spread, rewards, *options)
+    settings = GroupSettings(
+        None, None, torch.tensor(offsets, device=DEVICE), 1, "mean", "none", 1, 0.0, "zero", False
+    )  # fmt: skip
+    out, scales = kernels.forward(rewards, settings)
+    gradient = kernels.backward(torch.ones_like(out), scales, rewards, settings)
     assert bool(out.isfinite().all()) and bool(gradient.isfinite().all())
     if offsets == [0, 3]:
         assert out[:, 0].tolist() == [-1, 0, 1, 0, 0, 0]
@@ -284,9 +303,9 @@ def test_the_kernel_stays_inside_whatever_the_offsets_say(offsets):
 def test_rows_of_no_group_get_nothing_without_the_kernel_too(offsets, baseline, monkeypatch):
     monkeypatch.setattr(reference, "require_offsets", lambda *args: None)
     rewards = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])[:, None]
-    options = (None, None, torch.tensor(offsets), 1, baseline, "none", 1, 0.0, "zero", False)
-    out, spread = reference.group_advantages(rewards, *options)
-    gradient = reference.group_advantages_backward(torch.ones_like(out), spread, rewards, *options)
+    settings = GroupSettings(None, None, torch.tensor(offsets), 1, baseline, "none", 1, 0.0, "zero", False)
+    out, scales = reference.group_advantages(rewards, settings)
+    gradient = reference.group_advantages_backward(torch.ones_like(out), scales, rewards, settings)
     assert bool(out.isfinite().all()) and bool(gradient.isfinite().all())
     if offsets == [0, 3]:
         assert out[:, 0].tolist() == [[-1, 0, 1], [1, 2, 3]][baseline == "none"] + [0, 0, 0]
@@ -427,7 +446,7 @@ def test_a_second_derivative_is_refused(backend):
         ({"reward_weights": torch.ones(1).long()}, TypeError, "reward_weights"),
         ({"aggregation": "sum"}, ValueError, "aggregation"),
         ({"nan_policy": "raise"}, ValueError, "nan_policy"),
-        ({"singles": "nan"}, ValueError, "singles"),
+        ({"singleton_groups": "nan"}, ValueError, "singleton_groups"),
         ({"whitening": True}, TypeError, "whitening"),
         ({"lengths": torch.ones(4).long()}, ValueError, "lengths"),
         ({"lengths": torch.ones(4), "whitening": Whitening()}, TypeError, "lengths"),
@@ -503,17 +522,13 @@ def test_whitening_over_tokens_is_that_of_repeated_rows():
 @pytest.mark.slow
 def test_64_bit_kernels_agree():
     generator = torch.Generator().manual_seed(1)
-    rewards, weights = normal(generator, 40, 2, dtype=torch.float32), None
+    rewards = normal(generator, 40, 2, dtype=torch.float32)
     order, offsets = torch.randperm(40).to(DEVICE), torch.tensor([0, 7, 7, 40], device=DEVICE)
+    settings = GroupSettings(None, order, offsets, 1, "mean", "std", 1, 1e-4, "zero", False)
 
     def run() -> list[Tensor]:
-        out, spread = kernels.forward(rewards, weights, order, offsets, 1, "mean", "std", 1, 1e-4, "zero", False)
-        return [
-            out,
-            kernels.backward(
-                out, spread, rewards, weights, order, offsets, 1, "mean", "std", 1, 1e-4, "zero", False
-            ),
-        ]  # fmt: skip
+        out, scales = kernels.forward(rewards, settings)
+        return [out, kernels.backward(out, scales, rewards, settings)]
 
     narrow = run()
     with forced_int64():
@@ -525,7 +540,7 @@ def test_offsets_are_64_bits_wide_where_they_must_be():
     for stride, wide in ((2**29, True), (2**20, False)):
         rewards = torch.empty(1, device="meta").as_strided((8, 1), (stride, 1))
         with recording() as launches:
-            kernels.forward(rewards, None, None, None, 4, "mean", "std", 1, 1e-4, "zero", False)
+            kernels.forward(rewards, GroupSettings(None, None, None, 4, "mean", "std", 1, 1e-4, "zero", False))
         assert [launch.arguments["INT64"] for launch in launches] == [wide]
 
 
@@ -539,12 +554,13 @@ def test_opcheck(scale, implementation):
         rewards = lay_out(rewards, "transposed" if transposed else "contiguous")
         options = (weights, *layout, "leave_one_out", scale, 1, 1e-4, "zero", True, implementation)
         torch.library.opcheck(torch.ops.ngrpo.group_advantages.default, (rewards.clone().requires_grad_(), *options))
-        out, spread = torch.ops.ngrpo.group_advantages(rewards, *options)
-        torch.library.opcheck(torch.ops.ngrpo.group_advantages_backward.default, (out, spread, rewards, *options))
+        out, scales = torch.ops.ngrpo.group_advantages(rewards, *options)
+        torch.library.opcheck(torch.ops.ngrpo.group_advantages_backward.default, (out, scales, rewards, *options))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["equal", "labels", "gdpo"])
+@pytest.mark.filterwarnings("ignore:'singles' of group_advantages:DeprecationWarning")
+@pytest.mark.parametrize("layout", ["equal", "labels", "gdpo", "batch", "old name"])
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 def test_compiles(implementation, layout):
     torch._dynamo.reset()
@@ -553,7 +569,12 @@ def test_compiles(implementation, layout):
         if layout == "labels":
             labels = torch.arange(rewards.shape[0], device=rewards.device) % 3
             return group_advantages(rewards, group_ids=labels, backend=implementation)
-        options = ADVANTAGE_PRESETS["trl/gdpo"] if layout == "gdpo" else {}
+        options = {
+            "equal": {},
+            "gdpo": ADVANTAGE_PRESETS["trl/gdpo"],
+            "batch": {**ADVANTAGE_PRESETS["trl/rloo_normalized"], "scale": "batch_std"},
+            "old name": {"singles": "keep"},
+        }[layout]
         return group_advantages(rewards, group_size=4, backend=implementation, **options)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...random import gates
-from ..mix_embeddings import mix_embeddings_reference
 from ...strategies import checked, get_strategy
 from .._precision import ROW_BLOCK_ELEMENTS
 from ..gaussian_noise import gaussian_noise_reference
+from ..mix_embeddings import mix_embeddings_reference
 from .faults import BAD_IDS, BAD_WEIGHTS, NO_SUCH_CANDIDATE, NO_TOKEN, NOT_A_NUMBER
 from .policy import Policy
 from .settings import Settings

@@ -1,0 +1,1 @@
+"""Group-relative advantages: rewards centered and scaled within their groups."""
