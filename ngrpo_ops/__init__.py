@@ -2,8 +2,9 @@
 
 from .config import MixingConfig
 from .ops.candidate_weights import candidate_weights
-from .ops.decode_step.api import DecodeStep, MixingCandidates, decode_step, mixing_candidates
+from .ops.decode_step.api import decode_step, mixing_candidates
 from .ops.decode_step.faults import raise_faults
+from .ops.decode_step.outputs import DecodeStep, MixingCandidates
 from .ops.gaussian_noise import gaussian_noise
 from .ops.group_advantages.api import group_advantages
 from .ops.group_advantages.presets import ADVANTAGE_PRESETS, Whitening

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,45 +13,8 @@ from ...strategies import Strategy, get_strategy, strategy_names
 from .._checks import require_embedding, require_flag, require_same_device
 from .._library import HostReadingOperation, choose_backend, load_kernels
 from . import reference
+from .outputs import DecodeStep, MixingCandidates
 from .settings import Settings, resolve, unsupported_by_kernel
-
-
-class DecodeStep(NamedTuple):
-    """What one decode step leaves behind; see `decode_step`.
-
-    Example:
-        >>> import torch
-        >>> from ngrpo_ops import DecodeStep, decode_step
-        >>> step = decode_step(torch.zeros(2, 5), None, strategy="anchor", seed=0, step=0)
-        >>> isinstance(step, DecodeStep), step.token_ids.shape
-        (True, torch.Size([2]))
-    """
-
-    token_ids: Tensor
-    gate: Tensor
-    ids: Tensor
-    weights: Tensor
-    embeddings: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    fault: Tensor
-
-
-class MixingCandidates(NamedTuple):
-    """What a step of each row would mix; see `mixing_candidates`.
-
-    Example:
-        >>> import torch
-        >>> from ngrpo_ops import MixingCandidates, mixing_candidates
-        >>> found = mixing_candidates(torch.zeros(2, 5), strategy="topk", k=2)
-        >>> isinstance(found, MixingCandidates), found.weights.tolist()
-        (True, [[0.5, 0.5], [0.5, 0.5]])
-    """
-
-    ids: Tensor
-    weights: Tensor
-    fault: Tensor
-    entropy: Tensor | None
 
 
 def decode_step(

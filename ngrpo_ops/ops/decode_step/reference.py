@@ -5,8 +5,6 @@ Every row depends on its own logits, settings and counter alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -16,44 +14,28 @@ from .._precision import ROW_BLOCK_ELEMENTS
 from ..gaussian_noise import gaussian_noise_reference
 from ..mix_embeddings import mix_embeddings_reference
 from .faults import BAD_IDS, BAD_WEIGHTS, NO_SUCH_CANDIDATE, NO_TOKEN, NOT_A_NUMBER
+from .outputs import DecodeStep
 from .policy import Policy
 from .settings import Settings
 
 _SUM_TOLERANCE = 1e-3  # of the weights that a user's strategy returns, which may be bfloat16 sums
 
 
-class Candidates(NamedTuple):
-    """ids and weights [B, k], entropy [B] or [0], fault [B]: the outputs of `mixing_candidates`, in their order."""
+def mixing_candidates(
+    logits: Tensor, settings: Settings, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids and weights [B, k], entropy [B] (or empty), fault [B].
 
-    ids: Tensor
-    weights: Tensor
-    entropy: Tensor
-    fault: Tensor
-
-
-class Step(NamedTuple):
-    """The outputs of `decode_step`, in their order."""
-
-    token_ids: Tensor
-    gate: Tensor
-    ids: Tensor
-    weights: Tensor
-    embeddings: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    fault: Tensor
-
-
-def mixing_candidates(logits: Tensor, settings: Settings, return_entropy: bool) -> Candidates:
-    """Without the entropy, most strategies only look through the logits for the largest."""
+    Without the entropy, most strategies only look through the logits for the largest.
+    """
     policy = _policy(logits, settings)
     ids, weights, fault = _candidates(policy, settings)
     if not return_entropy:
-        return Candidates(ids, weights, logits.new_empty(0, dtype=torch.float32), fault)
-    return Candidates(ids, weights, policy.entropy.float().masked_fill(fault != 0, torch.nan), fault)
+        return ids, weights, logits.new_empty(0, dtype=torch.float32), fault
+    return ids, weights, policy.entropy.float().masked_fill(fault != 0, torch.nan), fault
 
 
-def decode_step(logits: Tensor, embedding: Tensor, settings: Settings) -> Step:
+def decode_step(logits: Tensor, embedding: Tensor, settings: Settings) -> DecodeStep:
     policy = _policy(logits, settings)
     d = policy.distribution
     ids, weights, fault = _candidates(policy, settings)
@@ -73,17 +55,17 @@ def decode_step(logits: Tensor, embedding: Tensor, settings: Settings) -> Step:
         mixed = (mixed.to(noise.dtype) + noise).to(mixed.dtype)
     embeddings = torch.where(gate[:, None], mixed, embedding[token_ids]).masked_fill(bad[:, None], torch.nan)
     logprobs = (d.shifted.gather(1, token_ids[:, None]).squeeze(1) - d.exp_sum.log()).float()
-    return Step(token_ids, gate, ids, weights, embeddings, logprobs.masked_fill(bad, torch.nan), entropy, fault)
+    return DecodeStep(token_ids, gate, ids, weights, embeddings, logprobs.masked_fill(bad, torch.nan), entropy, fault)
 
 
-def decode_step_cpu(logits: Tensor, embedding: Tensor, settings: Settings) -> Step:
+def decode_step_cpu(logits: Tensor, embedding: Tensor, settings: Settings) -> DecodeStep:
     """`decode_step` by blocks of rows whose logits stay in the cache."""
     count, block = logits.shape[0], max(1, ROW_BLOCK_ELEMENTS // logits.shape[1])
     if count <= block:
         return decode_step(logits, embedding, settings)
     blocks = [slice(start, min(start + block, count)) for start in range(0, count, block)]
     steps = [decode_step(logits[rows], embedding, settings.of_rows(rows, count)) for rows in blocks]
-    return Step(*map(torch.cat, zip(*steps, strict=True)))
+    return DecodeStep(*map(torch.cat, zip(*steps, strict=True)))
 
 
 def _policy(logits: Tensor, settings: Settings) -> Policy:
