@@ -110,8 +110,9 @@ def check_openrlhf() -> None:
         )
     from . import vllm
 
-    if not vllm._is_tested():  # the engines refuse it too, but OpenRLHF's actors would wait for them
-        raise ImportError(f"vLLM {vllm.vllm.__version__} is not tested with this version of ngrpo-ops")
+    version = vllm.vllm.__version__
+    if not is_tested("vllm", version):  # the engines refuse it too, but OpenRLHF's actors would wait for them
+        raise ImportError(f"vLLM {version} is not tested with this version of ngrpo-ops")
     for target in _EXPECTED_PARAMETERS:
         _check(target)
 

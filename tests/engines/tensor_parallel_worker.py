@@ -44,7 +44,7 @@ for generation, name in enumerate(("model", "changed")):
     prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 60 for j in range(1 + i % 5)]} for i in range(12)]
     outputs = llm.generate(prompts, asked, use_tqdm=False)
     record = take_records(llm, rows, [20] * 12)
-    rows_here = len(mixer._embedding()[0])
+    rows_here = len(mixer.embedding.rows()[0])
     seen.append({"outputs": outputs, "record": record, "table": mixer.table.ids, "rows_here": rows_here})
 torch.save(seen, folder / f"rank{rank}.pt")
 torch.distributed.destroy_process_group()

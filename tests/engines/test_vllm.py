@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -156,8 +162,8 @@ def test_requests_of_mixed_lengths_under_preemption(
 
 def everything_is_free(llm: LLM) -> None:
     mixer = mixer_of(llm)
-    assert not mixer._kept and not mixer._slots
-    assert len(set(mixer._pool._free)) == len(mixer._pool._free) == len(mixer._pool.gate)
+    assert not mixer.requests.kept and not mixer.requests.slots
+    assert len(set(mixer.pool._free)) == len(mixer.pool._free) == len(mixer.pool.gate)
 
 
 STRATEGIES = [
@@ -179,13 +185,20 @@ STRATEGIES = [
 def test_every_strategy_emits_and_records_what_transformers_does(
     engine: Any, model: Any, settings: dict, difference: Difference
 ) -> None:
-    """With the sampler that is ours, the two paths must draw the same tokens, gates and candidates."""
+    difference("vllm, strategies", check_strategy(engine, model, settings))
+
+
+def check_strategy(engine: Any, model: Any, settings: dict) -> float:
+    """With the counter-based sampler the two paths must draw the same tokens, gates and candidates.
+
+    Returns the largest difference of log-probabilities, see `check_parity`.
+    """
     config = MixingConfig(mixing_rate=0.5, seed=5, sampler="counter_based", **settings)
     llm = engine(config)
     cuts = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
     outputs = llm.generate(prompts(8), [params(row, **cuts) for row in range(8)], use_tqdm=False)
     record = taken(llm, outputs, list(range(8)))
-    difference("vllm, strategies", check_parity(model, outputs, record, 0.9))
+    error = check_parity(model, outputs, record, 0.9)
     asked, tokens, _ = sequences(outputs)
     width = max(map(len, asked))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in asked])
@@ -200,6 +213,40 @@ def test_every_strategy_emits_and_records_what_transformers_does(
     assert torch.equal(theirs.gate, record.gate)
     assert torch.equal(theirs.ids[theirs.gate], record.ids[record.gate])
     assert torch.allclose(theirs.weights[theirs.gate], record.weights[record.gate], atol=1e-5)
+    return error
+
+
+OWN_STRATEGIES = """
+import torch
+from ngrpo_ops import register_strategy
+
+def two_likeliest(policy):
+    ids = policy.likeliest(2)
+    return ids, torch.full(ids.shape, 0.5, device=ids.device)
+
+@register_strategy(emits_sample=True)
+def drawn(policy):
+    ids = policy.draws(policy.k)
+    return ids, policy.softmax(ids)
+"""
+
+
+@pytest.fixture
+def own_strategies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module on the path of the engine's process."""
+    name = "strategies_of_a_user"
+    (tmp_path / f"{name}.py").write_text(OWN_STRATEGIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("function", ["two_likeliest", "drawn"])
+def test_a_strategy_of_the_users_own(
+    engine: Any, model: Any, own_strategies: str, function: str, difference: Difference
+) -> None:
+    error = check_strategy(engine, model, {"strategy": f"{own_strategies}:{function}", "k": 2})
+    difference("vllm, strategies", error)
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -383,7 +430,7 @@ def test_records_are_taken_once_and_only_of_what_was_asked(engine: Any) -> None:
         core.step()
     core.abort_request(["aborted"])
     llm.generate(prompts(1), [params(None)], use_tqdm=False)
-    assert mixer_of(llm)._kept[4].entries.size >= 3
+    assert mixer_of(llm).requests.kept[4].entries.size >= 3
     assert take_records(llm, [4], [0]).gate.shape == (1, 0)
     everything_is_free(llm)
     llm.generate(prompts(1), [params(4)], use_tqdm=False)
@@ -469,7 +516,9 @@ def test_an_engine_without_the_plugin_is_noticed(engine: Any, monkeypatch: pytes
         adapter.require_mixing(engine(MixingConfig()))
 
 
-def test_requests_that_cannot_be_mixed_are_refused(engine: Any) -> None:
+def test_requests_that_cannot_be_mixed_are_refused(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="engine_kwargs"):
         engine().generate(prompts(1), params(1), use_tqdm=False)
     llm = engine(MixingConfig(mixing_rate=0.5), enable_prefix_caching=True)
@@ -477,10 +526,14 @@ def test_requests_that_cannot_be_mixed_are_refused(engine: Any) -> None:
         with pytest.raises(ValueError, match="cache_salt"):
             llm.generate(prompts(1)[0] | prompt, params(1, **settings), use_tqdm=False)
     asked = params(1)
-    for wrong in ({"row_id": "1"}, {}, {"row_id": 1, "rate": 0.5}, 3):
+    (tmp_path / "named_by_a_request.py").write_text(OWN_STRATEGIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"row_id": 1, "strategy": "named_by_a_request:drawn"}
+    for wrong in ({"row_id": "1"}, {}, {"row_id": 1, "rate": 0.5}, named, 3):
         asked.extra_args = {"ngrpo_ops": wrong}
         with pytest.raises(ValueError, match="request_kwargs"):
             llm.generate(prompts(1), asked, use_tqdm=False)
+    assert "named_by_a_request" not in sys.modules
     outputs = llm.generate(prompts(1)[0] | {"cache_salt": "1"}, params(1), use_tqdm=False)
     assert taken(llm, outputs, [1]).gate.any()
 
@@ -500,13 +553,58 @@ def test_the_plugin_is_an_entry_point() -> None:
 
     (found,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "ngrpo_ops")
     assert found.load() is adapter.register
-    create = adapter.register  # a second call changes nothing
     from vllm.engine.arg_utils import EngineArgs
 
+    adapter.register()
     before = EngineArgs.create_engine_config
-    create()
+    adapter.register()  # a second call changes nothing
     assert EngineArgs.create_engine_config is before
-    assert Path(adapter.__file__).name == "vllm.py"
+    assert Path(adapter.__file__).parent.name == "vllm"
+
+
+# The package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_plugin_loads_the_mixing_of_a_worker_only_where_it_is_used() -> None:
+    code = "import json, sys, ngrpo_ops.integrations.vllm; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert f"{adapter.__name__}.plugin" in loaded
+    assert not {f"{adapter.__name__}.engine", "vllm.engine.arg_utils", "vllm.v1.engine"} & set(loaded)
+
+
+def test_the_old_names_warn() -> None:
+    with pytest.warns(DeprecationWarning, match="request_kwargs"):
+        assert adapter.request_arguments is request_kwargs
+    with pytest.warns(DeprecationWarning, match="engine_kwargs"):
+        assert adapter.engine_arguments is engine_kwargs
+    with pytest.raises(AttributeError, match="no_such_name"):
+        adapter.no_such_name  # noqa: B018
+
+
+def test_an_engine_in_a_process_of_its_own_imports_the_strategy(own_strategies: str, tmp_path: Path) -> None:
+    """What vLLM does there: it loads the plugin and reads the engine's configuration."""
+    settings = engine_kwargs(MixingConfig(strategy=f"{own_strategies}:drawn", k=2))["additional_config"]["ngrpo_ops"]
+    code = f"""
+import json
+import os
+from ngrpo_ops.integrations.vllm.plugin import config_of
+from ngrpo_ops.strategies import get_strategy
+strategy = get_strategy(config_of(json.loads({json.dumps(settings)!r})).strategy)
+print(strategy.function.__module__, strategy.emits_sample)
+"""
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.splitlines()[-1] == f"{own_strategies} True"
+
+
+@pytest.mark.parametrize("name", ["client", "plugin", "pool", "records"])
+def test_the_examples_of_the_docstrings(name: str) -> None:
+    module = importlib.import_module(f"{adapter.__name__}.{name}")
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0 and not found.failed
 
 
 # The page ---------------------------------------------------------------------------------------------------------
