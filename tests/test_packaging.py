@@ -79,7 +79,7 @@ def test_wheel_and_sdist_bring_the_package_and_no_top_level_kernels(tmp_path: Pa
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"ngrpo_ops"}
-    assert {"ngrpo_ops/integrations/trl.py", "ngrpo_ops/functional.py", "ngrpo_ops/py.typed"} <= set(names)
+    assert {"ngrpo_ops/integrations/trl/trainer.py", "ngrpo_ops/functional.py", "ngrpo_ops/py.typed"} <= set(names)
     subprocess.run(
         [
             sys.executable,
