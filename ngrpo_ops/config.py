@@ -148,7 +148,7 @@ class MixingConfig:
             raise ValueError(f"k must be an integer of at least 1 (the anchor counts), got {self.k!r}")
         if self.sampler in _OLD_SAMPLERS:
             new = _OLD_SAMPLERS[self.sampler]
-            warnings.warn(f"sampler {self.sampler!r} is called {new!r} now", DeprecationWarning, stacklevel=4)
+            warnings.warn(f"sampler {self.sampler!r} is called {new!r} now", DeprecationWarning, stacklevel=3)
             self._set("sampler", new)
         for one in fields(self):
             self._check_range(one)
@@ -223,12 +223,14 @@ class MixingConfig:
                 raise ValueError(f"{name} must be below the vocabulary size {size}, got {beyond}")
 
 
-def described(name: str, default: Any = MISSING) -> Any:
+def described(name: str, default: Any = MISSING, note: str = "") -> Any:
     """A dataclass field with the default and the help of `MixingConfig`'s field `name`, for a trainer's own config.
 
     Args:
         name: the field of `MixingConfig`.
         default: the default where the trainer's differs.
+        note: a sentence after the help, which explains that default.
     """
     one = {f.name: f for f in fields(MixingConfig)}[name]
-    return field(default=one.default if default is MISSING else default, metadata={"help": one.metadata["help"]})
+    text = f"{one.metadata['help']} {note}".rstrip()
+    return field(default=one.default if default is MISSING else default, metadata={"help": text})

@@ -79,9 +79,8 @@ def test_wheel_and_sdist_bring_the_package_and_no_top_level_kernels(tmp_path: Pa
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"ngrpo_ops"}
-    assert {"ngrpo_ops/integrations/trl/trainer.py", "ngrpo_ops/ops/decode_step/api.py", "ngrpo_ops/py.typed"} <= set(
-        names
-    )
+    wanted = ("integrations/trl/trainer.py", "ops/decode_step/api.py", "kernels/decode_step.py", "py.typed")
+    assert {f"ngrpo_ops/{name}" for name in wanted} <= set(names)
     subprocess.run(
         [
             sys.executable,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from datasets import Dataset
 from models import EOS, VOCABULARY, tiny_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processes import assert_same_training, two_processes
+from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
-from ngrpo_ops import MixRecord, NeighborTable, group_advantages, nearest_neighbors
-from ngrpo_ops.integrations import trl as adapter
+from ngrpo_ops import MixingConfig, MixRecord, NeighborTable, group_advantages, nearest_neighbors, strategies
 from ngrpo_ops.integrations.transformers import NeighborMixing
-from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer, checks
+from ngrpo_ops.integrations.trl import trainer as trainer_module
 
 PARITY = 1e-5
 
@@ -148,6 +151,51 @@ def test_the_policy_scores_the_rollouts_own_history(train: Any, settings: dict) 
     assert errors and max(errors) <= PARITY
 
 
+@pytest.fixture
+def user_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A strategy in a module of the user's: two draws of the policy's and the likeliest tokens, all of one weight."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ways.py").write_text(
+        "import torch\n\n\n"
+        "def even(policy):\n"
+        "    ids = torch.cat([policy.draws(2), policy.likeliest(policy.k - 2)], dim=-1)\n"
+        "    return ids, torch.full(ids.shape, 1 / policy.k, device=ids.device)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    yield "mine.ways:even"
+    for name in ("mine", "mine.ways"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
+@pytest.mark.parametrize("loss_on_mixed_steps", [True, False])
+def test_a_strategy_of_the_users_trains(
+    train: Any, user_strategy: str, loss_on_mixed_steps: bool, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[dict] = []
+    generate = NGRPOTrainer._generate_and_score_completions
+
+    def keep(self: Any, inputs: Any) -> Any:
+        outputs.append(generate(self, inputs))
+        return outputs[-1]
+
+    monkeypatch.setattr(NGRPOTrainer, "_generate_and_score_completions", keep)
+    trainer = train(
+        steps=2, mixing_rate=0.5, mixing_strategy=user_strategy, mixing_k=4, mixing_sampler=sampler,
+        loss_on_mixed_steps=loss_on_mixed_steps,
+    )  # fmt: skip
+    errors = logged(trainer, "mix/replay_error")
+    assert len(errors) == 2 and max(errors) < PARITY
+    assert logged(trainer, "mix/anchor_weight") == [0.25, 0.25]
+    assert len(outputs) == 2
+    for output in outputs:
+        live, gate = output["completion_mask"].bool(), output["mix_gate"]
+        assert gate.any() and ("tool_mask" in output) is not loss_on_mixed_steps
+        scored = live if loss_on_mixed_steps else live & ~gate
+        assert int(output["num_items_in_batch"]) == int(scored.sum())
+
+
 SEQUENCE = {"importance_sampling_level": "sequence"}
 
 
@@ -183,7 +231,7 @@ def test_without_the_replay_the_error_is_large(train: Any, settings: dict, monke
 
 def test_an_error_beyond_rounding_is_warned_of(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning", said.append)
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
     train(steps=1, mixing_rate=0.5)
     assert not said
     with monkeypatch.context() as patch:
@@ -210,7 +258,7 @@ def test_rounding_in_bfloat16_is_told_from_a_missing_replay(
     train: Any, settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning", said.append)
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
     for rate in (0.5, 1.0):
         trainer = train(mixing_rate=rate, **settings)
         assert 1e-3 < max(logged(trainer, "mix/replay_error")) < 0.1 and not said
@@ -505,10 +553,11 @@ def tiny_larger() -> Any:
         ("mixing_noise_scale", 0.5),
         ("mixing_stop_token_ids", [-1]),
         ("mixing_allowed_token_ids", [1]),
+        ("loss_on_mixed_steps", "no"),
     ],
 )
 def test_bad_fields_name_themselves(tmp_path: Path, field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=f"^{field} "):
         NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
 
 
@@ -521,12 +570,79 @@ def test_a_plain_config_is_refused_and_none_makes_our_own(train: Any, checkpoint
             self.use_cpu, self.bf16 = True, False
             super().__post_init__()
 
-    monkeypatch.setattr(adapter, "NGRPOConfig", OnCPU)
+    monkeypatch.setattr(trainer_module, "NGRPOConfig", OnCPU)
     seen = {}
     monkeypatch.setattr(GRPOTrainer, "__init__", lambda self, *a, **k: seen.update(k, positional=a) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         NGRPOTrainer(tiny_model(), distinct, None, prompts())
     assert isinstance(seen["positional"][2], NGRPOConfig)
+
+
+def test_fields_are_those_of_the_mixing_config() -> None:
+    """Their names, defaults and help; two defaults are the trainer's."""
+    ours = {f.name: f for f in fields(NGRPOConfig)}
+    added = ours.keys() - {f.name for f in fields(GRPOConfig)}
+    theirs = {
+        f.name if f.name.startswith("mixing_") or f.name == "loss_on_mixed_steps" else f"mixing_{f.name}": f
+        for f in fields(MixingConfig)
+    }
+    assert added == theirs.keys()
+    notes = {"mixing_seed": " None: the trainer's `seed`.", "mixing_stop_token_ids": " None: no token."}
+    for name in added:
+        assert ours[name].default == (None if name in notes else theirs[name].default), name
+        assert ours[name].metadata["help"] == theirs[name].metadata["help"] + notes.get(name, ""), name
+
+
+def test_every_field_reaches_the_mixing_config(tmp_path: Path) -> None:
+    given = {
+        "mixing_k": 5, "mixing_rate": 0.2, "mixing_temperature": 0.7, "mixing_metric": "dot",
+        "mixing_strategy": "neighbor", "mixing_variant": "released", "mixing_entropy_threshold": 0.5,
+        "mixing_sampler": "counter_based", "mixing_seed": 7, "mixing_stop_token_ids": [3, 4],
+        "mixing_allowed_token_ids": [5, 6, 7, 8, 9], "loss_on_mixed_steps": False,
+    }  # fmt: skip
+    mixing = NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **given).mixing()
+    assert mixing == MixingConfig(
+        k=5, mixing_rate=0.2, temperature=0.7, metric="dot", strategy="neighbor", variant="released",
+        entropy_threshold=0.5, sampler="counter_based", seed=7, stop_token_ids=[3, 4],
+        allowed_token_ids=[5, 6, 7, 8, 9], loss_on_mixed_steps=False,
+    )  # fmt: skip
+    options = {"mixing_noise_scale": ("gaussian", 0.5), "mixing_moi_beta": ("moi", 2.0)}
+    for name, (strategy, value) in options.items():
+        config = NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, mixing_strategy=strategy, **{name: value})
+        assert config.mixing().options[name.removeprefix("mixing_")] == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "--mixing_k 4 --mixing_rate 0.3 --mixing_temperature 0.5 --mixing_metric l2 "
+            "--mixing_strategy mine.ways:even --mixing_variant paper --mixing_entropy_threshold 0.1 "
+            "--mixing_sampler counter_based --mixing_seed 3 --mixing_stop_token_ids 8 9 --loss_on_mixed_steps false",
+            {
+                "k": 4, "mixing_rate": 0.3, "temperature": 0.5, "metric": "l2", "strategy": "mine.ways:even",
+                "variant": "paper", "entropy_threshold": 0.1, "sampler": "counter_based", "seed": 3,
+                "stop_token_ids": (8, 9), "loss_on_mixed_steps": False,
+            },
+        ),
+        ("--mixing_strategy gaussian --mixing_noise_scale 0.5", {"strategy": "gaussian", "noise_scale": 0.5}),
+        ("--mixing_strategy moi --mixing_moi_beta 0.5", {"strategy": "moi", "moi_beta": 0.5}),
+        ("--mixing_allowed_token_ids 5 6 7", {"allowed_token_ids": (5, 6, 7)}),
+    ],
+    ids=["most", "gaussian", "moi", "allowed"],
+)  # fmt: skip
+def test_fields_are_flags_of_a_command_line(tmp_path: Path, user_strategy: str, flags: str, expected: dict) -> None:
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", *flags.split()]
+    (parsed,) = HfArgumentParser(NGRPOConfig).parse_args_into_dataclasses(words)
+    mixing = parsed.mixing()
+    assert {name: getattr(mixing, name) for name in expected} == expected
+
+
+def test_the_samplers_old_name_works_and_warns_once(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="'ngrpo' is called 'counter_based' now") as warned:
+        config = NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, mixing_sampler="ngrpo")
+        assert config.mixing().sampler == config.mixing_sampler == "counter_based"
+    assert len([one for one in warned if one.category is DeprecationWarning]) == 1
 
 
 def test_the_number_of_candidates_follows_the_strategy(tmp_path: Path) -> None:
@@ -540,14 +656,14 @@ def test_the_seed_keys_the_gates_unless_one_is_given(tmp_path: Path) -> None:
     assert NGRPOConfig(str(tmp_path), seed=11, mixing_seed=5, **settings).mixing().seed == 5
 
 
-@pytest.mark.parametrize("name", sorted(adapter._EXPECTED_PARAMETERS))
+@pytest.mark.parametrize("name", sorted(checks.EXPECTED_PARAMETERS))
 def test_a_changed_trl_stops_the_import(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(GRPOTrainer, name, lambda self, something_else: None)
     with pytest.raises(ImportError, match=name):
-        adapter._check_trl()
+        checks.check_trl()
     monkeypatch.setattr(GRPOTrainer, name, None)
     with pytest.raises(ImportError, match=name):
-        adapter._check_trl()
+        checks.check_trl()
 
 
 def test_the_readmes_script_trains(checkpoint: str, tmp_path: Path) -> None:

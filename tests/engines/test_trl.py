@@ -19,9 +19,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from vllm.v1.worker.worker_base import WorkerBase
 
-from ngrpo_ops.integrations import trl as adapter
 from ngrpo_ops.integrations.transformers import NeighborMixing
 from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+from ngrpo_ops.integrations.trl import trainer as trainer_module
 from ngrpo_ops.random import philox
 
 PARITY = 1e-4
@@ -139,7 +139,7 @@ def test_an_engine_over_both_ranks(checkpoint: str, tmp_path: Path, difference: 
 
 def test_without_the_replay_both_metrics_are_large(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning", said.append)
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
     monkeypatch.setattr(NeighborMixing, "replay", lambda self, record, model=None: nullcontext())
     trainer = train(mixing_rate=0.5)
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) > 1e-2
@@ -149,7 +149,7 @@ def test_without_the_replay_both_metrics_are_large(train: Any, monkeypatch: pyte
 
 def test_a_stale_engine_is_named(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(adapter.logger, "warning", said.append)
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: None)
     trainer = train(mixing_rate=0.5)
     assert max(logged(trainer, "mix/replay_error")) > 1e-3

@@ -1,0 +1,82 @@
+"""Runs in the trainer's process. The configuration: TRL's fields, and those of `MixingConfig` with a prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from trl import GRPOConfig
+
+from ngrpo_ops import MixingConfig
+from ngrpo_ops.config import described
+
+TRAINER_FIELDS = {
+    f.name: f.name if f.name in ("mixing_rate", "loss_on_mixed_steps") else f"mixing_{f.name}"
+    for f in fields(MixingConfig)
+}
+"""The fields of `MixingConfig`, each with its name in `NGRPOConfig`."""
+
+
+@dataclass
+class NGRPOConfig(GRPOConfig):
+    """`GRPOConfig` with the fields of N-GRPO. The help of `MixingConfig` explains each of them.
+
+    The other fields and their defaults are TRL's. `mixing_k` and `mixing_sampler` hold the resolved values afterwards.
+
+    Raises:
+        ValueError: a mixing field has a value that is not allowed; the message names the field.
+
+    Example:
+        >>> from ngrpo_ops.integrations.trl import NGRPOConfig
+        >>> args = NGRPOConfig("out", use_cpu=True, bf16=False, seed=11, mixing_rate=0.2, mixing_strategy="anchor")
+        >>> args.mixing_k
+        1
+        >>> mixing = args.mixing()
+        >>> mixing.strategy, mixing.mixing_rate, mixing.seed
+        ('anchor', 0.2, 11)
+        >>> NGRPOConfig("out", use_cpu=True, bf16=False, mixing_metric="hamming")
+        Traceback (most recent call last):
+        ValueError: mixing_metric must be one of ('cosine', 'dot', 'l2', 'l1'), got 'hamming'
+    """
+
+    # The types are those that HfArgumentParser reads from a command line.
+    mixing_k: int | None = described("k")
+    mixing_rate: float = described("mixing_rate")
+    mixing_temperature: float | None = described("temperature")
+    mixing_metric: str = described("metric")
+    mixing_strategy: str = described("strategy")
+    mixing_variant: str = described("variant")
+    mixing_entropy_threshold: float | None = described("entropy_threshold")
+    mixing_noise_scale: float | None = described("noise_scale")
+    mixing_moi_beta: float | None = described("moi_beta")
+    mixing_sampler: str = described("sampler")
+    mixing_seed: int | None = described("seed", None, "None: the trainer's `seed`.")
+    mixing_stop_token_ids: list[int] | None = described("stop_token_ids", None, "None: no token.")
+    mixing_allowed_token_ids: list[int] | None = described("allowed_token_ids")
+    loss_on_mixed_steps: bool = described("loss_on_mixed_steps")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mixing = self.mixing()
+        self.mixing_k, self.mixing_sampler = mixing.k, mixing.sampler  # no longer None, nor the sampler's old name
+
+    def mixing(self) -> MixingConfig:
+        """The fields as a `MixingConfig`.
+
+        Raises:
+            ValueError: see the class.
+
+        Example:
+            >>> from ngrpo_ops.integrations.trl import NGRPOConfig
+            >>> NGRPOConfig("out", use_cpu=True, bf16=False, mixing_k=5, mixing_seed=7).mixing().seed
+            7
+        """
+        values = {name: getattr(self, ours) for name, ours in TRAINER_FIELDS.items()}
+        if values["seed"] is None:
+            values["seed"] = self.seed
+        if values["stop_token_ids"] is None:
+            values["stop_token_ids"] = ()
+        try:
+            return MixingConfig(**values)
+        except ValueError as error:
+            name, space, message = str(error).partition(" ")  # the first word is the name of the field
+            raise ValueError(f"{TRAINER_FIELDS.get(name, name)}{space}{message}") from None
