@@ -26,6 +26,12 @@ def test_the_package_imports_no_trainer() -> None:
     assert run(f"import sys, ngrpo_ops; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
+def test_ray_workers_import_the_openrlhf_adapter_cheaply() -> None:
+    heavy = "{'openrlhf', 'ray', 'vllm', 'transformers', 'trl', 'triton'}"
+    code = f"import sys, ngrpo_ops.integrations.openrlhf as a; a.install(); print({heavy} & set(sys.modules))"
+    assert run(code).strip() == "set()"
+
+
 @pytest.mark.parametrize(("adapter", "needs"), [("transformers", "transformers"), ("trl", "trl"), ("vllm", "vllm")])
 def test_an_adapter_without_its_trainer_says_what_to_install(adapter: str, needs: str) -> None:
     code = f"""
@@ -80,6 +86,8 @@ def test_wheel_and_sdist_bring_the_package_and_no_top_level_kernels(tmp_path: Pa
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"ngrpo_ops"}
     assert {"ngrpo_ops/integrations/trl.py", "ngrpo_ops/functional.py", "ngrpo_ops/py.typed"} <= set(names)
+    of_openrlhf = {path.name for path in (ROOT / "integrations" / "openrlhf").glob("*.py")}
+    assert of_openrlhf and {f"ngrpo_ops/integrations/openrlhf/{name}" for name in of_openrlhf} <= set(names)
     subprocess.run(
         [
             sys.executable,
