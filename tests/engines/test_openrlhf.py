@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
 import inspect
 import json
@@ -20,13 +21,21 @@ from typing import Any
 import pytest
 import torch
 from cpu_engine import SHAPE
+from models import byte_tokenizer
 from openrlhf_cpu.runs import OURS, PROMPTS, SAMPLES, STOCK, Run, make_inputs, run
+from ray._common.utils import load_class
 from torch import Tensor, nn
 
 from ngrpo_ops import MixingConfig, MixRecord, gaussian_noise
 from ngrpo_ops.integrations import openrlhf as adapter
-from ngrpo_ops.integrations.openrlhf import MixedSample
+from ngrpo_ops.integrations.openrlhf import checks, dry_run, launcher
+from ngrpo_ops.integrations.openrlhf.samples import action_ranges, experience_metrics, make_overlay
+from ngrpo_ops.integrations.openrlhf.settings import VARIABLE, read_settings
+from ngrpo_ops.integrations.openrlhf.workers import PATCHES, replaying
 from ngrpo_ops.random import bernoulli, philox
+from ngrpo_ops.record import SparseRecord
+from ngrpo_ops.strategies import _registry as registry
+from ngrpo_ops.strategies import get_strategy
 from ngrpo_ops.versions import TESTED
 
 # What the runs' processes load at their start: here for openrlhf's own imports.
@@ -64,7 +73,7 @@ def installed() -> Iterator[None]:
 # Replay ------------------------------------------------------------------------------------------------------------
 
 
-def samples(noise: bool = False) -> list[MixedSample]:
+def samples(noise: bool = False) -> list[SparseRecord]:
     """Of rows with prompts of 3, 1 and 5 tokens and 6, 9 and 2 generated ones."""
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -73,12 +82,12 @@ def samples(noise: bool = False) -> list[MixedSample]:
         weights = torch.rand(len(steps), 3, generator=generator, dtype=torch.float64).softmax(-1).float()
         at = torch.tensor(steps, dtype=torch.int64)
         made.append(
-            MixedSample(first, at, ids, weights, torch.zeros(length), (0.33, 7, 40 + row) if noise else None)
+            SparseRecord(first, at, ids, weights, torch.zeros(length), (0.33, 7, 40 + row) if noise else None)
         )  # fmt: skip
     return made
 
 
-def batch(rows: list[MixedSample]) -> experiences.Experience:
+def batch(rows: list[SparseRecord]) -> experiences.Experience:
     """Padded on the right, as OpenRLHF does; each mixed position holds its anchor."""
     length = max(row.first + len(row.logprobs) for row in rows)
     generator = torch.Generator().manual_seed(1)
@@ -97,7 +106,7 @@ def batch(rows: list[MixedSample]) -> experiences.Experience:
     )  # fmt: skip
 
 
-def by_hand(actor: Any, rows: list[MixedSample], experience: experiences.Experience) -> Tensor:
+def by_hand(actor: Any, rows: list[SparseRecord], experience: experiences.Experience) -> Tensor:
     """[B, L - 1] log-probabilities of the actions: each row alone, without padding, from embeddings formed here."""
     out = torch.zeros(experience.action_mask.shape)
     embedded = actor.model.get_input_embeddings()
@@ -141,7 +150,7 @@ def test_values_and_gradients_are_those_of_a_forward_by_hand(
         return values.detach() * experience.action_mask, grads
 
     def replayed() -> Tensor:
-        with adapter.replaying(actor, [rows]):
+        with replaying(actor, [rows]):
             return actor(experience.sequences, experience.action_mask, experience.attention_mask)
 
     expected, wanted = scored(lambda: by_hand(actor, rows, experience))
@@ -165,7 +174,7 @@ def test_records_of_other_sequences_are_noticed(installed: None, inputs: Path) -
     actor = Actor(str(inputs / "model"))
 
     def score(batches: list, times: int = 1) -> None:
-        with torch.no_grad(), adapter.replaying(actor, batches):
+        with torch.no_grad(), replaying(actor, batches):
             for _ in range(times):
                 actor(experience.sequences, experience.action_mask, experience.attention_mask)
 
@@ -182,7 +191,7 @@ def test_records_of_other_sequences_are_noticed(installed: None, inputs: Path) -
         score([rows, rows])
     with pytest.raises(RuntimeError, match="more often"):
         score([rows], times=2)
-    with pytest.raises(RuntimeError, match="called 0 times"), adapter.replaying(actor, [rows]):
+    with pytest.raises(RuntimeError, match="called 0 times"), replaying(actor, [rows]):
         actor.model.config.use_cache = False
         actor.model.forward = lambda *args, **kwargs: {"logits": torch.zeros(*experience.sequences.shape, 259)}
         actor(experience.sequences, experience.action_mask, experience.attention_mask)
@@ -199,7 +208,7 @@ def test_ring_attention_each_rank_replays_its_slice(size: int, monkeypatch: pyte
     for rank in range(size):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
         sliced, *_ = ring_attn_utils.unpad_and_slice_tensor(experience.sequences, experience.attention_mask, "group")
-        overlay = adapter.place(rows, experience.attention_mask, packed=True, group="group")
+        overlay = make_overlay(rows, experience.attention_mask, packed=True, group="group")
         assert torch.equal(sliced.flatten()[overlay.positions], overlay.ids[:, 0])
         seen += [
             (*ids, step, row)
@@ -221,7 +230,7 @@ def test_records_survive_the_replay_buffer(installed: None, inputs: Path) -> Non
     shuffled = experiences.make_experience_batch([items[2], items[0]])
     assert [row.first for row in shuffled.mm_train_inputs] == [5, 3]
     actor = Actor(str(inputs / "model")).float()
-    with torch.no_grad(), adapter.replaying(actor, [shuffled.mm_train_inputs]):
+    with torch.no_grad(), replaying(actor, [shuffled.mm_train_inputs]):
         found = actor(shuffled.sequences, shuffled.action_mask, shuffled.attention_mask)
     whole = batch(rows)
     expected = by_hand(actor, rows, whole)[[2, 0], : found.shape[1]]
@@ -235,34 +244,91 @@ def test_metrics_are_totals_over_the_rollout() -> None:
     for i, row in enumerate(rows):
         experience.action_log_probs[i, row.first - 1 : row.first - 1 + len(row.logprobs)] = row.logprobs
     experience.action_log_probs[1, 4] += 0.25
-    found = adapter.rollout_metrics([experience])
+    found = experience_metrics([experience])
     mixed = torch.cat([row.logprobs[row.steps] for row in rows])
     assert found["mix/gated_share"] == pytest.approx(6 / 17)
     assert found["mix/anchor_differs"] == pytest.approx(float((1 - mixed.exp()).mean()))
     assert found["mix/anchor_weight"] == pytest.approx(float(torch.cat([row.weights[:, 0] for row in rows]).mean()))
     assert found["mix/replay_error"] == pytest.approx(0.25, abs=1e-6)
     experience.action_mask[1, 4] = 0  # a token that does not enter the loss is not scored
-    assert adapter.rollout_metrics([experience])["mix/replay_error"] < 1e-6
+    assert experience_metrics([experience])["mix/replay_error"] < 1e-6
 
 
 def test_a_sample_has_all_of_its_record() -> None:
     gate = torch.tensor([[True, False, True, True]])
     ids, weights = torch.arange(12).view(1, 4, 3), torch.rand(1, 4, 3)
     noise = {"noise_scale": torch.tensor([0.5]), "noise_seed": torch.tensor([7]), "row_ids": torch.tensor([9])}
-    sample = MixedSample.of(MixRecord(gate, ids, weights, 0, torch.randn(1, 4), **noise), first=5)
+    sample = MixRecord(gate, ids, weights, 0, torch.randn(1, 4), **noise).sparse(0, first=5)
     assert sample.steps.tolist() == [0, 2, 3] and sample.first == 5 and sample.noise == (0.5, 7, 9)
     assert torch.equal(sample.ids, ids[0, [0, 2, 3]]) and torch.equal(sample.weights, weights[0, [0, 2, 3]])
     assert len(sample.logprobs) == 4
 
 
-def test_tokens_left_out_of_the_loss_and_cut_samples() -> None:
+def test_tokens_left_out_of_the_loss() -> None:
     first, second, third = samples()
-    assert adapter.action_ranges(first) == [(4, 5), (7, 8)]
-    assert adapter.action_ranges(second) == [(1, 2), (3, 9)]
-    assert adapter.action_ranges(third) == [(5, 7)]
-    cut = first.cut(6)
-    assert cut.steps.tolist() == [0, 2] and len(cut.logprobs) == 3 and torch.equal(cut.ids, first.ids[:2])
-    assert len(first.cut(2).logprobs) == 0 and not len(first.cut(2).steps)
+    assert action_ranges(first) == [(4, 5), (7, 8)]
+    assert action_ranges(second) == [(1, 2), (3, 9)]
+    assert action_ranges(third) == [(5, 7)]
+
+
+@pytest.mark.parametrize("loss_on_mixed_steps", [True, False])
+@pytest.mark.parametrize(("max_length", "kept"), [(9, 6), (6, 3), (2, 0)])
+def test_the_record_is_cut_with_its_sample(
+    executor: Callable[..., Any], inputs: Path, max_length: int, kept: int, loss_on_mixed_steps: bool
+) -> None:
+    """OpenRLHF cuts a sample to `max_length` tokens, here of a prompt of 3 and 6 generated ones."""
+    whole = samples()[0]
+    gate = torch.zeros(1, 6, dtype=torch.bool)
+    ids, weights = torch.zeros(1, 6, 3, dtype=torch.int64), torch.zeros(1, 6, 3)
+    gate[0, whole.steps], ids[0, whole.steps], weights[0, whole.steps] = True, whole.ids, whole.weights
+    engine = EngineOfOne(MixRecord(gate, ids, weights, 0, torch.rand(1, 6)))
+    made = executor(str(inputs / "reward.py"), loss_on_mixed_steps=loss_on_mixed_steps)
+    made.execute.__globals__["read_records"] = lambda replies: replies[0]
+    params = SimpleNamespace(extra_args=None, max_tokens=max_length, logprobs=None)
+    call = made.execute("abc", "", params, max_length, byte_tokenizer(), engine, images=iter([41, 42]))
+    response = asyncio.run(call)
+    assert engine.asked == [{"ngrpo_ops": {"row_id": 41}}] and engine.fetched == [([41], [6])]
+    record = response["mm_train_inputs"]
+    mixed = [step for step in whole.steps.tolist() if step < kept]
+    assert record.first == 3 and record.steps.tolist() == mixed
+    assert torch.equal(record.logprobs, engine.record.logprobs[0, :kept])
+    assert torch.equal(record.ids, whole.ids[: len(mixed)]) and torch.equal(record.weights, whole.weights[: len(mixed)])
+    assert response["action_ranges"] == ([(3, 9)] if loss_on_mixed_steps else action_ranges(record))
+    experience = SamplesGenerator._process_response_into_experience(None, response, max_len=max_length)
+    patched = PATCHES["openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._process_response_into_experience"]
+    measured = patched(lambda self, response, **kwargs: experience)(None, response, max_len=max_length)
+    assert measured.response_length.tolist() == [kept]
+
+
+class EngineOfOne:
+    """An engine with the record of its only request, to the executor."""
+
+    def __init__(self, record: MixRecord) -> None:
+        self.record, self.llm = record, self
+        self.asked: list[dict] = []
+        self.fetched: list[tuple] = []
+
+    async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
+        self.asked.append(sampling_params.extra_args)
+        output = SimpleNamespace(token_ids=[7] * self.record.length, finish_reason="length", logprobs=None)
+        return SimpleNamespace(outputs=[output])
+
+    async def collective_rpc(self, method: str, timeout: Any, args: tuple) -> list[MixRecord]:
+        self.fetched.append(args)
+        return [self.record]
+
+
+@pytest.fixture
+def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes an executor as OpenRLHF does: of a file, by its path."""
+    from openrlhf.trainer.ray.vllm_engine import _load_agent_executor
+
+    def make(reward_url: str, **mixing: Any) -> Any:
+        monkeypatch.setenv(VARIABLE, json.dumps({"mixing": mixing, "reward_url": reward_url}))
+        return _load_agent_executor(str(launcher.EXECUTOR))
+
+    yield make
+    adapter.uninstall()
 
 
 # Who is mixed ------------------------------------------------------------------------------------------------------
@@ -335,38 +401,28 @@ def test_a_training_sample_without_a_record_stops_the_run(installed: None) -> No
         RemoteExperienceMaker.make_experience(SimpleNamespace(), [experience])
 
 
-def test_rewards_are_openrlhfs_own_and_the_engine_is_one_that_mixes(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rewards_are_openrlhfs_own_and_the_engine_is_one_that_mixes(executor: Callable[..., Any], inputs: Path) -> None:
     import vllm
 
-    def executor(reward_url: str) -> Any:
-        monkeypatch.setenv(adapter._SETTINGS, json.dumps({"mixing": {"k": 2}, "reward_url": reward_url}))
-        from ngrpo_ops.integrations.openrlhf_executor import AgentExecutor
-
-        return AgentExecutor()
-
     original = vllm.AsyncEngineArgs
-    try:
-        served = executor("http://one/score,http://two/score")
-        assert served.reward_endpoints == ["http://one/score", "http://two/score"] and served.reward_func is None
-        assert served.config == MixingConfig(k=2)
-        arguments = vllm.AsyncEngineArgs(str(inputs / "model"), enable_prefix_caching=False)
-        assert isinstance(arguments, original) and arguments.additional_config["ngrpo_ops"]["k"] == 2
-        own = executor(str(inputs / "reward.py"))
-        assert float(own.reward_func(["abcc"], ["a"], [""])["rewards"]) == pytest.approx(0.2)
-    finally:
-        adapter.uninstall()
+    served = executor("http://one/score,http://two/score", k=2)
+    assert served.reward_endpoints == ["http://one/score", "http://two/score"] and served.reward_func is None
+    assert served.config == MixingConfig(k=2)
+    arguments = vllm.AsyncEngineArgs(str(inputs / "model"), enable_prefix_caching=False)
+    assert isinstance(arguments, original) and arguments.additional_config["ngrpo_ops"]["k"] == 2
+    own = executor(str(inputs / "reward.py"), k=2)
+    assert float(own.reward_func(["abcc"], ["a"], [""])["rewards"]) == pytest.approx(0.2)
+    adapter.uninstall()
     assert vllm.AsyncEngineArgs is original
 
 
 # What stops a start ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", adapter._EXPECTED_PARAMETERS)
+@pytest.mark.parametrize("target", checks.EXPECTED_PARAMETERS)
 def test_a_change_upstream_stops_the_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.check_openrlhf()
-    owner, name = adapter._resolve(target)
+    owner, name = checks.resolve(target)
     before = inspect.getattr_static(owner, name)
     with monkeypatch.context() as change:
         kinds = owner.__mro__[:-1] if isinstance(owner, type) else [owner]
@@ -380,7 +436,7 @@ def test_a_change_upstream_stops_the_start(target: str, monkeypatch: pytest.Monk
         change.setattr(owner, name, lambda self, renamed: None, raising=False)
         with pytest.raises(ImportError, match=r"found \['self', 'renamed'\]"):
             adapter.check_openrlhf()
-        if target in adapter._PATCHES:  # in a worker, whose node may have another version
+        if target in PATCHES:  # in a worker, whose node may have another version
             try:
                 with pytest.raises(ImportError, match="OpenRLHF has changed"):
                     adapter.install()
@@ -400,17 +456,17 @@ def test_another_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_install_is_idempotent_and_reversible() -> None:
-    before = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+    before = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
     finders = list(sys.meta_path)
     for _ in range(2):
         adapter.install()
-        once = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+        once = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
         adapter.install()
-        again = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+        again = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
         assert once == again and not set(map(id, once.values())) & set(map(id, before.values()))
         adapter.uninstall()
         adapter.uninstall()
-        after = {target: inspect.getattr_static(*adapter._resolve(target)) for target in adapter._PATCHES}
+        after = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
         assert after == before and sys.meta_path == finders
 
 
@@ -432,7 +488,7 @@ def test_a_module_is_patched_when_it_is_imported(monkeypatch: pytest.MonkeyPatch
 def test_a_look_for_a_module_or_a_failed_import_does_not_lose_the_patch(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = next(target for target in adapter._PATCHES if target.startswith(name))
+    target = next(target for target in PATCHES if target.startswith(name))
     parent, _, short = name.rpartition(".")
     kept = sys.modules[name]
     monkeypatch.delitem(sys.modules, name)
@@ -440,12 +496,12 @@ def test_a_look_for_a_module_or_a_failed_import_does_not_lose_the_patch(
     try:
         assert importlib.util.find_spec(name) is not None
         with monkeypatch.context() as changed:
-            changed.setitem(adapter._EXPECTED_PARAMETERS, target, ["self"])
+            changed.setitem(checks.EXPECTED_PARAMETERS, target, ["self"])
             with pytest.raises(ImportError, match="OpenRLHF has changed"):
                 importlib.import_module(name)
         assert name not in sys.modules
         importlib.import_module(name)
-        owner, method = adapter._resolve(target)
+        owner, method = checks.resolve(target)
         assert hasattr(getattr(owner, method), "__wrapped__")
     finally:
         adapter.uninstall()
@@ -470,7 +526,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, inputs: Path, *arguments: str) -> An
     flat = [word for pair in given.items() for word in pair]
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(sys, "argv", ["openrlhf", *flat, *arguments])
-    monkeypatch.setenv(adapter._SETTINGS, "")
+    monkeypatch.setenv(VARIABLE, "")
     with pytest.raises(Connected) as connected:
         adapter.main()
     return connected.value.args[0]
@@ -478,30 +534,96 @@ def launch(monkeypatch: pytest.MonkeyPatch, inputs: Path, *arguments: str) -> An
 
 def test_the_arguments_are_the_fields_of_mixing_config(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
-    adapter.add_arguments(parser)
+    launcher.add_arguments(parser)
     names = {option.removeprefix("--ngrpo.") for option in parser._option_string_actions} - {"-h", "--help"}
     assert names == {field.name for field in fields(MixingConfig)} | {"dry_run"}
     assert all(len(action.help or "") > 20 for action in parser._actions if action.dest != "help")
-    assert "the anchor counted" in parser.format_help()
+    text = " ".join(parser.format_help().split())
+    for part in ("the anchor counted", "Must be within [0, 1].", "--ngrpo.metric {cosine,dot,l2,l1}"):
+        assert part in text
 
     runtime = launch(monkeypatch, inputs, "--train.seed", "5")["runtime_env"]
     assert runtime["worker_process_setup_hook"] == "ngrpo_ops.integrations.openrlhf.install"
+    assert load_class(runtime["worker_process_setup_hook"]) is adapter.install  # as Ray's workers look for it
     assert "TOKENIZERS_PARALLELISM" in runtime["env_vars"]
-    monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
-    assert adapter.read_settings() == (MixingConfig(seed=5), "http://localhost/score")
+    monkeypatch.setenv(VARIABLE, runtime["env_vars"][VARIABLE])
+    assert read_settings() == (MixingConfig(seed=5), "http://localhost/score")
 
     words = (
         "--ngrpo.k 2 --ngrpo.mixing_rate 0.25 --ngrpo.temperature 0.7 --ngrpo.metric l2 --ngrpo.variant released "
-        "--ngrpo.entropy_threshold 0.5 --ngrpo.sampler ngrpo --ngrpo.stop_token_ids 7 8 --ngrpo.seed 3 "
+        "--ngrpo.entropy_threshold 0.5 --ngrpo.sampler counter_based --ngrpo.stop_token_ids 7 8 --ngrpo.seed 3 "
         "--ngrpo.allowed_token_ids 4 5 6 --ngrpo.loss_on_mixed_steps false --reward.remote_url a.py"
     )
     runtime = launch(monkeypatch, inputs, *words.split())["runtime_env"]
-    monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
+    monkeypatch.setenv(VARIABLE, runtime["env_vars"][VARIABLE])
     expected = MixingConfig(
         k=2, mixing_rate=0.25, temperature=0.7, metric="l2", variant="released", entropy_threshold=0.5,
         sampler="counter_based", stop_token_ids=(7, 8), seed=3, allowed_token_ids=(4, 5, 6), loss_on_mixed_steps=False,
     )  # fmt: skip
-    assert adapter.read_settings() == (expected, "a.py")
+    assert read_settings() == (expected, "a.py")
+
+
+def test_the_old_name_of_a_sampler_is_taken_with_a_warning(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(DeprecationWarning, match="'counter_based' now"):
+        runtime = launch(monkeypatch, inputs, "--ngrpo.sampler", "ngrpo")["runtime_env"]
+    assert json.loads(runtime["env_vars"][VARIABLE])["mixing"]["sampler"] == "counter_based"
+
+
+STRATEGY = """
+def pair(policy):
+    ids = policy.likeliest(policy.k)
+    return ids, policy.softmax(ids)
+
+def nothing():
+    pass
+"""
+
+
+@pytest.fixture
+def strategies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with a user's strategies, known to this process by the import path alone."""
+    (tmp_path / "user_strategies.py").write_text(STRATEGY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "user_strategies", raising=False)
+    monkeypatch.setattr("ngrpo_ops.strategies._registry", dict(registry))
+
+
+def test_a_strategy_of_the_users_reaches_engine_and_workers(
+    strategies: None, executor: Callable[..., Any], inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    name = "user_strategies:pair"
+    runtime = launch(monkeypatch, inputs, "--ngrpo.strategy", name, "--ngrpo.k", "2")["runtime_env"]
+    settings = json.loads(runtime["env_vars"][VARIABLE])
+    assert settings["mixing"]["strategy"] == name
+    # In a worker nothing is imported yet.
+    del sys.modules["user_strategies"]
+    monkeypatch.setattr("ngrpo_ops.strategies._registry", dict(registry))
+    made = executor(settings["reward_url"], **settings["mixing"])
+    assert made.config == MixingConfig(strategy=name, k=2, seed=42)  # OpenRLHF's own seed
+    assert get_strategy(name).function is sys.modules["user_strategies"].pair
+    arguments = vllm.AsyncEngineArgs(str(inputs / "model"))
+    assert arguments.additional_config["ngrpo_ops"]["strategy"] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:pair", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("user_strategies:other", "cannot be imported: AttributeError"),
+        ("user_strategies:nothing", "must be a function of one argument"),
+    ],
+)
+def test_a_strategy_that_cannot_be_used_is_an_error_of_the_command_line(
+    strategies: None, name: str, message: str, inputs: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        launch(monkeypatch, inputs, "--ngrpo.strategy", name)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"error: --ngrpo.strategy '{name}'" in said and message in said
 
 
 def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,8 +632,8 @@ def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pyt
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == ["python", "-m", OURS] and words[-1] == "$@"
     runtime = launch(monkeypatch, inputs, *words[3:-1])["runtime_env"]
-    monkeypatch.setenv(adapter._SETTINGS, runtime["env_vars"][adapter._SETTINGS])
-    assert adapter.read_settings()[0] == MixingConfig(k=3, mixing_rate=0.1, seed=42)
+    monkeypatch.setenv(VARIABLE, runtime["env_vars"][VARIABLE])
+    assert read_settings()[0] == MixingConfig(k=3, mixing_rate=0.1, seed=42)
     scope: dict[str, Any] = {}
     exec(reward, scope)
     queries = ["ask: so \\boxed{1/2}", "ask: so \\boxed{2}", "ask: I do not know"]
@@ -525,7 +647,8 @@ def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pyt
         ("--ngrpo.k 0", "--ngrpo.k must be an integer of at least 1"),
         ("--ngrpo.mixing_rate 2", "--ngrpo.mixing_rate must be within"),
         ("--ngrpo.loss_on_mixed_steps maybe", "expected true or false"),
-        ("--ngrpo.strategy none", "invalid choice"),
+        ("--ngrpo.strategy none", "--ngrpo.strategy must be one of"),
+        ("--ngrpo.metric none", "--ngrpo.metric must be one of ('cosine', 'dot', 'l2', 'l1'), got 'none'"),
         ("--ngrpo.nothing 1", "unrecognized arguments: --ngrpo.nothing"),
         ("--ngrpo.mixing_rate 1 --ngrpo.loss_on_mixed_steps false", "--ngrpo.mixing_rate must be below 1"),
         ("--ngrpo.k 100000", "--ngrpo.k must be at most the vocabulary size"),
@@ -755,24 +878,24 @@ def test_a_plugin_that_is_not_loaded_stops_the_first_rollout(train: Any) -> None
 
 def test_the_verdict_of_a_dry_run() -> None:
     far, near, none = torch.full((3,), 0.1), torch.full((3,), 1e-6), torch.empty(0)
-    assert adapter.verdict(near, near, far, mixes=True)[0] == 0
-    assert adapter.verdict(near, near, near, mixes=False)[0] == 0  # a mix of the anchor alone
+    assert dry_run.verdict(near, near, far, mixes=True)[0] == 0
+    assert dry_run.verdict(near, near, near, mixes=False)[0] == 0  # a mix of the anchor alone
     for differences, text in (
         ((near, far, far), "NO PARITY"),
         ((near, near * torch.nan, far), "NO PARITY"),
         ((near, near, near), "INCONCLUSIVE"),
         ((near, none, none), "nothing was compared"),
     ):
-        status, said = adapter.verdict(*differences, mixes=True)
+        status, said = dry_run.verdict(*differences, mixes=True)
         assert status == 1 and text in said
 
 
 def test_the_mixes_of_a_dry_run_are_strong() -> None:
     config = MixingConfig(k=5, mixing_rate=0.0, stop_token_ids=[3], entropy_threshold=9.0, loss_on_mixed_steps=False)
-    strong = adapter.strongly_mixed(config)
+    strong = dry_run.strongly_mixed(config)
     assert (strong.k, strong.mixing_rate, strong.temperature) == (5, 0.5, 4.0)
     assert strong.stop_token_ids == () and strong.entropy_threshold is None and strong.loss_on_mixed_steps
-    assert adapter.strongly_mixed(MixingConfig(mixing_rate=1.0, temperature=9.0)).temperature == 9.0
+    assert dry_run.strongly_mixed(MixingConfig(mixing_rate=1.0, temperature=9.0)).temperature == 9.0
 
 
 @pytest.mark.slow

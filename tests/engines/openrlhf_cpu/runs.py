@@ -84,8 +84,9 @@ def run(module: str, inputs: Path, folder: Path, *arguments: str, float32: bool 
     """
     (folder / "dump").mkdir()
     name = f"OPENRLHF_RUN_{uuid.uuid4().hex}"
+    path = os.pathsep.join(filter(None, [str(_FOLDER), str(_FOLDER.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {
-        "PYTHONPATH": f"{_FOLDER}:{_FOLDER.parent}", "OPENRLHF_DUMP": str(folder / "dump"), name: "1",
+        "PYTHONPATH": path, "OPENRLHF_DUMP": str(folder / "dump"), name: "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_DATASETS_CACHE": str(inputs / "cache"), "RAY_DEDUP_LOGS": "0",
         "TORCH_EXTENSIONS_DIR": str(_EXTENSIONS),

@@ -171,7 +171,7 @@ def _engine_float32(module: Any) -> None:
 
 
 def _without_replay(module: Any) -> None:
-    module._PATCHES["openrlhf.models.actor:Actor.forward"] = lambda original: original
+    module.PATCHES["openrlhf.models.actor:Actor.forward"] = lambda original: original
     module.replaying = lambda actor, batches: contextlib.nullcontext()
 
 
@@ -221,7 +221,7 @@ if FLOAT32:
         "vllm.engine.arg_utils": _engine_float32,
     }
 if "OPENRLHF_WITHOUT_REPLAY" in os.environ:
-    AFTER_IMPORT["ngrpo_ops.integrations.openrlhf"] = _without_replay
+    AFTER_IMPORT["ngrpo_ops.integrations.openrlhf.workers"] = _without_replay
 if "OPENRLHF_SEEDS" in os.environ:
     AFTER_IMPORT["vllm.v1.engine.async_llm"] = _seeds
 if "OPENRLHF_DUMP" in os.environ:
