@@ -79,9 +79,10 @@ def test_wheel_and_sdist_bring_the_package_and_no_top_level_kernels(tmp_path: Pa
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"ngrpo_ops"}
-    sources = [path for folder in ("integrations", "kernels") for path in (ROOT / folder).rglob("*.py")]
-    sources += (ROOT / "ngrpo_ops").rglob("*.py")  # without the links, which rglob does not follow
-    wanted = {"/".join(("ngrpo_ops", *path.relative_to(ROOT).parts)).replace("ngrpo_ops/ngrpo_ops", "ngrpo_ops") for path in sources}
+    bases = {"integrations": ROOT, "kernels": ROOT, ".": ROOT / "ngrpo_ops"}  # rglob follows no links
+    wanted = {
+        f"ngrpo_ops/{path.relative_to(base)}" for name, base in bases.items() for path in (base / name).rglob("*.py")
+    }
     assert {"ngrpo_ops/ops/decode_step/api.py", "ngrpo_ops/integrations/trl/trainer.py"} <= wanted <= set(names)
     assert "ngrpo_ops/py.typed" in names
     subprocess.run(
