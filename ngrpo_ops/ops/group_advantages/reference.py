@@ -80,9 +80,10 @@ def group_advantages(rewards: Tensor, settings: GroupSettings) -> tuple[Tensor, 
     groups = _Groups(rewards, settings)
     s = _statistics(groups, rewards, settings)
     divisor = groups.to_rows(s.divisor)
-    out = torch.where((s.weight != 0) & (divisor != 0), s.numerator / torch.where(divisor != 0, divisor, 1), 0)
+    has_divisor = divisor != 0
+    out = torch.where(s.counted & has_divisor, s.numerator / torch.where(has_divisor, divisor, 1), 0)
     if settings.singleton_groups == "nan":
-        out = torch.where((s.weight != 0) & groups.to_rows(s.is_singleton), torch.nan, out)
+        out = torch.where(s.counted & groups.to_rows(s.is_singleton), torch.nan, out)
     return groups.restore(out).to(rewards.dtype), s.scale.reshape(groups.count, -1)
 
 
@@ -91,9 +92,10 @@ def group_advantages_backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor
     groups = _Groups(rewards, settings)
     s = _statistics(groups, rewards, settings)
     divisor = groups.to_rows(s.divisor)
-    usable, safe_divisor = (s.weight != 0) & (divisor != 0), torch.where(divisor != 0, divisor, 1)
+    has_divisor = divisor != 0
+    safe_divisor = torch.where(has_divisor, divisor, 1)
     # What a row gets through its own numerator. The rest comes through the group's mean and scale.
-    direct = torch.where(usable, groups.arrange(grad).to(s.weight.dtype) * s.factor / safe_divisor, 0)
+    direct = torch.where(s.counted & has_divisor, groups.arrange(grad).to(s.weight.dtype) * s.factor / safe_divisor, 0)
     direct_sum = groups.sum(direct)
     grad_divisor = -groups.sum(torch.where(direct != 0, direct * (s.numerator / s.factor) / safe_divisor, 0))
     if settings.singleton_groups == "keep" and settings.needs_others:
@@ -112,7 +114,7 @@ def group_advantages_backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor
         out = out + s.weight * s.centered * groups.to_rows(torch.where(has_std, slope, 0))
     elif settings.scale == "mean":
         out = out + s.weight * groups.to_rows(grad_scale * inverse_weight)
-    return groups.restore(torch.where(s.weight != 0, out, 0)).to(rewards.dtype)
+    return groups.restore(torch.where(s.counted, out, 0)).to(rewards.dtype)
 
 
 class _Groups:
@@ -156,12 +158,13 @@ class _Groups:
 
 
 class _Statistics(NamedTuple):
-    """What forward and backward share. The first four are values of rows, the others of groups."""
+    """What forward and backward share. The first five are values of rows, the others of groups."""
 
     weight: Tensor
+    counted: Tensor  # weight != 0
     centered: Tensor
     numerator: Tensor
-    factor: Tensor  # what multiplies x - mean in the numerator
+    factor: Tensor | float  # what multiplies x - mean in the numerator
     total_weight: Tensor
     is_singleton: Tensor
     scale: Tensor
@@ -197,12 +200,13 @@ def _statistics(groups: _Groups, rewards: Tensor, settings: GroupSettings) -> _S
     keep = settings.singleton_groups == "keep" and settings.needs_others
     if keep:
         divisor = torch.where(is_singleton, 1 + (0 if scale_by == "none" else settings.eps), divisor)
-    factor = torch.ones_like(w)
+    factor: Tensor | float = 1.0
+    numerator = x if baseline == "none" else centered
     if baseline == "leave_one_out":
         whole = groups.to_rows(total_weight)
         rest = whole - w
         factor = torch.where(groups.to_rows(members > 1) & (rest != 0), whole / torch.where(rest != 0, rest, 1), 1)
-    numerator = x if baseline == "none" else centered * factor
+        numerator = centered * factor
     if keep:
         numerator = torch.where(groups.to_rows(is_singleton), x, numerator)
-    return _Statistics(w, centered, numerator, factor, total_weight, is_singleton, scale, divisor)
+    return _Statistics(w, counted, centered, numerator, factor, total_weight, is_singleton, scale, divisor)
