@@ -192,7 +192,7 @@ def action_ranges(sample: MixedSample) -> list[tuple[int, int]]:
 
 
 def place(samples: Sequence[MixedSample], attention_mask: Tensor, packed: bool, group: Any = None) -> Any:
-    """What a forward of the samples embeds: an `_Overlay` by the positions of its flattened ids.
+    """What a forward of the samples embeds: an `Overlay` by the positions of its flattened ids.
 
     Args:
         samples: B.
@@ -200,7 +200,7 @@ def place(samples: Sequence[MixedSample], attention_mask: Tensor, packed: bool, 
         packed: whether the forward is of all rows in one, without the padding.
         group: the processes that share a packed forward (ring attention), each with a slice of it; None: there is one.
     """
-    from .transformers import _Noise, _Overlay
+    from ngrpo_ops.rollout import Noise, Overlay
 
     device = attention_mask.device
     counts = torch.tensor([len(sample.steps) for sample in samples])
@@ -214,7 +214,7 @@ def place(samples: Sequence[MixedSample], attention_mask: Tensor, packed: bool, 
     if samples[0].noise is not None:
         scale, seed, row_ids = zip(*(sample.noise or () for sample in samples), strict=True)
         of_rows = [torch.tensor(values)[rows].to(device) for values in (scale, seed, row_ids)]
-        noise = _Noise(of_rows[0], of_rows[1], of_rows[2], steps.to(device))
+        noise = Noise(of_rows[0], of_rows[1], of_rows[2], steps.to(device))
     if packed:
         positions = (attention_mask.flatten().cumsum(0) - 1)[positions]
     if packed and group is not None:
@@ -224,8 +224,8 @@ def place(samples: Sequence[MixedSample], attention_mask: Tensor, packed: bool, 
         ours = positions // length == rank
         positions, ids, weights = positions[ours] - rank * length, ids[ours], weights[ours]
         if noise is not None:
-            noise = _Noise(noise.scale[ours], noise.seed[ours], noise.row_ids[ours], noise.steps[ours])
-    return _Overlay(positions, ids, weights, noise=noise)
+            noise = Noise(noise.scale[ours], noise.seed[ours], noise.row_ids[ours], noise.steps[ours])
+    return Overlay(positions, ids, weights, noise=noise)
 
 
 def rollout_metrics(experiences: Sequence[Any]) -> dict[str, float]:
