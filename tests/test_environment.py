@@ -182,7 +182,8 @@ def test_no_path_and_no_name_of_this_machine(monkeypatch):
 
 def test_tested_versions_are_those_that_an_installation_gets():
     """What is tested is what constraints.txt pins and the extras admit, for every adapter."""
-    adapters = {path.stem for path in (ROOT / "integrations").glob("*.py")}
+    folder = ROOT / "integrations"
+    adapters = {path.stem for path in [*folder.glob("*.py"), *(init.parent for init in folder.glob("*/__init__.py"))]}
     assert set(versions.TESTED) == adapters - {"openrlhf_executor"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
