@@ -80,6 +80,8 @@ def test_wheel_and_sdist_bring_the_package_and_no_top_level_kernels(tmp_path: Pa
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"ngrpo_ops"}
     assert {"ngrpo_ops/integrations/trl.py", "ngrpo_ops/functional.py", "ngrpo_ops/py.typed"} <= set(names)
+    adapter = {path.name for path in (ROOT / "integrations" / "transformers").glob("*.py")}
+    assert {f"ngrpo_ops/integrations/transformers/{name}" for name in adapter} <= set(names)
     subprocess.run(
         [
             sys.executable,
