@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ngrpo_ops import MixingConfig, MixRecord, candidate_weights, nearest_neighbors
+from ngrpo_ops import MixingConfig, MixRecord, candidate_weights, nearest_neighbors, strategies
 from ngrpo_ops.integrations.transformers import NeighborMixing
 from ngrpo_ops.strategies import get_strategy
 from ngrpo_ops.testing import STRATEGIES
@@ -741,3 +743,216 @@ def test_returned_logits_and_scores_are_those_of_generate() -> None:
     assert torch.equal(output.sequences, plain.sequences)
     assert all(torch.equal(x, y) for x, y in zip(output.logits, plain.logits, strict=True))
     assert all(bool((x.isfinite().sum(1) == 1).all()) for x in output.scores)
+
+
+# A user's own strategy --------------------------------------------------------------------------------------------
+
+
+_STRATEGIES = """
+import torch
+
+from ngrpo_ops import register_strategy
+from ngrpo_ops.strategies import Option
+
+
+def _equal(ids):
+    return ids, torch.full(ids.shape, 1 / ids.shape[1])
+
+
+def two_likeliest(policy):
+    return _equal(policy.likeliest(2))
+
+
+def two_draws(policy):
+    ids = policy.draws(policy.k)
+    return ids, policy.softmax(ids)
+
+
+@register_strategy(reads_neighbors=True, reads_filters=False)
+def equal_neighbors(policy):
+    return _equal(policy.neighbors())
+
+
+@register_strategy(options={"noise_scale": Option(0.5, "size of the noise")}, reads_filters=False)
+def noisy(policy):
+    return _equal(policy.likeliest(policy.k))
+
+
+def anchor_thrice(policy):
+    ids = policy.likeliest(1).expand(-1, 3)
+    return ids, torch.ones(ids.shape)
+
+
+def negative(policy):
+    ids = policy.likeliest(2)
+    return ids, torch.tensor([1.5, -0.5]).expand(ids.shape)
+
+
+def beyond(policy):
+    return _equal(policy.likeliest(2) + policy.vocabulary)
+
+
+def one_column(policy):
+    return _equal(policy.likeliest(1))
+
+
+def ids_of_int32(policy):
+    ids, weights = two_likeliest(policy)
+    return ids.int(), weights
+
+
+def weights_of_int64(policy):
+    ids, weights = two_likeliest(policy)
+    return ids, weights.long()
+
+
+def ids_alone(policy):
+    return policy.likeliest(2)
+
+
+def two_arguments(policy, temperature):
+    return two_likeliest(policy)
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MixingConfig]:
+    """Makes configurations whose strategy is a function of a user's module."""
+    (tmp_path / "own_strategies.py").write_text(_STRATEGIES)
+    (tmp_path / "broken_strategies.py").write_text("import a_module_that_is_nowhere\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    for module in ("own_strategies", "broken_strategies"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    def config(function: str, **fields: object) -> MixingConfig:
+        return MixingConfig(strategy=f"own_strategies:{function}", **{"k": 2, "mixing_rate": 0.5, **fields})  # type: ignore[arg-type]
+
+    return config
+
+
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
+@pytest.mark.parametrize("function", ["two_likeliest", "two_draws", "equal_neighbors", "noisy"])
+def test_a_strategy_of_the_user_replays(own: Callable[..., MixingConfig], function: str, sampler: str) -> None:
+    model = tiny_model()
+    mixing = NeighborMixing(model, own(function, sampler=sampler))
+    assert (mixing.table is not None) == (function == "equal_neighbors")
+    error, plain = replay_errors(mixing, model, left_padded(8), do_sample=True, temperature=0.7, num_return_sequences=2)
+    assert error <= PARITY and plain > 1e-2
+    error, plain = replay_errors(mixing, model, left_padded(8), do_sample=False)
+    assert error <= PARITY
+    # A greedy row draws its argmax every time, and the mix of one token is its own embedding.
+    assert plain > 1e-2 or function == "two_draws"
+
+
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
+def test_a_strategy_of_the_user_decides_what_is_emitted_and_mixed(
+    own: Callable[..., MixingConfig], sampler: str
+) -> None:
+    model, batch = tiny_model(), left_padded(8)
+    mixing = NeighborMixing(model, own("two_likeliest", sampler=sampler))
+    seen = _Seen()
+    sequences, record = mixing.generate(
+        **batch, do_sample=True, max_new_tokens=10, logits_processor=LogitsProcessorList([seen])
+    )
+    gate, scores = record.gate, torch.stack(seen.scores, dim=1)[:, : record.length]
+    assert gate.any() and not gate.all()
+    assert torch.equal(record.ids[gate], scores.topk(2).indices[gate])
+    assert (record.weights[gate] == 0.5).all()
+    assert torch.equal(sequences[:, record.prompt_length :][gate], scores.argmax(-1)[gate])
+    mask = full_mask(batch["attention_mask"], sequences)
+    with mixing.replay(record), torch.no_grad():
+        replayed = model(input_ids=sequences, attention_mask=mask).logits
+        by_hand = model(inputs_embeds=_reference_embeddings(model, sequences, record), attention_mask=mask).logits
+    assert (replayed - by_hand).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
+def test_the_draws_of_a_strategy_of_the_user_are_within_the_filters(
+    own: Callable[..., MixingConfig], sampler: str
+) -> None:
+    model, batch = tiny_model(), left_padded(16)
+    mixing = NeighborMixing(model, own("two_draws", mixing_rate=1.0, sampler=sampler))
+    seen = _Seen()
+    sequences, record = mixing.generate(
+        **batch, do_sample=True, top_k=2, max_new_tokens=10, min_new_tokens=10,
+        logits_processor=LogitsProcessorList([seen]),
+    )  # fmt: skip
+    likeliest = torch.stack(seen.scores, dim=1).topk(2).indices
+    emitted = sequences[:, record.prompt_length :]
+    assert record.gate.all() and torch.equal(record.ids[..., 0], emitted)
+    assert (record.ids[..., None] == likeliest[:, :, None]).any(-1).all()
+    assert 0.1 < (emitted == likeliest[..., 1]).double().mean() < 0.9
+    with pytest.raises(ValueError, match="typical_p"):
+        mixing.generate(**batch, do_sample=True, typical_p=0.5)
+
+
+def test_an_option_that_a_strategy_of_the_user_declares_is_read(own: Callable[..., MixingConfig]) -> None:
+    for noise_scale, expected in ((None, 0.5), (0.25, 0.25)):
+        mixing = NeighborMixing(tiny_model(), own("noisy", noise_scale=noise_scale))
+        _, record = mixing.generate(**left_padded(), max_new_tokens=4)
+        assert record.noise_scale.tolist() == [expected] * 4
+    with pytest.raises(ValueError, match="noise_scale"):
+        own("two_likeliest", noise_scale=0.5)
+
+
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
+@pytest.mark.parametrize(
+    ("function", "k", "reason"),
+    [("anchor_thrice", 3, "do not sum to 1"), ("negative", 2, "negative"), ("beyond", 2, "ids outside the vocabulary")],
+)
+def test_bad_values_of_a_strategy_stop_the_rollout_at_its_end(
+    own: Callable[..., MixingConfig], function: str, k: int, reason: str, sampler: str
+) -> None:
+    mixing = NeighborMixing(tiny_model(), own(function, k=k, mixing_rate=1.0, sampler=sampler))
+    steps = _Seen()
+    with pytest.raises(RuntimeError, match=f"row 100, step 0 .*its strategy returned .*{reason}"):
+        mixing.generate(
+            **left_padded(), row_ids=torch.arange(100, 104), max_new_tokens=6, min_new_tokens=6,
+            logits_processor=LogitsProcessorList([steps]),
+        )  # fmt: skip
+    assert len(steps.scores) == 6
+    assert not mixing.mixer.armed
+
+
+@pytest.mark.parametrize("sampler", ["native", "counter_based"])
+@pytest.mark.parametrize(
+    ("function", "error", "got"),
+    [
+        ("one_column", ValueError, r"\(4, 1\)"),
+        ("ids_of_int32", TypeError, "torch.int32"),
+        ("weights_of_int64", TypeError, "torch.int64"),
+        ("ids_alone", TypeError, "Tensor"),
+    ],
+)
+def test_a_strategy_that_returns_something_else_is_named(
+    own: Callable[..., MixingConfig], function: str, error: type[Exception], got: str, sampler: str
+) -> None:
+    model, batch = tiny_model(), left_padded()
+    expected = model.generate(**batch, max_new_tokens=4)
+    mixing = NeighborMixing(model, own(function, mixing_rate=1.0, sampler=sampler))
+    with pytest.raises(error, match=f"'own_strategies:{function}' must return ids int64 .*got .*{got}"):
+        mixing.generate(**batch, max_new_tokens=4)
+    assert torch.equal(model.generate(**batch, max_new_tokens=4), expected)  # and nothing stays armed
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        ("own_strategies:two_arguments", "function of one argument"),
+        ("own_strategies:number", "function of one argument"),
+        ("own_strategies:missing", "cannot be imported: AttributeError"),
+        ("missing_strategies:two_likeliest", "cannot be imported: ModuleNotFoundError"),
+        ("broken_strategies:two_likeliest", "cannot be imported: .*a_module_that_is_nowhere"),
+        ("two_likeliest", "must be one of"),
+        ("own_strategies:", "must be one of"),
+    ],
+)
+def test_a_strategy_that_is_none_is_refused_before_any_model(
+    own: Callable[..., MixingConfig], strategy: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"strategy .*{reason}"):
+        MixingConfig(strategy=strategy, k=2)
