@@ -141,7 +141,7 @@ class NeighborMixing:
         quiet = not logging.is_progress_bar_enabled()
         with (
             input_table(self._inner.get_input_embeddings(), self.vocabulary) as embedding,
-            tqdm(desc="neighbour table", unit="row", delay=5, leave=False, disable=quiet) as bar,
+            tqdm(desc="neighbor table", unit="row", delay=5, leave=False, disable=quiet) as bar,
         ):
 
             def progress(done: int, total: int) -> None:
