@@ -109,7 +109,7 @@ def require_mixing(llm: Any) -> None:
         >>> class Engine:  # stands for a vllm.LLM without the plugin
         ...     def collective_rpc(self, method, args):
         ...         raise NotImplementedError(f"no method {method}")
-        >>> require_mixing(Engine())
+        >>> require_mixing(Engine())  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: the engine cannot mix, the plugin 'ngrpo_ops' was not loaded in it (no method take_mix_records): ...
     """

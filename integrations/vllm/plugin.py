@@ -95,17 +95,17 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.integrations.vllm import refuse_engine
         >>> parallel = SimpleNamespace(
-        ...     pipeline_parallel_size=2, enable_batch_sharded_sampling=False, decode_context_parallel_size=1,
+        ...     pipeline_parallel_size=1, enable_batch_sharded_sampling=False, decode_context_parallel_size=1,
         ...     prefill_context_parallel_size=1, data_parallel_size=1,
         ... )
-        >>> model = SimpleNamespace(enable_trace_replay=False, enable_prompt_embeds=False, is_multimodal_model=False)
+        >>> model = SimpleNamespace(enable_trace_replay=False, enable_prompt_embeds=True, is_multimodal_model=False)
         >>> engine = SimpleNamespace(
         ...     use_v2_model_runner=True, parallel_config=parallel, model_config=model, speculative_config=None,
         ...     kv_transfer_config=None,
         ... )
         >>> refuse_engine(engine, MixingConfig())
         Traceback (most recent call last):
-        ValueError: pipeline_parallel_size > 1 cannot be mixed: tokens are sampled on the last stage and embedded ...
+        ValueError: enable_prompt_embeds cannot be mixed: a prompt of embeddings has no ids to mix among
     """
     if not is_tested("vllm", vllm.__version__):
         raise ValueError(
