@@ -93,14 +93,14 @@ def tile_sizes(request, monkeypatch):
 def test_tile_best_kernel_against_oracle(metric, data, q, c, best, int64):
     y = data.draw(prepared(c, metric))
     x = as_wide(data.draw(prepared(q, metric)), y)
-    own = integers(data.draw(generators), c + 1, q).int() - 1
+    excluded = integers(data.draw(generators), c + 1, q).int() - 1
     scores = all_scores(x, y, metric)
-    scores[own >= 0, own[own >= 0].long()] = -torch.inf
+    scores[excluded >= 0, excluded[excluded >= 0].long()] = -torch.inf
     if int64:
         with forced_int64():
-            found = kernels.tile_best(x, y, metric, own, best)
+            found = kernels.tile_best(x, y, metric, excluded, best)
     else:
-        found = kernels.tile_best(x, y, metric, own, best)
+        found = kernels.tile_best(x, y, metric, excluded, best)
     assert_best(found, scores, best)
 
 
@@ -224,8 +224,8 @@ def test_offsets_of_64_bits_where_rows_need_them():
     for rows, wide in ((2**18, False), (2**21, True)):
         table, prepared = meta(rows, 2048), meta(rows, 2048)
         assert launched(lambda t=table: kernels.pair_scores(t, None, ids, t, None, ids, "dot")) == [wide]
-        few, own = meta(16, 2048), meta(16, dtype=torch.int32)
-        assert launched(lambda p=prepared: kernels.tile_best(few, p, "dot", own, 2)) == [wide]  # noqa: B023
+        few, excluded = meta(16, 2048), meta(16, dtype=torch.int32)
+        assert launched(lambda p=prepared: kernels.tile_best(few, p, "dot", excluded, 2)) == [wide]  # noqa: B023
         assert launched(lambda p=prepared: kernels.tile_best_symmetric(few, p, "dot", 2, diagonal=False)) == [wide]  # noqa: B023
     strided = torch.empty(1, device="meta").as_strided((1000, 8), (2**22, 1))
     assert launched(lambda: kernels.pair_scores(strided, None, ids, strided, None, ids, "dot")) == [True]

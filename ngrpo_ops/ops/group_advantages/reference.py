@@ -27,8 +27,8 @@ class GroupSettings(NamedTuple):
         scale: "std", "mean" or "none".
         ddof: the variance divides by (W - ddof), with W the sum of the weights.
         eps: added to the scale.
-        singleton_groups: what a group of one row gets where `needs_others`: 0 ("zero"), its reward over 1 + eps
-            ("keep"), or NaN ("nan", which marks these groups).
+        singleton_groups: what a group of one row gets where `needs_others`: 0 ("zero"), or its reward over 1 + eps
+            ("keep"; over 1 where the scale is "none"). "nan" makes it NaN with all settings, which marks these groups.
         omit_nan: a NaN reward has weight 0.
     """
 
