@@ -97,8 +97,8 @@ def decide(
     """
     common: dict[str, Any] = {
         "strategy": config.strategy, "k": config.k, "temperature": temperature,
-        "mixing_temperature": config.temperature, "moi_beta": config.moi_beta, "variant": config.variant,
-        "seed": config.seed, "step": step, "row_ids": row_ids, **(filters if config.draws else {}),
+        "mixing_temperature": config.temperature, "variant": config.variant, "seed": config.seed, "step": step,
+        "row_ids": row_ids, **config.options, **(filters if config.draws else {}),
     }  # fmt: skip
     threshold = config.entropy_threshold
     if config.sampler == "counter_based":

@@ -133,6 +133,7 @@ def mixing_candidates(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     mixing_temperature: float | None = None,
+    noise_scale: float | None = None,
     moi_beta: float | None = None,
     variant: Variant = "paper",
     seed: int | Tensor = 0,
@@ -146,6 +147,7 @@ def mixing_candidates(
     Args:
         logits, neighbor_ids, strategy, k, temperature, mixing_temperature, moi_beta, variant, row_ids, backend: as in
             `decode_step`.
+        noise_scale: as in `decode_step`. Nothing is mixed here, so only a strategy of your own may read it.
         seed, step: as in `decode_step`. "gumbel", "moi", "multiplex" and strategies of your own draw by them.
         top_k, top_p, min_p: filters of what "moi", "multiplex" and strategies of your own draw from; for these alone.
         return_entropy: also return the entropy of softmax(logits / temperature), for a gate by entropy.
@@ -165,9 +167,9 @@ def mixing_candidates(
         ([[1, 2]], [0.731, 0.269])
     """
     settings, entry = resolve(
-        logits, {"moi_beta": moi_beta}, neighbor_ids=neighbor_ids, k=k, strategy=strategy, variant=variant,
-        temperature=temperature, mixing_temperature=mixing_temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seed, step=step, row_ids=row_ids,
+        logits, {"noise_scale": noise_scale, "moi_beta": moi_beta}, neighbor_ids=neighbor_ids, k=k, strategy=strategy,
+        variant=variant, temperature=temperature, mixing_temperature=mixing_temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, seed=seed, step=step, row_ids=row_ids,
     )  # fmt: skip
     require_flag(return_entropy, "return_entropy")
     for name, value in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
