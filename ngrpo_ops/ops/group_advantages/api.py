@@ -1,7 +1,7 @@
 """The public function `group_advantages`: its contract, its checks, and how advantages are put together.
 
 Several reward functions, a scale of the whole batch, and whitening are each put together from the one grouped
-operation in `ops`.
+operation in `registration`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .._checks import (
 )
 from .._library import choose_backend
 from .._precision import compute_dtype
-from . import ops
+from . import registration
 from .presets import Whitening
 from .reference import GroupSettings, require_offsets
 
@@ -155,7 +155,7 @@ def group_advantages(
         scored = ~columns.detach().isnan().all(1)
     if aggregation == "sum_then_normalize":
         columns = _weighted_sum(columns, reward_weights, settings.omit_nan, scored)
-    advantages, _ = ops.group_advantages(columns, *settings, backend)
+    advantages, _ = registration.group_advantages(columns, *settings, backend)
     if scale == "batch_std":
         advantages = _divide(advantages, _batch_std(columns, mask, ddof, settings.omit_nan, backend), settings.eps)
     if aggregation == "normalize_then_sum":
@@ -253,7 +253,7 @@ def _in_singleton_group(rewards: Tensor, settings: GroupSettings, backend: str) 
     if settings.omit_nan:
         level = torch.where(rewards.isnan(), torch.nan, level)
     marking = settings._replace(baseline="mean", scale="none", ddof=0, eps=0.0, singleton_groups="nan")
-    marked, _ = ops.group_advantages(level, *marking, backend)
+    marked, _ = registration.group_advantages(level, *marking, backend)
     return marked.isnan()
 
 
@@ -266,12 +266,12 @@ def _batch_settings(
 
 def _batch_std(x: Tensor, weights: Tensor | None, ddof: int, omit_nan: bool, backend: str) -> Tensor:
     """The standard deviation over all rows, [1, columns]. Differentiable."""
-    _, std = ops.group_advantages(x, *_batch_settings(x.shape[0], weights, "std", ddof, omit_nan), backend)
+    _, std = registration.group_advantages(x, *_batch_settings(x.shape[0], weights, "std", ddof, omit_nan), backend)
     return std
 
 
 def _whiten(x: Tensor, whitening: Whitening, weights: Tensor | None, backend: str) -> Tensor:
-    centered, _ = ops.group_advantages(x, *_batch_settings(x.shape[0], weights, "none"), backend)
+    centered, _ = registration.group_advantages(x, *_batch_settings(x.shape[0], weights, "none"), backend)
     std = _batch_std(x, weights, whitening.ddof, False, backend).clamp(min=whitening.floor)
     return _divide(centered, std, whitening.eps)
 
