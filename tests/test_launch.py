@@ -13,6 +13,7 @@ import triton
 from ngrpo_ops.kernels import (
     configs,
     decode_step,
+    gaussian_noise,
     group_advantages,
     mix_embeddings,
     nearest_neighbors,
@@ -21,7 +22,7 @@ from ngrpo_ops.kernels import (
 )
 from ngrpo_ops.testing import poisoned_empty
 
-MODULES = (decode_step, group_advantages, mix_embeddings, nearest_neighbors, selective_log_softmax)
+MODULES = (decode_step, gaussian_noise, group_advantages, mix_embeddings, nearest_neighbors, selective_log_softmax)
 KERNELS = {name: getattr(module, name) for module in MODULES for name in dir(module) if name.endswith("_kernel")}
 
 
