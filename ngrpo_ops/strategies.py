@@ -33,7 +33,7 @@ class Option:
 
     default: float
     help: str
-    least: float = 0.0
+    least: float = 0
 
 
 @dataclass(frozen=True)

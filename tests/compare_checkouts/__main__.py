@@ -5,7 +5,7 @@
 
 For a change that moves, renames or rewrites and must not change a value: OTHER_CHECKOUT is one from before it
 (`git worktree add ../before COMMIT`). Both run the cases of this folder in processes of the same interpreter, on one
-thread each, in plain torch and with the kernels interpreted. Some four minutes on two cores.
+thread each, in plain torch and with the kernels interpreted. Some nine minutes on two cores.
 
 Every tensor and number of every case is compared: dtype, shape and bytes, except that a NaN equals any NaN. After each
 case torch's global generator is compared too. The exit status is 1 if anything differs. Of errors the type is compared;

@@ -88,7 +88,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 # With the interpreter the strategies other than "neighbor" get only these cases.
 INTERPRETED = (
     "k = 5", "mixing temperature", "ties", "faults", "all a row", "few tokens", "bfloat16", "released", "rate 1",
-    "noise 1", "steps of their own",
+    "noise 1", "beta 2.5", "steps of their own",
 )  # fmt: skip
 INTERPRETED_CANDIDATES = ("mixing temperature", "faults", "all a row", "float16", "released")
 

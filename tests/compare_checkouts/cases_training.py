@@ -39,7 +39,8 @@ def mix_cases(backend: str) -> Cases:
                 yield case(f"{name}, weights of {short(weights)}", dtype=dtype, weights_dtype=weights)
         for layout in LAYOUTS[1:]:
             yield case(f"{name}, {layout}", dtype=dtype, layout=layout)
-        yield case(f"{name}, many positions", dtype=dtype, shape=(300,), v=7)
+        if backend == "eager" or dtype == torch.float32:
+            yield case(f"{name}, many positions", dtype=dtype, shape=(300,), v=7)
     yield case("k = 1", k=1)
     yield case("k = 32", k=32, shape=(3,))
     yield case("one position", shape=())
@@ -98,13 +99,14 @@ def mixed_unusual(inputs: Inputs) -> Any:
 # group_advantages -------------------------------------------------------------------------------------------------
 
 
-def layouts(inputs: Inputs) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def layouts(inputs: Inputs, backend: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Name, number of rewards and arguments of the ways to say what is a group."""
     yield "equal groups", 24, {"group_size": 4}
-    yield "one group", 9, {"group_size": 9}
-    yield "groups of one", 5, {"group_size": 1}
-    yield "labels", 24, {"group_ids": inputs.integers(7, 24) * 1000 - 7}
     yield "offsets", 24, {"offsets": torch.tensor([0, 0, 1, 3, 3, 12, 24])}
+    if backend == "eager":  # the same to a kernel, which takes long under the interpreter
+        yield "labels", 24, {"group_ids": inputs.integers(7, 24) * 1000 - 7}
+        yield "one group", 9, {"group_size": 9}
+        yield "groups of one", 5, {"group_size": 1}
 
 
 def advantage_cases(backend: str) -> Cases:
@@ -112,7 +114,7 @@ def advantage_cases(backend: str) -> Cases:
         presets = {name: at_least(dict(options)) for name, options in ADVANTAGE_PRESETS.items()}
         yield Case("group_advantages", "the presets", lambda inputs: at_least(presets))
     for preset, options in ADVANTAGE_PRESETS.items():
-        for dtype in dtypes(backend):
+        for dtype in dtypes(backend) if backend == "eager" or preset == "trl/grpo" else (torch.float32,):
             call = partial(advantages, options=dict(options), dtype=dtype, backend=backend)
             yield Case("group_advantages", f"{preset}, {short(dtype)}", call)
     for baseline in ("mean", "leave_one_out", "none"):
@@ -133,9 +135,9 @@ def advantage_cases(backend: str) -> Cases:
 def advantages(
     inputs: Inputs, options: dict[str, Any], backend: str, dtype: torch.dtype = torch.float32, functions: int = 0
 ) -> Any:
-    """Every layout: plain, with masked rows, with equal rewards, with NaN, and where it applies with lengths."""
+    """Every layout: plain, and with masked rows, equal rewards, NaN or, for whitening, lengths."""
     results: dict[str, Any] = {}
-    for name, n, groups in layouts(inputs):
+    for name, n, groups in layouts(inputs, backend):
         shape = (n, functions) if functions else (n,)
         rewards = inputs.normal(*shape, dtype=dtype)
         settings = {"backend": backend, **groups, **options}
@@ -146,12 +148,18 @@ def advantages(
             call = partial(group_advantages, **settings, **more)
             return with_gradients(inputs, lambda rewards: call(rewards), rewards=rewards.clone())
 
-        results[name] = compute(rewards)
-        results[f"{name}, masked"] = compute(rewards, mask=inputs.mask(0.6, n))
-        results[f"{name}, equal"] = compute((rewards > 0).to(dtype))
-        results[f"{name}, NaN"] = compute(rewards.masked_fill(inputs.mask(0.2, *shape), torch.nan))
-        if options.get("whitening") is not None:
-            results[f"{name}, lengths"] = compute(rewards, lengths=inputs.integers(30, n))
+        unscored = rewards.masked_fill(inputs.mask(0.2, *shape), torch.nan)
+        mask, lengths = inputs.mask(0.6, n), inputs.integers(30, n)
+        whitened = options.get("whitening") is not None
+        results[f"{name}, NaN, masked"] = compute(unscored, mask=mask, **{"lengths": lengths} if whitened else {})
+        if backend == "eager" or name == "equal groups":
+            results[name] = compute(rewards)
+        if backend == "eager":
+            results[f"{name}, NaN"] = compute(unscored)
+            results[f"{name}, masked"] = compute(rewards, mask=mask)
+            results[f"{name}, equal"] = compute((rewards > 0).to(dtype))
+            if whitened:
+                results[f"{name}, lengths"] = compute(rewards, lengths=lengths)
     return results
 
 
@@ -176,9 +184,11 @@ def log_softmax_cases(backend: str) -> Cases:
         for shape in SHAPES:
             if shape == "more rows than a block" and (backend == "triton" or dtype != torch.float32):
                 continue
+            if backend == "triton" and dtype != torch.float32 and shape not in ("rows, 5 ids", "sequences"):
+                continue
             call = partial(log_probabilities, shape=shape, dtype=dtype, backend=backend)
             yield Case("selective_log_softmax", f"{shape}, {short(dtype)}", call)
-        for layout in LAYOUTS[1:]:
+        for layout in LAYOUTS[1:] if backend == "eager" or dtype == torch.bfloat16 else ():
             call = partial(log_probabilities, shape="sequences", dtype=dtype, backend=backend, layout=layout)
             yield Case("selective_log_softmax", f"{layout}, {short(dtype)}", call)
     for temperature in (0.01, 0.7, 3.0):
