@@ -168,6 +168,11 @@ class MixingConfig:
         if always and not self.loss_on_mixed_steps:
             raise ValueError("mixing_rate must be below 1 where loss_on_mixed_steps=False, or no token is in the loss")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A configuration that comes from another process imports its strategy here too."""
+        self.__dict__.update(state)
+        load_strategy(self.strategy)
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import warnings
 
 import pytest
 
@@ -71,3 +73,31 @@ def test_frozen():
 def test_bad_fields_name_themselves(name, value):
     with pytest.raises(ValueError, match=name):
         MixingConfig(**{name: value})
+
+
+def test_a_field_says_everything_about_itself():
+    """Help of every field, which the docstring has too; ranges and choices in the metadata hold what is refused."""
+    for one in dataclasses.fields(MixingConfig):
+        assert f"        {one.name}: {one.metadata['help']}" in MixingConfig.__doc__
+        for value in one.metadata.get("choices", ()):
+            strategy = {"variant": "topk"}.get(one.name, "neighbor")
+            assert getattr(MixingConfig(strategy=strategy, **{one.name: value}), one.name) == value
+    ranges = {one.name: one.metadata["range"] for one in dataclasses.fields(MixingConfig) if "range" in one.metadata}
+    assert set(ranges) == {"mixing_rate", "temperature", "entropy_threshold", "noise_scale", "moi_beta"}
+    for name, allowed in ranges.items():
+        strategy = {"noise_scale": "gaussian", "moi_beta": "moi"}.get(name, "neighbor")
+        for value in (-1.0, 0.0, 1e-3, 1.0, 1.5, math.inf, math.nan):
+            if value in allowed:
+                assert getattr(MixingConfig(strategy=strategy, **{name: value}), name) == value
+            else:
+                with pytest.raises(ValueError, match=f"^{name} must be {re.escape(str(allowed))}"):
+                    MixingConfig(strategy=strategy, **{name: value})
+
+
+def test_the_samplers_old_name_works_and_warns():
+    with pytest.warns(DeprecationWarning, match="'ngrpo' is called 'counter_based' now"):
+        config = MixingConfig(sampler="ngrpo")
+    assert config.sampler == "counter_based"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert MixingConfig(**dataclasses.asdict(config)) == dataclasses.replace(config, sampler="counter_based")

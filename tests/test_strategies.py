@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import warnings
 
@@ -77,6 +78,13 @@ def test_a_strategy_is_imported_because_a_configuration_names_it(rules):
     torch.testing.assert_close(out.embeddings, table[out.ids].mean(1))
     assert MixingConfig(strategy=f"{rules}:Rule.inside", k=2)
     assert torch.equal(step(f"{rules}:Rule.inside").ids, out.ids)
+
+
+def test_a_configuration_from_another_process_brings_its_strategy(rules):
+    sent = pickle.dumps(MixingConfig(strategy=f"{rules}:pair", k=2))
+    del strategies._registry[f"{rules}:pair"]
+    config = pickle.loads(sent)
+    assert step(config.strategy).gate.all()
 
 
 def test_a_strategy_sees_the_rows_that_are_asked_for(rules):
