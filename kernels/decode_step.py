@@ -535,7 +535,7 @@ class _Partials:
 def _filter(logits: Tensor, settings: Any, partials: _Partials) -> dict[str, Any]:
     """The second launch, where there is a filter."""
     filters = settings.top_k, settings.top_p, settings.min_p
-    if filters == (None, None, None):
+    if all(setting is None for setting in filters):
         return dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
     rows = logits.shape[0]
     k, p, m = (_strided(setting, rows) for setting in filters)

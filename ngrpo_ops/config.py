@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -146,10 +147,7 @@ class MixingConfig:
             self._set("k", 3 if strategy.fixed_k is None else strategy.fixed_k)
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"k must be an integer of at least 1 (the anchor counts), got {self.k!r}")
-        if self.sampler in _OLD_SAMPLERS:
-            new = _OLD_SAMPLERS[self.sampler]
-            warnings.warn(f"sampler {self.sampler!r} is called {new!r} now", DeprecationWarning, stacklevel=3)
-            self._set("sampler", new)
+        self._rename_sampler(stacklevel=4)
         for one in fields(self):
             self._check_range(one)
         if strategy.fixed_k not in (None, self.k):
@@ -171,7 +169,14 @@ class MixingConfig:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A configuration that comes from another process imports its strategy here too."""
         self.__dict__.update(state)
+        self._rename_sampler(stacklevel=3)
         load_strategy(self.strategy)
+
+    def _rename_sampler(self, stacklevel: int) -> None:
+        if isinstance(self.sampler, str) and self.sampler in _OLD_SAMPLERS:
+            new = _OLD_SAMPLERS[self.sampler]
+            warnings.warn(f"sampler {self.sampler!r} is called {new!r} now", DeprecationWarning, stacklevel=stacklevel)
+            self._set("sampler", new)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -182,7 +187,7 @@ class MixingConfig:
             raise ValueError(f"{one.name} must be one of {choices}, got {value!r}")
         if allowed is None or (value is None and one.default is None):
             return
-        if not isinstance(value, (int, float)) or value not in allowed:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value not in allowed:
             optional = ", or None" if one.default is None else ""
             raise ValueError(f"{one.name} must be {allowed}{optional}, got {value!r}")
 

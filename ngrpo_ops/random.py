@@ -83,17 +83,17 @@ def open_uniform(word: Tensor) -> Tensor:
     return ((word >> 9).double() + 0.5) * 2.0**-23
 
 
-def gumbel(seed: Tensor, row_ids: Tensor, step: Tensor, count: int) -> Tensor:
+def gumbel(seed: Tensor, row_ids: Tensor, step: Tensor, count: int, first_stream: int = 1) -> Tensor:
     """Standard Gumbel numbers [..., count], float32, over the shape that the arguments broadcast to."""
-    return -(-_noise_uniforms(seed, row_ids, step, count).log()).log().float()
+    return -(-_noise_uniforms(seed, row_ids, step, count, first_stream).log()).log().float()
 
 
-def normal(seed: Tensor, row_ids: Tensor, step: Tensor, count: int) -> Tensor:
+def normal(seed: Tensor, row_ids: Tensor, step: Tensor, count: int, first_stream: int = 1) -> Tensor:
     """Standard normal numbers [..., count], float32: the inverse of their distribution function at a word's uniform."""
-    return (math.sqrt(2) * torch.erfinv(2 * _noise_uniforms(seed, row_ids, step, count) - 1)).float()
+    return (math.sqrt(2) * torch.erfinv(2 * _noise_uniforms(seed, row_ids, step, count, first_stream) - 1)).float()
 
 
-def _noise_uniforms(seed: Tensor, row_ids: Tensor, step: Tensor, count: int) -> Tensor:
-    streams = 1 + torch.arange(-(-count // 4), device=row_ids.device)
+def _noise_uniforms(seed: Tensor, row_ids: Tensor, step: Tensor, count: int, first_stream: int) -> Tensor:
+    streams = first_stream + torch.arange(-(-count // 4), device=row_ids.device)
     words = philox(seed[..., None], row_ids[..., None], step[..., None], streams)
     return open_uniform(torch.stack(words, dim=-1).flatten(-2)[..., :count])

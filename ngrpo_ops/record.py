@@ -139,13 +139,17 @@ class MixRecord:
         Args:
             row: which one.
             first: position of the row's first generated token among its own tokens, without padding.
+
+        Raises:
+            ValueError: a record without log-probabilities.
         """
         (steps,) = self.gate[row].nonzero(as_tuple=True)
         noise = None
         if self.row_ids is not None:
             assert self.noise_scale is not None and self.noise_seed is not None
             noise = float(self.noise_scale[row]), int(self.noise_seed[row]), int(self.row_ids[row])
-        assert self.logprobs is not None
+        if self.logprobs is None:
+            raise ValueError("logprobs must be there for a sparse record, got None")
         return SparseRecord(first, steps, self.ids[row, steps], self.weights[row, steps], self.logprobs[row], noise)
 
     def to_bytes(self) -> bytes:

@@ -9,6 +9,7 @@ A strategy of your own needs no change here: `MixingConfig(strategy="package.mod
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -106,7 +107,7 @@ def register_strategy(
         A decorator that returns the function as it is.
 
     Raises:
-        ValueError: another function has the name.
+        TypeError: a name that is no string, a property that there is not. ValueError: another function has the name.
 
     Example:
         >>> from ngrpo_ops import decode_step, register_strategy
@@ -119,7 +120,16 @@ def register_strategy(
         >>> step.ids.tolist(), step.weights.tolist()
         ([[1, 2]], [[0.5, 0.5]])
     """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string: write @register_strategy(), with parentheses, got {name!r}")
+    if "has_kernel" in properties:
+        raise TypeError("has_kernel cannot be given: the kernel knows the strategies of ngrpo_ops alone")
+    return _register(name, options, **properties)
 
+
+def _register(
+    name: str | None, options: Mapping[str, Option] | None = None, **properties: Any
+) -> Callable[[StrategyFunction], StrategyFunction]:
     def decorate(function: StrategyFunction) -> StrategyFunction:
         called = f"{function.__module__}:{function.__qualname__}" if name is None else name
         known = _registry.get(called)
@@ -201,21 +211,24 @@ def checked(strategy: Strategy, found: Any, rows: int, k: int, device: torch.dev
 # The strategies ---------------------------------------------------------------------------------------------------
 
 
-@register_strategy("neighbor", reads_neighbors=True, reads_filters=False, softmax_of_logits=True, has_kernel=True)
+_builtin = functools.partial(_register, has_kernel=True)
+
+
+@_builtin("neighbor", reads_neighbors=True, reads_filters=False, softmax_of_logits=True)
 def neighbor(policy: Policy) -> tuple[Tensor, Tensor]:
     """N-GRPO (arXiv 2606.10768): the anchor and its nearest neighbors in the input embedding table."""
     ids = policy.neighbors()
     return ids, policy.softmax(ids, count_repeats=True)
 
 
-@register_strategy("topk", reads_filters=False, softmax_of_logits=True, has_kernel=True)
+@_builtin("topk", reads_filters=False, softmax_of_logits=True)
 def topk(policy: Policy) -> tuple[Tensor, Tensor]:
     """Soft Thinking (arXiv 2505.15778): the k most likely tokens."""
     ids = policy.likeliest(policy.k)
     return ids, policy.softmax(ids)
 
 
-@register_strategy("gumbel", reads_filters=False, has_kernel=True)
+@_builtin("gumbel", reads_filters=False)
 def gumbel(policy: Policy) -> tuple[Tensor, Tensor]:
     """SofT-GRPO (arXiv 2511.06411): the k most likely tokens, weighted by softmax((log p + Gumbel noise) / tau). The
     heaviest one is emitted, which is a draw from the policy's top k."""
@@ -224,23 +237,21 @@ def gumbel(policy: Policy) -> tuple[Tensor, Tensor]:
     return to_front(ids, weights, weights.argmax(-1, keepdim=True))
 
 
-@register_strategy(
+@_builtin(
     "gaussian",
     options={"noise_scale": Option(0.33, "size of the noise over the size of the mix (root mean square), STHT's")},
     reads_filters=False,
     softmax_of_logits=True,
-    has_kernel=True,
 )
 def gaussian(policy: Policy) -> tuple[Tensor, Tensor]:
     """STHT (arXiv 2509.19170): the k most likely tokens, and Gaussian noise on their mix."""
     return topk(policy)
 
 
-@register_strategy(
+@_builtin(
     "moi",
     options={"moi_beta": Option(1.0, "weight of the sample over the weight of the distribution, MoI's")},
     emits_sample=True,
-    has_kernel=True,
 )
 def moi(policy: Policy) -> tuple[Tensor, Tensor]:
     """Mixture of Inputs (arXiv 2505.14827), which mixes the whole vocabulary: here the sampled token and the k - 1 most
@@ -256,7 +267,7 @@ def moi(policy: Policy) -> tuple[Tensor, Tensor]:
     return to_front(ids, (entropy * weights + bonus) / (beta + 1), place)
 
 
-@register_strategy("multiplex", emits_sample=True, has_kernel=True)
+@_builtin("multiplex", emits_sample=True)
 def multiplex(policy: Policy) -> tuple[Tensor, Tensor]:
     """Multiplex Thinking (arXiv 2601.08808): k independent draws, those that differ weighted by their probabilities.
     The first draw is emitted."""
@@ -264,7 +275,7 @@ def multiplex(policy: Policy) -> tuple[Tensor, Tensor]:
     return ids, policy.softmax(ids)
 
 
-@register_strategy("anchor", reads_filters=False, softmax_of_logits=True, fixed_k=1, has_kernel=True)
+@_builtin("anchor", reads_filters=False, softmax_of_logits=True, fixed_k=1)
 def anchor(policy: Policy) -> tuple[Tensor, Tensor]:
     """The control: the argmax alone, on the steps that would be mixed."""
     return topk(policy)

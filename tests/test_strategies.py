@@ -255,3 +255,44 @@ def test_a_strategy_of_ones_own_in_a_compiled_graph(monkeypatch):
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for x, y in zip(compiled(a["logits"], a["embedding"]), call(a["logits"], a["embedding"]), strict=True):
         assert torch.equal(x, y)
+
+
+def test_the_random_numbers_of_a_strategy_are_independent(monkeypatch):
+    """Draws, both kinds of noise and the noise on the mix come from words of their own."""
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    seen = []  # by blocks of rows, as a CPU takes them
+
+    @register_strategy("greedy for numbers", options={"noise_scale": Option(1.0, "size")})
+    def rule(policy):
+        noises = policy.noise("gumbel", 1), policy.noise("normal", 1)
+        seen.append(torch.cat([policy.draws(2)[:, 1:].double(), *noises], dim=1))
+        policy.draws(2)[:] = 0  # its own copy: the sample stays
+        ids = policy.likeliest(1)
+        return ids, torch.ones(ids.shape)
+
+    n = 20_000
+    logits, table = torch.zeros(n, 1000), torch.ones(1000, 1)
+    settings = {"strategy": "greedy for numbers", "k": 1, "seed": 5, "step": 3}
+    mixed = decode_step(logits, table, mixing_rate=1.0, **settings)
+    numbers = torch.cat([torch.cat(seen), mixed.embeddings], dim=1).T
+    assert (torch.corrcoef(numbers) - torch.eye(4)).abs().max() < 0.035
+    unmixed = decode_step(logits, table, mixing_rate=0.0, **settings)
+    assert unmixed.token_ids.unique().numel() > 900
+
+
+@pytest.mark.parametrize("k", [3, 6, 7])
+def test_weights_of_lower_precision_sum_to_one(monkeypatch, k):
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    register_strategy("even")(lambda policy: (policy.likeliest(policy.k), torch.full((4, k), 1 / k).bfloat16()))
+    assert not step("even", v=9, k=k).fault.any()
+
+
+def test_what_a_registration_promises_is_held_to(monkeypatch):
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    with pytest.raises(TypeError, match="with parentheses"):
+        register_strategy(step)
+    with pytest.raises(TypeError, match="has_kernel cannot be given"):
+        register_strategy("fast", has_kernel=True)
+    register_strategy("no filters", reads_filters=False)(lambda policy: (policy.draws(2), None))
+    with pytest.raises(ValueError, match="reads_filters=True"):
+        step("no filters")

@@ -79,4 +79,4 @@ class NGRPOConfig(GRPOConfig):
             return MixingConfig(**values)
         except ValueError as error:
             name, space, message = str(error).partition(" ")  # the first word is the name of the field
-            raise ValueError(f"{TRAINER_FIELDS.get(name, name)}{space}{message}") from None
+            raise ValueError(f"{TRAINER_FIELDS.get(name, name)}{space}{message}") from error

@@ -19,6 +19,9 @@ from ..candidate_weights import candidate_scores
 from . import sampling
 from .settings import Settings
 
+# Of a user's strategy. The streams from 1 on belong to the further draws and to the noise on the mix.
+_FIRST_STREAM = {"gumbel": 1 << 28, "normal": 1 << 29}
+
 
 class Policy:
     """The next-token distribution of B rows, and the random numbers of the step.
@@ -43,11 +46,16 @@ class Policy:
     """
 
     def __init__(self, logits: Tensor, settings: Settings, strategy: Strategy) -> None:
-        self._raw, self._settings = logits, settings
+        self._raw, self._settings, self._strategy = logits, settings, strategy
         self._drawn = logits.new_empty(logits.shape[0], 0)
         self.outside: Tensor | None = None  # rows with a neighbor outside the vocabulary, once neighbors() was called
         self.k, self.vocabulary = settings.k, logits.shape[1]
         self.options: Mapping[str, float] = dict(zip(strategy.options, settings.options, strict=True))
+
+    @functools.cached_property
+    def counter(self) -> tuple[Tensor, Tensor, Tensor]:
+        """seed, row ids and step, by which the rows draw."""
+        return self._settings.counter(self._raw)
 
     # The distribution
 
@@ -110,14 +118,25 @@ class Policy:
 
         A greedy row draws its argmax. Only for a strategy that is registered with `reads_filters=True`, the default.
         """
+        if not self._strategy.reads_filters:
+            raise ValueError("policy.draws() reads the filters: register the strategy with reads_filters=True")
+        drawn = self.sample(n)
+        return drawn if self._strategy.has_kernel else drawn.clone()  # a user's function may write into it
+
+    def sample(self, n: int = 1) -> Tensor:
+        """`draws` of the step itself, which every strategy has."""
         if self._drawn.shape[1] < n:
-            self._drawn = sampling.draws(self._raw, self.distribution, self._settings, n)
+            self._drawn = sampling.draws(self._raw, self.distribution, self._settings, self.counter, n)
         return self._drawn[:, :n]
 
     def noise(self, kind: Literal["gumbel", "normal"], n: int) -> Tensor:
-        """[B, n]: independent standard Gumbel or normal numbers, keyed by seed, row and step."""
-        drawn = {"gumbel": gumbel, "normal": normal}[kind](*self._settings.counter(self._raw), n)
-        return drawn.to(self._dtype)
+        """[B, n]: independent standard Gumbel or normal numbers, keyed by seed, row and step.
+
+        A second call returns the same numbers. The two kinds, the draws and the noise on the mix are independent.
+        """
+        first_stream = 1 if self._strategy.has_kernel else _FIRST_STREAM[kind]
+        draw = {"gumbel": gumbel, "normal": normal}[kind]
+        return draw(*self.counter, n, first_stream).to(self._dtype)
 
     # Weights
 

@@ -18,7 +18,7 @@ from .outputs import DecodeStep
 from .policy import Policy
 from .settings import Settings
 
-_SUM_TOLERANCE = 1e-3  # of the weights that a user's strategy returns, which may be bfloat16 sums
+_SUM_TOLERANCE = 1e-3  # of the weights that a user's strategy returns, or the spacing of their dtype where it is larger
 
 
 def mixing_candidates(
@@ -41,13 +41,13 @@ def decode_step(logits: Tensor, embedding: Tensor, settings: Settings) -> Decode
     ids, weights, fault = _candidates(policy, settings)
     bad = fault != 0
     entropy = d.entropy.float().masked_fill(bad, torch.nan)
-    seed, rows, step = settings.counter(logits)
+    seed, rows, step = policy.counter
     gate = gates(seed, rows, step, settings.mixing_rate) & ~bad
     if settings.enabled is not None:
         gate = gate & settings.enabled
     if settings.entropy_threshold is not None:
         gate = gate & (entropy >= settings.entropy_threshold)
-    token_ids = torch.where(gate, ids[:, 0], policy.draws(1)[:, 0]).masked_fill(bad, 0)
+    token_ids = torch.where(gate, ids[:, 0], policy.sample()[:, 0]).masked_fill(bad, 0)
     mixed = mix_embeddings_reference(embedding, ids, weights)
     if (scale := policy.options.get("noise_scale")) is not None:
         scales = torch.full_like(entropy, scale)
@@ -89,6 +89,7 @@ def _candidates(policy: Policy, settings: Settings) -> tuple[Tensor, Tensor, Ten
 def _checked_values(ids: Tensor, weights: Tensor, vocabulary: int, fault: Tensor) -> tuple[Tensor, Tensor]:
     """The ids within the vocabulary, and the fault of rows whose ids or weights are not what a strategy promises."""
     outside = ((ids < 0) | (ids >= vocabulary)).any(-1)
-    sums = (weights.float().sum(-1) - 1).abs() <= _SUM_TOLERANCE  # False for NaN
+    tolerance = max(_SUM_TOLERANCE, torch.finfo(weights.dtype).eps)
+    sums = (weights.float().sum(-1) - 1).abs() <= tolerance  # False for NaN
     fault = fault | torch.where(outside, BAD_IDS, 0) | torch.where(sums & (weights >= 0).all(-1), 0, BAD_WEIGHTS)
     return ids.clamp(0, vocabulary - 1), fault

@@ -83,7 +83,7 @@ def resolve(logits: Tensor, options: Mapping[str, float | None], **given: Any) -
     strategy = get_strategy(given["strategy"])
     given["k"] = _require_candidates(logits, strategy, **{name: given[name] for name in _CANDIDATES})
     given["options"] = strategy.option_values(options)
-    given["temperature"] = _by_row(given["temperature"], "temperature", 0.0, math.inf, logits)
+    given["temperature"] = _by_row(given["temperature"], "temperature", 0.0, math.inf, logits, optional=False)
     given["top_k"] = _top_k(given["top_k"], logits)
     given["top_p"] = _by_row(given["top_p"], "top_p", 0.0, 1.0, logits, open_below=True)
     given["min_p"] = _by_row(given["min_p"], "min_p", 0.0, 1.0, logits)
@@ -179,13 +179,20 @@ def _top_k(value: int | Tensor | None, logits: Tensor) -> Tensor | None:
 
 
 def _by_row(
-    value: float | Tensor | None, name: str, least: float, most: float, logits: Tensor, *, open_below: bool = False
+    value: float | Tensor | None,
+    name: str,
+    least: float,
+    most: float,
+    logits: Tensor,
+    *,
+    open_below: bool = False,
+    optional: bool = True,
 ) -> Tensor | None:
     """A floating-point setting: [B] where it differs from row to row, and 0-d on the CPU where it does not.
 
     The values of a tensor are looked at where that does not make the host wait.
     """
-    if value is None:
+    if value is None and optional:
         return None
     if isinstance(value, Tensor):
         require_floating(value, name)
@@ -196,6 +203,7 @@ def _by_row(
         low, high = (float(x) for x in value.aminmax())
     else:
         require_number(value, name, least=least)
+        assert value is not None
         low = high = value
     if not (least <= low and high <= most) or (open_below and low == least) or high == math.inf:
         bounds = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
