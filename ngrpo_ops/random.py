@@ -68,11 +68,11 @@ def uniform(high: Tensor, low: Tensor) -> Tensor:
     return ((high << 21) | (low >> 11)).double() * 2.0**-53
 
 
-def uniforms(seed: Tensor, row_ids: Tensor, step: Tensor, count: int) -> list[Tensor]:
+def uniforms(seed: Tensor, row_ids: Tensor, step: Tensor, count: int, first_stream: int = 1) -> list[Tensor]:
     """`count` of them for every row, [B] each: the first that of the step's sample, the others of further streams."""
     _, high, low, _ = philox(seed, row_ids, step)
     pairs = [(high, low)]
-    for stream in range(1, 1 + count // 2):
+    for stream in range(first_stream, first_stream + count // 2):
         words = philox(seed, row_ids, step, stream)
         pairs += [words[:2], words[2:]]
     return [uniform(*pair) for pair in pairs[:count]]

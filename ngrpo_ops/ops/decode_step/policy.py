@@ -19,8 +19,8 @@ from ..candidate_weights import candidate_scores
 from . import sampling
 from .settings import Settings
 
-# Of a user's strategy. The streams from 1 on belong to the further draws and to the noise on the mix.
-_FIRST_STREAM = {"gumbel": 1 << 28, "normal": 1 << 29}
+# Of a user's strategy. The streams from 1 on belong to the noise on the mix.
+_FIRST_STREAM = {"gumbel": 1 << 28, "normal": 1 << 29, "draws": 1 << 30}
 
 
 class Policy:
@@ -126,7 +126,8 @@ class Policy:
     def sample(self, n: int = 1) -> Tensor:
         """`draws` of the step itself, which every strategy has."""
         if self._drawn.shape[1] < n:
-            self._drawn = sampling.draws(self._raw, self.distribution, self._settings, self.counter, n)
+            first_stream = self._first_stream("draws")
+            self._drawn = sampling.draws(self._raw, self.distribution, self._settings, self.counter, n, first_stream)
         return self._drawn[:, :n]
 
     def noise(self, kind: Literal["gumbel", "normal"], n: int) -> Tensor:
@@ -134,9 +135,12 @@ class Policy:
 
         A second call returns the same numbers. The two kinds, the draws and the noise on the mix are independent.
         """
-        first_stream = 1 if self._strategy.has_kernel else _FIRST_STREAM[kind]
         draw = {"gumbel": gumbel, "normal": normal}[kind]
-        return draw(*self.counter, n, first_stream).to(self._dtype)
+        return draw(*self.counter, n, self._first_stream(kind)).to(self._dtype)
+
+    def _first_stream(self, kind: str) -> int:
+        """Of the counter's streams. A strategy of ours reads one kind of numbers alone, from stream 1 on."""
+        return 1 if self._strategy.has_kernel else _FIRST_STREAM[kind]
 
     # Weights
 

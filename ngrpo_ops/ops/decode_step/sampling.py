@@ -123,12 +123,17 @@ def _first_above(ends: Tensor, mass: Tensor, target: Tensor) -> Tensor:
 
 
 def draws(
-    logits: Tensor, d: Distribution, settings: Settings, counter: tuple[Tensor, Tensor, Tensor], count: int
+    logits: Tensor,
+    d: Distribution,
+    settings: Settings,
+    counter: tuple[Tensor, Tensor, Tensor],
+    count: int,
+    first_stream: int,
 ) -> Tensor:
     """[B, count] independent draws from what the filters leave. The first is the row's sample. A greedy row draws its
     argmax every time."""
     mask = filter_mask(logits, d, settings)
     mass = d.exp_shifted if mask is None else d.exp_shifted * mask
-    tokens = [sample(mass, u) for u in uniforms(*counter, count)]
+    tokens = [sample(mass, u) for u in uniforms(*counter, count, first_stream)]
     greedy = column((settings.temperature == 0).to(logits.device), logits.device)
     return torch.where(greedy, logits.argmax(-1)[:, None], torch.stack(tokens, dim=-1))
