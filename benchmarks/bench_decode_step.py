@@ -20,7 +20,7 @@ CUT = ("ours", "transformers' warpers + multinomial, no mixing")
 
 @lru_cache(maxsize=1)
 def _tables(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embedding, the same normalised, and neighbours: any will do, a lookup costs the same."""
+    """Embedding, the same normalized, and neighbors: any will do, a lookup costs the same."""
     v, d = QWEN2_5_1_5B if device == "cuda" else QWEN2_5_0_5B
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ngrpo_ops import NeighborTable, nearest_neighbors
 
-K = 2  # the paper's k = 3: the anchor and two neighbours
-STD = 0.02  # of the entries of an embedding, as models are initialised and stay
+K = 2  # the paper's k = 3: the anchor and two neighbors
+STD = 0.02  # of the entries of an embedding, as models are initialized and stay
 LR = 1e-6
 
 
@@ -72,7 +72,7 @@ def _members(embedding: Tensor, queries: Tensor) -> dict[str, Callable[[], Calla
 
 
 def _refresh(device: str, who: str) -> Case:
-    """After an optimiser's step of `LR` into a random direction, of every entry of every row."""
+    """After an optimizer's step of `LR` into a random direction, of every entry of every row."""
     v, d = SMALL_VOCABULARY
     embedding = _embedding(device, v, d, STD)
     table = NeighborTable(K)

@@ -25,7 +25,7 @@ NOT_THE_SAME = (
 
 
 def tiled_matmul_topk(embedding: Tensor, queries: Tensor, k: int, tile: int = 8192) -> Tensor:
-    """ids [Q, k] of the nearest rows by cosine, the query dropped: normalise, multiply tile by tile, topk, merge."""
+    """ids [Q, k] of the nearest rows by cosine, the query dropped: normalize, multiply tile by tile, topk, merge."""
     normal = torch.nn.functional.normalize(embedding, dim=1)
     wanted = normal[queries]
     values, ids = wanted.new_empty(len(queries), 0), queries.new_empty(len(queries), 0)
@@ -141,7 +141,7 @@ def warped_step(
 def mix_after_sampling(
     logits: Tensor, embedding: Tensor, neighbor_ids: Tensor, rate: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """A step with the neighbours looked up in a table, as plain torch, its random numbers torch's own."""
+    """A step with the neighbors looked up in a table, as plain torch, its random numbers torch's own."""
     scaled = logits.float() / temperature
     anchor = scaled.argmax(-1)
     return _mixed_step(scaled, embedding, anchor, neighbor_ids[anchor], rate)
@@ -150,8 +150,8 @@ def mix_after_sampling(
 def search_every_step(
     logits: Tensor, embedding: Tensor, normalized: Tensor, k: int, rate: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The same with the neighbours of every row searched in the whole table at every step, as the published code does;
-    but with the table normalised once, which that code does at every step."""
+    """The same with the neighbors of every row searched in the whole table at every step, as the published code does;
+    but with the table normalized once, which that code does at every step."""
     scaled = logits.float() / temperature
     anchor = scaled.argmax(-1)
     similarity = (normalized[anchor] @ normalized.T).scatter_(1, anchor[:, None], -torch.inf)

@@ -11,20 +11,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-# Okabe and Ito's colours: what GRPO has too, what is ours, what travels between the two halves.
+# Okabe and Ito's colors: what GRPO has too, what is ours, what travels between the two halves.
 PLAIN, OURS, RECORD = "#E8EEF4", "#FBE3D0", "#D8F0E6"
 EDGES = {PLAIN: "#0072B2", OURS: "#D55E00", RECORD: "#009E73"}
 
-# name: (left, bottom, width, height, colour, text)
+# name: (left, bottom, width, height, color, text)
 BOXES = {
     "weights": (0.1, 6.15, 2.6, 0.9, PLAIN, "policy weights"),
-    "table": (3.5, 6.15, 4.4, 0.9, OURS, "neighbour table: of every token the k - 1\n"
+    "table": (3.5, 6.15, 4.4, 0.9, OURS, "neighbor table: of every token the k - 1\n"
               "nearest, searched once a weight update"),
     "logits": (0.1, 3.9, 2.6, 1.1, PLAIN, "logits of the next token"),
     "gate": (3.5, 3.9, 2.0, 1.1, OURS, "gate: mix this\nstep? (rate)"),
     "sample": (6.6, 3.45, 3.9, 0.75, PLAIN, "no: sample y, feed its embedding E[y]"),
     "mix": (6.6, 4.5, 3.9, 1.25, OURS, "yes: emit the anchor, feed\n"
-            "$\\Sigma\\;\\alpha_c\\,E[c]$ of it and its neighbours\n($\\alpha$: softmax of their logits)"),
+            "$\\Sigma\\;\\alpha_c\\,E[c]$ of it and its neighbors\n($\\alpha$: softmax of their logits)"),
     "record": (11.5, 4.6, 3.3, 1.1, RECORD, "record: which steps,\nk ids, k weights"),
     "text": (12.3, 3.45, 2.5, 0.75, PLAIN, "text, reward, advantage"),
     "inputs": (0.1, 0.35, 4.3, 1.25, OURS, "input embeddings, mixed\npositions rebuilt from the record\n"

@@ -10,7 +10,7 @@ with LoRA too, where its learning rate of 1e-6 is low, or TRL's.
 
 To evaluate: `--eval_strategy steps --eval_steps 100`, where the data set has a split `test`. To go on:
 `--resume_from_checkpoint runs/gsm8k/checkpoint-500`. To log: `--report_to wandb`. On several GPUs: `accelerate launch`
-in the place of `python`. Not tried: the last two, and quantised models.
+in the place of `python`. Not tried: the last two, and quantized models.
 
 Needs, in this checkout: pip install '.[examples]', for vLLM '.[examples,vllm]'
 """

@@ -160,7 +160,7 @@ def tile_best(x: Tensor, y: Tensor, metric: str, excluded: Tensor, best: int) ->
         x, y: rows [q, w] and [c, w], their last dimension dense. For l1 they are float32, and the score is the negative
             distance. Otherwise they are bfloat16 with w a multiple of `STEP`, and the score is the inner product.
         metric: as in `pair_scores`; all but "l1" are the same here.
-        excluded: int32 [q]: the row of y that is left out for each row of x, or -1. A row is not its own neighbour.
+        excluded: int32 [q]: the row of y that is left out for each row of x, or -1. A row is not its own neighbor.
         best: rows a tile.
 
     Returns:

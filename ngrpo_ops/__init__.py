@@ -1,4 +1,4 @@
-"""N-GRPO (arXiv 2606.10768) as components: neighbour mixing for GRPO rollouts, for the trainers people already use."""
+"""N-GRPO (arXiv 2606.10768) as components: neighbor mixing for GRPO rollouts, for the trainers people already use."""
 
 from .config import MixingConfig
 from .ops.candidate_weights import candidate_weights

@@ -26,15 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser(
         "neighbors",
-        help="the nearest neighbours of tokens in a checkpoint's input embeddings",
-        description="Prints each token's nearest neighbours in a checkpoint's input embeddings: what it is mixed with.",
+        help="the nearest neighbors of tokens in a checkpoint's input embeddings",
+        description="Prints each token's nearest neighbors in a checkpoint's input embeddings: what it is mixed with.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     look.add_argument("--model", required=True, help="a folder with safetensors, or a name on the Hugging Face hub")
     look.add_argument("--tokens", nargs="+", default=[], help="texts of one token each; mind the leading space")
     look.add_argument("--ids", nargs="+", type=int, default=[], help="token ids")
-    look.add_argument("--k", type=int, default=8, help="neighbours of each")
+    look.add_argument("--k", type=int, default=8, help="neighbors of each")
     look.add_argument("--metric", choices=get_args(Metric), default="cosine")
     look.add_argument("--exclude", nargs="+", choices=("special", "unused"), default=[], help="rows never returned")
     look.add_argument("--plot", type=Path, help="draw how similarity is distributed over the vocabulary, to this file")
@@ -113,9 +113,9 @@ def _draw(arguments: argparse.Namespace, vocabulary: Vocabulary, rows: Tensor, f
     edges = torch.histogram(found.scores.float().flatten().cpu(), 80).bin_edges.tolist()
     for rank in sorted({0, min(1, k - 1), k - 1}):
         scores = found.scores[:, rank].tolist()
-        axes.hist(scores, bins=edges, histtype="step", linewidth=1.8, label=f"neighbour {rank + 1}")
+        axes.hist(scores, bins=edges, histtype="step", linewidth=1.8, label=f"neighbor {rank + 1}")
     left_out = f", without {' and '.join(arguments.exclude)} rows" if arguments.exclude else ""
-    axes.set_xlabel(f"{arguments.metric} similarity of a row and its neighbour")
+    axes.set_xlabel(f"{arguments.metric} similarity of a row and its neighbor")
     axes.set_ylabel(f"rows (of {len(rows):,} looked at, {vocabulary.embedding.shape[0]:,} in all)")
     axes.set_title(f"{arguments.model}{left_out}", fontsize=10)
     axes.legend()

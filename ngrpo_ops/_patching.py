@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -106,8 +107,6 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, str], owner: str) -> 
     Raises:
         TypeError: an old and its new name are both given.
     """
-    import warnings
-
     found = dict(values)
     for old, new in names.items():
         if old not in found:

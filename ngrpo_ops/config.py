@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -48,7 +49,10 @@ def _option_help(strategy: str, option: str) -> str:
 
 def _documented(cls: type) -> type:
     """The class with the help of its fields in its docstring."""
-    lines = [f"        {f.name}: {f.metadata['help']}" for f in fields(cls)]
+    lines = [
+        textwrap.fill(f"{f.name}: {f.metadata['help']}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        for f in fields(cls)
+    ]
     cls.__doc__ = (cls.__doc__ or "").replace("    Raises:", "\n".join(["    Args:", *lines, "", "    Raises:"]), 1)
     return cls
 

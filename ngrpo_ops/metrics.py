@@ -17,8 +17,12 @@ def rollout_sums(record: MixRecord | SparseRecord, tokens: Tensor | int) -> Tens
     Args:
         record: of a rollout, with its log-probabilities.
         tokens: the number of completion tokens.
+
+    Raises:
+        ValueError: a record without log-probabilities.
     """
-    assert record.logprobs is not None
+    if record.logprobs is None:
+        raise ValueError("record must hold its log-probabilities, got logprobs None")
     if isinstance(record, MixRecord):
         logprobs, anchor_weights = record.logprobs[record.gate], record.weights[..., 0][record.gate]
     else:

@@ -1,4 +1,4 @@
-"""What a rollout leaves behind: the record of its mixed steps, dense or sparse; how it is cut, padded, serialised."""
+"""What a rollout leaves behind: the record of its mixed steps, dense or sparse; how it is cut, padded, serialized."""
 
 from __future__ import annotations
 
@@ -98,7 +98,15 @@ class MixRecord:
         return self._with({name: value.to(device) for name, value in self.tensors().items()})
 
     def cut(self, length: int) -> MixRecord:
-        """The record of the first `length` completion columns, or of all of them where there are fewer."""
+        """The record of the first `length` completion columns, or of all of them where there are fewer.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import MixRecord
+            >>> record = MixRecord(torch.zeros(1, 3).bool(), torch.zeros(1, 3, 2).long(), torch.ones(1, 3, 2), 4)
+            >>> record.cut(2).length, record.cut(9).length
+            (2, 3)
+        """
         return self._with(
             {name: value if name in _NOISE else value[:, :length] for name, value in self.tensors().items()}
         )
@@ -142,6 +150,14 @@ class MixRecord:
 
         Raises:
             ValueError: a record without log-probabilities.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import MixRecord
+            >>> gate = torch.tensor([[False, True, False]])
+            >>> ids, weights, logprobs = torch.ones(1, 3, 2, dtype=torch.int64), torch.ones(1, 3, 2), torch.zeros(1, 3)
+            >>> MixRecord(gate, ids, weights, prompt_length=4, logprobs=logprobs).sparse(0, first=4).steps
+            tensor([1])
         """
         (steps,) = self.gate[row].nonzero(as_tuple=True)
         noise = None
@@ -153,9 +169,18 @@ class MixRecord:
         return SparseRecord(first, steps, self.ids[row, steps], self.weights[row, steps], self.logprobs[row], noise)
 
     def to_bytes(self) -> bytes:
-        """The record as bytes, for `from_bytes`; on the CPU."""
+        """The record as bytes, for `from_bytes`; on the CPU.
+
+        Example:
+            >>> import torch
+            >>> from ngrpo_ops import MixRecord
+            >>> record = MixRecord(torch.ones(1, 1).bool(), torch.zeros(1, 1, 2).long(), torch.ones(1, 1, 2), 4)
+            >>> MixRecord.from_bytes(record.to_bytes()).prompt_length
+            4
+        """
         file = io.BytesIO()
-        content = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        # A copy: torch.save would write all of the storage that a slice shares.
+        content = {name: tensor.cpu().clone() for name, tensor in self.tensors().items()}
         torch.save({"prompt_length": self.prompt_length, **content}, file)
         return file.getvalue()
 

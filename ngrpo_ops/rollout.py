@@ -132,8 +132,7 @@ class Noise:
         strategy = get_strategy(config.strategy)
         if not strategy.adds_noise:
             return None
-        given = {name: value for name, value in config.options.items() if name in strategy.options}
-        scale = dict(zip(strategy.options, strategy.option_values(given), strict=True))["noise_scale"]
+        scale = strategy.named_options(strategy.option_values(config.options))["noise_scale"]
         return Noise(
             torch.full_like(row_ids, scale, dtype=torch.float32), torch.full_like(row_ids, config.seed), row_ids, steps
         )

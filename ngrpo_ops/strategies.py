@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,9 @@ class Option:
     default: float
     help: str
     least: float = 0
+
+    def __post_init__(self) -> None:
+        require_number(self.default, "default", least=self.least)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ class Strategy:
         values = ((given.get(name), option.default) for name, option in self.options.items())
         return [float(default if value is None else value) for value, default in values]
 
+    def named_options(self, values: Sequence[float]) -> dict[str, float]:
+        """The values of `option_values` by the options' names."""
+        return dict(zip(self.options, values, strict=True))
+
 
 _registry: dict[str, Strategy] = {}
 
@@ -100,14 +107,15 @@ def register_strategy(
     Args:
         name: what `MixingConfig.strategy` will call it; None: "module:function". In other processes, as of vLLM or Ray,
             only "module:function" is known.
-        options: the options that it reads.
+        options: the options that it reads: "noise_scale" and "moi_beta", those that `MixingConfig` has fields for.
         **properties: further fields of `Strategy`.
 
     Returns:
         A decorator that returns the function as it is.
 
     Raises:
-        TypeError: a name that is no string, a property that there is not. ValueError: another function has the name.
+        TypeError: a name that is no string, a property that there is not, not a function. ValueError: another function
+            has the name; an option that no field sets; a function without a name of its own and no name given.
 
     Example:
         >>> from ngrpo_ops import decode_step, register_strategy
@@ -124,6 +132,13 @@ def register_strategy(
         raise TypeError(f"name must be a string: write @register_strategy(), with parentheses, got {name!r}")
     if "has_kernel" in properties:
         raise TypeError("has_kernel cannot be given: the kernel knows the strategies of ngrpo_ops alone")
+    settable = {option for known in _registry.values() if known.has_kernel for option in known.options}
+    for option in options or {}:
+        if option not in settable:
+            raise ValueError(
+                f"options must be among {sorted(settable)}, for which MixingConfig has fields, got {option!r}: read a "
+                "number of your own from your module"
+            )
     return _register(name, options, **properties)
 
 
@@ -131,6 +146,10 @@ def _register(
     name: str | None, options: Mapping[str, Option] | None = None, **properties: Any
 ) -> Callable[[StrategyFunction], StrategyFunction]:
     def decorate(function: StrategyFunction) -> StrategyFunction:
+        if not inspect.isfunction(function):
+            raise TypeError(f"a strategy must be a function of the policy, got {function!r}")
+        if name is None and "<" in function.__qualname__:  # <lambda>, <locals>
+            raise ValueError(f"name must be given for {function.__qualname__}, which its own name cannot import")
         called = f"{function.__module__}:{function.__qualname__}" if name is None else name
         known = _registry.get(called)
         if known is not None and (known.function.__module__, known.function.__qualname__) != (
@@ -169,7 +188,7 @@ def load_strategy(name: Any) -> Strategy:
     Raises:
         ValueError: no strategy of that name, nothing to import, or not a function of one argument.
     """
-    if isinstance(name, str) and name in _registry:
+    if isinstance(name, str) and name in _registry and ":" not in name:
         return _registry[name]
     module, separator, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not (module and separator and path):
@@ -179,33 +198,18 @@ def load_strategy(name: Any) -> Strategy:
         for part in path.split("."):
             function = getattr(function, part)
     except Exception as error:  # whatever the user's module raises
+        if name in _registry:  # under a name that was given with a colon
+            return _registry[name]
         raise ValueError(f"strategy {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     try:
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"strategy {name!r} must be a function of one argument, the policy: {error}") from error
-    declared = next((known for known in _registry.values() if known.function is function), Strategy(name, function))
-    _registry[name] = replace(declared, name=name)
+    # What register_strategy knows of it, also under further decorators.
+    registered = {id(known.function): known for known in _registry.values()}
+    declared = registered.get(id(inspect.unwrap(function, stop=lambda wrapped: id(wrapped) in registered)))
+    _registry[name] = replace(declared or Strategy(name, function), name=name, function=function)
     return _registry[name]
-
-
-def checked(strategy: Strategy, found: Any, rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a strategy returned, its shapes and dtypes checked. The values are checked on the device, by the step.
-
-    Raises:
-        TypeError: not a pair of tensors, or of other dtypes. ValueError: another shape or device.
-    """
-    promise = f"strategy {strategy.name!r} must return ids int64 and floating-point weights, each [B, k] = {(rows, k)}"
-    if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)):
-        raise TypeError(f"{promise}, got {type(found).__name__}")
-    ids, weights = found
-    if ids.dtype != torch.int64 or not weights.is_floating_point():
-        raise TypeError(f"{promise}, got {ids.dtype} and {weights.dtype}")
-    if tuple(ids.shape) != (rows, k) or tuple(weights.shape) != (rows, k):
-        raise ValueError(f"{promise}, got {tuple(ids.shape)} and {tuple(weights.shape)}")
-    if ids.device != device or weights.device != device:
-        raise ValueError(f"{promise} on {device}, got them on {ids.device} and {weights.device}")
-    return ids, weights
 
 
 # The strategies ---------------------------------------------------------------------------------------------------

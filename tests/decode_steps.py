@@ -61,7 +61,7 @@ def cut_by_hand(p: list[float], top_k: int | None, top_p: float | None, min_p: f
 
 @st.composite
 def steps(draw: st.DrawFn) -> dict:
-    """Arguments of a decode step: ties, cut logits, large scales, every dtype and layout; neighbours of any kind."""
+    """Arguments of a decode step: ties, cut logits, large scales, every dtype and layout; neighbors of any kind."""
     generator, layout = draw(generators), draw(layouts)
     b, v, d, k = draw(st.integers(1, 9)), draw(st.integers(1, 30)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
     scale = draw(st.sampled_from([0.0, 1.0, 10.0, 1e4]))

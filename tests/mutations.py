@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation("choice: greedy rows are sampled", "decode_step", "if temperature != 0.0:", "if temperature != -1.0:"),
     Mutation("choice: rows switched off", "decode_step", "gate = gate & (tl.load(enabled + row) != 0)", "gate = gate & (tl.load(enabled + row) >= 0)"),
     Mutation("choice: a faulty row is mixed", "decode_step", "gate = (gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)) & (bad == 0)", "gate = gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)"),
-    Mutation("choice: neighbours outside the vocabulary", "decode_step", "known = (neighbors >= 0) & (neighbors < v)", "known = neighbors >= 0"),
+    Mutation("choice: neighbors outside the vocabulary", "decode_step", "known = (neighbors >= 0) & (neighbors < v)", "known = neighbors >= 0"),
     Mutation("choice: candidates that are not there", "decode_step", 'x = tl.where(missing > 0, float("-inf"), x)', "x = x"),
     Mutation("choice: the emitted one is not first", "decode_step", "place = tl.where(c == first, 0, tl.where(c < first, c + 1, c))", "place = c"),
     Mutation("draws of moi: a sample that is not among the likeliest", "decode_step", "& (missing == 0), c, K - 1), axis=0)", "& (missing == 0), c, 0), axis=0)"),

@@ -57,7 +57,7 @@ class Spy:
         return self.opened.get_tensor(name)
 
 
-def test_the_table_names_neighbours_and_scores(folder, capsys):
+def test_the_table_names_neighbors_and_scores(folder, capsys):
     assert main(["neighbors", "--model", str(folder), "--tokens", "w5", "--ids", "9", "--k", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = torch.load(folder / "expected.pt")
@@ -68,7 +68,7 @@ def test_the_table_names_neighbours_and_scores(folder, capsys):
         assert f"{score:.4f}" in line and f"({i})" in line
 
 
-def test_excluded_rows_are_never_neighbours(folder, capsys):
+def test_excluded_rows_are_never_neighbors(folder, capsys):
     k = str(VOCABULARY - 4)  # all that are left
     main(["neighbors", "--model", str(folder), "--ids", "5", "--k", k, "--exclude", "special", "unused"])
     printed = capsys.readouterr().out

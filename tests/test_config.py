@@ -78,7 +78,7 @@ def test_bad_fields_name_themselves(name, value):
 def test_a_field_says_everything_about_itself():
     """Help of every field, which the docstring has too; ranges and choices in the metadata hold what is refused."""
     for one in dataclasses.fields(MixingConfig):
-        assert f"        {one.name}: {one.metadata['help']}" in MixingConfig.__doc__
+        assert f"{one.name}: {one.metadata['help']}" in " ".join(MixingConfig.__doc__.split())
         for value in one.metadata.get("choices", ()):
             strategy = {"variant": "topk"}.get(one.name, "neighbor")
             assert getattr(MixingConfig(strategy=strategy, **{one.name: value}), one.name) == value

@@ -100,7 +100,7 @@ def test_kernel_against_oracle(arguments):
                  for step in (ours, oracle)]  # fmt: skip
         for one, other in zip(*draws, strict=True):
             if one != other:
-                assert_neighbouring_draws(a, row, int(one), int(other))
+                assert_neighboring_draws(a, row, int(one), int(other))
     z = torch.where(a["logits"].isinf(), 0, a["logits"].double()).abs().amax(1).clamp(min=1)
     roundoff = 4e-7 * z[same] / 0.3
     if arguments["strategy"] != "gumbel":
@@ -116,7 +116,7 @@ def test_kernel_against_oracle(arguments):
         assert_within(ours.embeddings, exact, 4e-6 + rounding(exact, a["embedding"].dtype, "triton"))
 
 
-def assert_neighbouring_draws(a: dict, row: int, one: int, other: int) -> None:
+def assert_neighboring_draws(a: dict, row: int, one: int, other: int) -> None:
     """Between the two tokens there is next to no mass, so either edge is within rounding of the draw."""
     low, high = sorted((one, other))
     t = a["temperature"]
@@ -154,7 +154,7 @@ def test_64_bit_kernels_agree(generator, dtype, layout):
 
 
 def test_offsets_are_64_bits_wide_where_they_must_be():
-    """On meta tensors: too many logits, a table too large, a neighbour table too large."""
+    """On meta tensors: too many logits, a table too large, a neighbor table too large."""
 
     def launched(b: int = 4, v: int = 1000, d: int = 8, k: int = 3, strategy: str = "neighbor") -> list[bool]:
         meta = {"device": "meta"}

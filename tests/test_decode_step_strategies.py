@@ -267,7 +267,7 @@ def test_faults_are_raised_with_row_and_step():
     with pytest.raises(RuntimeError, match=r"row 1: its logits hold NaN"):
         raise_faults(torch.tensor([0, 1, 0]))
     steps = torch.tensor([[0, 0, 2], [0, 4, 0]])
-    with pytest.raises(RuntimeError, match=r"row 70, step 1 \(and 1 more\): a neighbour of its anchor"):
+    with pytest.raises(RuntimeError, match=r"row 70, step 1 \(and 1 more\): a neighbor of its anchor"):
         raise_faults(steps, row_ids=torch.tensor([60, 70]))
     with pytest.raises(RuntimeError, match=r"row 0, step 2: all of its logits are -inf"):
         raise_faults(steps[:1])

@@ -55,8 +55,8 @@ def by_hand(
         advantage = reward - others
         if scale in ("std", "batch_std"):
             values = group if scale == "std" else batch
-            centre = math.fsum(values) / len(values)
-            deviation = math.sqrt(math.fsum((r - centre) ** 2 for r in values) / max(len(values) - ddof, 1)) + eps
+            center = math.fsum(values) / len(values)
+            deviation = math.sqrt(math.fsum((r - center) ** 2 for r in values) / max(len(values) - ddof, 1)) + eps
             advantage = advantage / deviation if deviation else 0.0
         elif scale == "mean":
             advantage /= mean + eps
@@ -190,7 +190,7 @@ def test_presets_for_a_group_of_one(backend):
 
 
 def test_several_reward_functions(backend):
-    """Weighted sum, then normalised; or each normalised, then summed and whitened; NaN left out of both."""
+    """Weighted sum, then normalized; or each normalized, then summed and whitened; NaN left out of both."""
     nan = torch.nan
     rewards = torch.tensor(
         [[1.0, 4.0], [2.0, nan], [nan, nan], [0.0, 1.0], [5.0, 2.0], [1.0, 2.0], [1.0, 0.0], [nan, 3.0]]

@@ -209,7 +209,7 @@ def test_a_few_rows_that_move_far_are_taken_apart(metric, masked, backend):
 
 
 def test_what_a_refresh_had_to_do():
-    """Rows whose k-th and next neighbour are a tie need all their candidates, rows tied beyond these a search."""
+    """Rows whose k-th and next neighbor are a tie need all their candidates, rows tied beyond these a search."""
     generator = torch.Generator().manual_seed(6)
     embedding = torch.randn(200, 32, generator=generator)
     embedding[:3] = embedding[3]  # among four equal rows, k = 2 of the three others

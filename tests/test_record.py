@@ -139,3 +139,8 @@ def test_records_that_do_not_fit_together(change):
         MixRecord.cat([MixRecord(**good()), MixRecord(**good(**change))])
     with pytest.raises(ValueError, match="records"):
         MixRecord.cat([])
+
+
+def test_the_bytes_of_a_slice_are_of_the_slice_alone():
+    record = MixRecord(torch.ones(64, 50).bool(), torch.ones(64, 50, 3).long(), torch.ones(64, 50, 3), prompt_length=4)
+    assert len(record[:1].to_bytes()) < len(record.to_bytes()) / 16

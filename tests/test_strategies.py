@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 import warnings
@@ -225,6 +226,42 @@ def test_a_name_is_registered_once(monkeypatch):
         register_strategy("topk")(lambda policy: None)
     register_strategy()(step)
     assert strategies.get_strategy(f"{__name__}:step").function is step
+    with pytest.raises(ValueError, match=r"name must be given for .*<lambda>"):
+        register_strategy()(lambda policy: None)
+    with pytest.raises(TypeError, match=r"must be a function of the policy, got functools\.partial"):
+        register_strategy("partly")(functools.partial(step, "pair"))
+    with pytest.raises(ValueError, match=r"options must be among \['moi_beta', 'noise_scale'\].*got 'heat'"):
+        register_strategy("hot", options={"heat": Option(1.0, "how hot")})
+    with pytest.raises(ValueError, match="default must be finite and at least 1"):
+        Option(0.5, "too small", least=1)
+
+
+def decorated(function):
+    return functools.wraps(function)(lambda policy: function(policy))
+
+
+@decorated
+@register_strategy(fixed_k=2, emits_sample=True)
+def two_of_them(policy):
+    ids = policy.draws(2)
+    return ids, policy.softmax(ids)
+
+
+def test_a_decorator_over_a_registered_strategy_keeps_what_it_declares(monkeypatch):
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    found = strategies.load_strategy(f"{__name__}:two_of_them")
+    assert found.function is two_of_them and found.fixed_k == 2 and found.emits_sample
+
+
+def test_a_fixed_k_holds_with_neighbors_and_without(monkeypatch):
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    register_strategy("near", reads_neighbors=True, fixed_k=2)(lambda policy: (policy.neighbors(), None))
+    register_strategy("nine", fixed_k=9)(lambda policy: (policy.likeliest(9), None))
+    logits = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="neighbor_ids must have 1 columns for strategy 'near', got 3"):
+        mixing_candidates(logits, torch.zeros(5, 3, dtype=torch.int64), strategy="near")
+    with pytest.raises(ValueError, match=r"k must be within \[1, V = 5\], got 9"):
+        mixing_candidates(logits, strategy="nine")
 
 
 def test_a_strategy_without_a_kernel_runs_eagerly_and_says_so(monkeypatch):

@@ -117,7 +117,7 @@ class _Seen(LogitsProcessor):
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize(("temperature", "mixing_temperature"), [(0.7, None), (1.0, 0.3)])
-def test_a_gated_step_emits_the_argmax_and_records_its_neighbours_and_their_weights(
+def test_a_gated_step_emits_the_argmax_and_records_its_neighbors_and_their_weights(
     variant: str, temperature: float, mixing_temperature: float | None
 ) -> None:
     model = tiny_model()
@@ -532,7 +532,7 @@ def test_models_that_cannot_be_mixed_are_refused() -> None:
         NeighborMixing(model, MixingConfig()).generate(**left_padded(), max_new_tokens=2)
 
 
-def test_allowed_token_ids_are_the_only_neighbours() -> None:
+def test_allowed_token_ids_are_the_only_neighbors() -> None:
     allowed = [5, 9, 20, 33]
     mixing = NeighborMixing(tiny_model(), MixingConfig(mixing_rate=1.0, allowed_token_ids=allowed))
     _, record = mixing.generate(**left_padded(), max_new_tokens=6, min_new_tokens=6)

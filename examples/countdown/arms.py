@@ -17,7 +17,7 @@ class Arm:
         label: in tables and pictures.
         mixing: fields of NGRPOConfig; None: TRL's GRPOTrainer.
         matched: the temperature of the rollouts is set so that the entropy of what is emitted is N-GRPO's.
-        words_only: numbers are no neighbours.
+        words_only: numbers are no neighbors.
     """
 
     label: str
@@ -43,7 +43,7 @@ ARMS = {
     "ngrpo": _arm("N-GRPO"),
     "grpo_matched": Arm("GRPO, N-GRPO's entropy", None, matched=True),
     "released": _arm("N-GRPO, released weights", variant="released"),
-    "words_only": replace(_arm("N-GRPO, numbers no neighbours"), words_only=True),
+    "words_only": replace(_arm("N-GRPO, numbers no neighbors"), words_only=True),
     "rate_0.05": _arm("N-GRPO, rate 0.05", rate=0.05),
     "rate_0.3": _arm("N-GRPO, rate 0.3", rate=0.3),
     "rate_1": _arm("N-GRPO, rate 1", rate=1.0),

@@ -93,7 +93,7 @@ def sample_solutions(
 
 
 def first_divergence(tokens: torch.Tensor) -> float:
-    """Of neighbouring pairs of [samples, length]: the mean place of the first token that differs; those that are the
+    """Of neighboring pairs of [samples, length]: the mean place of the first token that differs; those that are the
     same throughout count as the length."""
     a, b = tokens[:-1:2], tokens[1::2]
     differ = a != b

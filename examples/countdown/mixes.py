@@ -125,10 +125,10 @@ def _label_tokens(axes: Any, tokenizer: Any, tokens: list[int], points: np.ndarr
     """A dot for each token; words by name, of the numbers every tenth and those up to twelve, where there is room."""
     axes.plot(*points.T, "o", color="#555555", markersize=3, zorder=3)
     extent = np.ptp(points, axis=0)
-    labelled: list[np.ndarray] = []
+    labeled: list[np.ndarray] = []
     for token, point in zip(tokens, points, strict=True):
         text = tokenizer.convert_ids_to_tokens(token)
         named = not text.isdecimal() or int(text) <= 12 or int(text) % 10 == 0
-        if named and all((np.abs(point - other) > _LABEL * extent).any() for other in labelled):
-            labelled.append(point)
+        if named and all((np.abs(point - other) > _LABEL * extent).any() for other in labeled):
+            labeled.append(point)
             axes.annotate(text, point, fontsize=8, xytext=(2, 2), textcoords="offset points", zorder=4)

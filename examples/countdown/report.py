@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colors, told apart by color-blind readers too.
 COLORS = {"supervised": "#7f7f7f", "grpo": "#0072B2", "ngrpo": "#D55E00", "anchor": "#009E73"}
 LABELS = {"supervised": "supervised", "grpo": "GRPO", "ngrpo": "N-GRPO", "anchor": "anchor only (k = 1)"}
 _WINDOW = 10

@@ -339,7 +339,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
                 f"On the checkpoint N-GRPO's rollouts have {found['ngrpo_entropy']:.3f} nats a token, forced anchors "
                 f"counted as 0; GRPO's have {found['entropy']:.3f} at temperature {found['temperature']:.3f}, which is "
                 "that of the arm at matched entropy. Its policy is trained at that temperature and, like all, "
-                "evaluated at 1, hotter than it was trained, which by itself favours pass@k at large k.",
+                "evaluated at 1, hotter than it was trained, which by itself favors pass@k at large k.",
                 "",
             ]
         header = ["arm", "seeds", *(f"pass@{k}" for k in arms["supervised"].pass_at), "usable groups",
@@ -419,9 +419,9 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
 
 
 TASKS_SAY = {
-    "equation": "The solution is an equation, `4 * ( 2 + 1 )`: the nearest neighbours of a number are numbers.",
+    "equation": "The solution is an equation, `4 * ( 2 + 1 )`: the nearest neighbors of a number are numbers.",
     "steps": "The solution is a chain of steps in words that have synonyms, `first 2 plus 1 makes 3 then 4 times 3 "
-    "gives 12`: neighbours carry meaning.",
+    "gives 12`: neighbors carry meaning.",
 }
 assert TASKS_SAY.keys() == TASKS.keys()
 

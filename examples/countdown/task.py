@@ -238,7 +238,7 @@ class Task:
 
 
 EQUATION = Task("equation", (*OPERATORS, "(", ")"), 14, lambda tree, _: render(tree), parse, lambda _: True)
-"""One equation: 4 * ( 2 + 1 ). A number's nearest neighbours are numbers."""
+"""One equation: 4 * ( 2 + 1 ). A number's nearest neighbors are numbers."""
 
 STEPS = Task("steps", tuple(_MEANING), 19, render_steps, parse_steps, _within_tokens)
 """A short chain of thought in words that have synonyms: first 2 plus 1 makes 3 then 4 times 3 gives 12."""

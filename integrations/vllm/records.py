@@ -37,9 +37,9 @@ def unpack(reply: bytes) -> MixRecord:
 
     Example:
         >>> from ngrpo_ops.integrations.vllm.records import pack, unpack
-        >>> unpack(pack(RuntimeError("nothing could be sampled at row 3")))
+        >>> unpack(pack(RuntimeError("no token could be chosen at row 3")))
         Traceback (most recent call last):
-        RuntimeError: nothing could be sampled at row 3
+        RuntimeError: no token could be chosen at row 3
     """
     header, _, content = reply.partition(b"\n")
     error = json.loads(header)

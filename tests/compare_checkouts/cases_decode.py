@@ -55,7 +55,7 @@ SETTINGS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "mixing temperature": lambda i: {"mixing_temperature": 0.4},
     "ties": tied,
     "faults": faulty,
-    "bad neighbours": lambda i: {"bad_neighbors": True},
+    "bad neighbors": lambda i: {"bad_neighbors": True},
     "seed and step as tensors": lambda i: {"seed": torch.tensor(-(2**62)), "step": torch.tensor(2**40)},
     "steps of their own": lambda i: {"seed": 2**63 - 1, "step": i.integers(2**40, B), "row_ids": i.integers(2**62, B)},
     "top_k": lambda i: {"top_k": 4},
@@ -147,7 +147,7 @@ def step_cases(backend: str, strategy: str) -> Cases:
     if strategy == "anchor":
         del settings["k = 5"]
     if strategy != "neighbor" or backend == "eager":
-        del settings["bad neighbours"]  # plain torch on a CPU refuses them
+        del settings["bad neighbors"]  # plain torch on a CPU refuses them
     if strategy == "gumbel" and backend == "triton":
         del settings["faults"]  # up to 0.6.1 the kernel writes past the end of its outputs there
     of_strategy = OF_STRATEGY.get(strategy, {})

@@ -177,7 +177,7 @@ BAD: dict[str, Bad] = {
             "enabled": [ones(4), true(3), true(4).to("meta"), [True]],
         },
     ),
-    "decode_step, neighbours": (
+    "decode_step, neighbors": (
         lambda least: decode_step(ones(4, 5), ones(5, 3), torch.full((5, 2), least), seed=0, step=0),
         {"least": 0},
         {"least": [-1, 5]},

@@ -135,7 +135,7 @@ def test_values_and_gradients_are_those_of_a_forward_by_hand(
     lora = {"lora_rank": 4, "target_modules": ["q_proj", "v_proj", "embed_tokens"]} if variant == "lora" else {}
     torch.manual_seed(0)
     actor = Actor(str(inputs / "model"), packing_samples=packed, **lora).double()
-    if variant == "lora":  # as initialised one factor of each is zero, and the other has no gradient
+    if variant == "lora":  # as initialized one factor of each is zero, and the other has no gradient
         for name, parameter in actor.named_parameters():
             if "lora" in name:
                 nn.init.normal_(parameter, std=0.1)

@@ -185,7 +185,7 @@ def mixing_candidates(
 
 def _backend(backend: str | None, logits: Tensor, settings: Settings, strategy: Strategy) -> str:
     chosen = choose_backend(backend, logits, unsupported_by_kernel(settings, strategy))
-    if logits.is_cuda and not strategy.has_kernel and not torch.compiler.is_compiling():
+    if backend is None and logits.is_cuda and not strategy.has_kernel and not torch.compiler.is_compiling():
         _say_no_kernel(strategy.name)
     return chosen
 

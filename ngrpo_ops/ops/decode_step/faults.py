@@ -9,15 +9,15 @@ from .._checks import require_tensor
 NOT_A_NUMBER, NO_TOKEN, NO_SUCH_CANDIDATE, BAD_IDS, BAD_WEIGHTS = 1, 2, 4, 8, 16
 FAULTS = {
     NOT_A_NUMBER: "its logits hold NaN or +inf",
-    NO_TOKEN: "all of its logits are -inf: no token is left to choose",
-    NO_SUCH_CANDIDATE: "a neighbour of its anchor is outside the vocabulary",
+    NO_TOKEN: "all of its logits are -inf",
+    NO_SUCH_CANDIDATE: "a neighbor of its anchor is outside the vocabulary",
     BAD_IDS: "its strategy returned ids outside the vocabulary",
     BAD_WEIGHTS: "its strategy returned weights that are negative, not finite or do not sum to 1",
 }
 
 
 def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
-    """Raises if a decode step met logits that nothing can be sampled from. Reads `fault` once: the host waits here.
+    """Raises if a decode step had a row for which no token could be chosen. Reads `fault` once: the host waits here.
 
     Args:
         fault: int32 [B] or [B, T], the faults of one step or of all steps of a generation.
@@ -32,7 +32,7 @@ def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
         >>> raise_faults(torch.tensor([0, 0]))
         >>> raise_faults(torch.tensor([0, 2]), row_ids=torch.tensor([10, 11]))
         Traceback (most recent call last):
-        RuntimeError: nothing could be sampled at row 11: all of its logits are -inf: no token is left to choose
+        RuntimeError: no token could be chosen at row 11: all of its logits are -inf
     """
     require_tensor(fault, "fault")
     steps = fault[:, None] if fault.dim() == 1 else fault
@@ -43,4 +43,4 @@ def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
     reasons = "; ".join(text for bit, text in FAULTS.items() if int(steps[row, step]) & bit)
     where = f"row {row if row_ids is None else int(row_ids[row])}" + (f", step {step}" if fault.dim() == 2 else "")
     more = f" (and {len(faulty) - 1} more)" if len(faulty) > 1 else ""
-    raise RuntimeError(f"nothing could be sampled at {where}{more}: {reasons}")
+    raise RuntimeError(f"no token could be chosen at {where}{more}: {reasons}")

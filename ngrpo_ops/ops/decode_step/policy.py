@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...random import gumbel, normal
 from ...strategies import Strategy
-from .._checks import require_ids_in_range
+from .._checks import require_ids_in_range, within
 from .._precision import compute_dtype
 from .._ties import likeliest
 from ..candidate_weights import candidate_scores
@@ -50,7 +50,7 @@ class Policy:
         self._drawn = logits.new_empty(logits.shape[0], 0)
         self.outside: Tensor | None = None  # rows with a neighbor outside the vocabulary, once neighbors() was called
         self.k, self.vocabulary = settings.k, logits.shape[1]
-        self.options: Mapping[str, float] = dict(zip(strategy.options, settings.options, strict=True))
+        self.options: Mapping[str, float] = strategy.named_options(settings.options)
 
     @functools.cached_property
     def counter(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Policy:
         anchor = self._raw.argmax(-1, keepdim=True)
         neighbors = table[anchor.squeeze(-1)]
         require_ids_in_range(neighbors, self.vocabulary, "neighbor_ids")
-        self.outside = ((neighbors < 0) | (neighbors >= self.vocabulary)).any(-1)
+        self.outside = (~within(neighbors, self.vocabulary)).any(-1)
         return torch.cat([anchor, neighbors.clamp(0, self.vocabulary - 1)], dim=-1)
 
     def likeliest(self, n: int) -> Tensor:

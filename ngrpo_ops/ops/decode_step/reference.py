@@ -5,11 +5,14 @@ Every row depends on its own logits, settings and counter alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...random import gates
-from ...strategies import checked, get_strategy
+from ...strategies import Strategy, get_strategy
+from .._checks import within
 from .._precision import ROW_BLOCK_ELEMENTS
 from ..gaussian_noise import gaussian_noise_reference
 from ..mix_embeddings import mix_embeddings_reference
@@ -76,7 +79,7 @@ def _candidates(policy: Policy, settings: Settings) -> tuple[Tensor, Tensor, Ten
     """ids, weights and fault of each row. A faulty row has ids of 0 and weights of NaN."""
     strategy, top = get_strategy(settings.strategy), policy.max_logit
     found = strategy.function(policy)
-    ids, weights = found if strategy.has_kernel else checked(strategy, found, len(top), policy.k, top.device)
+    ids, weights = found if strategy.has_kernel else _checked_form(strategy, found, len(top), policy.k, top.device)
     top = top.squeeze(-1)
     fault = torch.zeros_like(ids[:, 0]) if policy.outside is None else torch.where(policy.outside, NO_SUCH_CANDIDATE, 0)
     if not strategy.has_kernel:
@@ -86,9 +89,28 @@ def _candidates(policy: Policy, settings: Settings) -> tuple[Tensor, Tensor, Ten
     return ids.masked_fill(bad, 0), weights.float().masked_fill(bad, torch.nan), fault.to(torch.int32)
 
 
+def _checked_form(strategy: Strategy, found: Any, rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a strategy of a user returned, its types, shapes and devices checked: these make no host wait.
+
+    Raises:
+        TypeError: not a pair of tensors, or of other dtypes. ValueError: another shape or device.
+    """
+    promise = f"strategy {strategy.name!r} must return ids int64 and floating-point weights, each [B, k] = {(rows, k)}"
+    if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)):
+        raise TypeError(f"{promise}, got {type(found).__name__}")
+    ids, weights = found
+    if ids.dtype != torch.int64 or not weights.is_floating_point():
+        raise TypeError(f"{promise}, got {ids.dtype} and {weights.dtype}")
+    if tuple(ids.shape) != (rows, k) or tuple(weights.shape) != (rows, k):
+        raise ValueError(f"{promise}, got {tuple(ids.shape)} and {tuple(weights.shape)}")
+    if ids.device != device or weights.device != device:
+        raise ValueError(f"{promise} on {device}, got them on {ids.device} and {weights.device}")
+    return ids, weights
+
+
 def _checked_values(ids: Tensor, weights: Tensor, vocabulary: int, fault: Tensor) -> tuple[Tensor, Tensor]:
     """The ids within the vocabulary, and the fault of rows whose ids or weights are not what a strategy promises."""
-    outside = ((ids < 0) | (ids >= vocabulary)).any(-1)
+    outside = (~within(ids, vocabulary)).any(-1)
     tolerance = max(_SUM_TOLERANCE, torch.finfo(weights.dtype).eps)
     sums = (weights.float().sum(-1) - 1).abs() <= tolerance  # False for NaN
     fault = fault | torch.where(outside, BAD_IDS, 0) | torch.where(sums & (weights >= 0).all(-1), 0, BAD_WEIGHTS)

@@ -16,7 +16,7 @@ _CHUNK = 1024  # tokens whose probabilities are summed first when one is drawn
 
 
 class Distribution(NamedTuple):
-    """softmax(logits / temperature) before it is normalised.
+    """softmax(logits / temperature) before it is normalized.
 
     With z = logits / temperature: max_logit [B, 1] is max z (0 for a row of -inf), shifted [B, V] is z - max_logit,
     exp_shifted [B, V] its exponential, exp_sum [B] the sum of that, entropy [B] in nats.

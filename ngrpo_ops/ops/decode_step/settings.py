@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config import Variant
-from ...strategies import Strategy, get_strategy
+from ...strategies import Strategy, get_strategy, strategy_names
 from .._checks import (
     require_choice,
     require_counter,
@@ -150,15 +150,22 @@ def _require_candidates(
         if neighbor_ids.dim() != 2 or neighbor_ids.shape[0] != vocabulary:
             raise ValueError(f"neighbor_ids must be [V = {vocabulary}, k - 1], got shape {tuple(neighbor_ids.shape)}")
         require_same_device("neighbor_ids", neighbor_ids, "logits", logits)
-        if k is not None and k != neighbor_ids.shape[1] + 1:
-            raise ValueError(f"k must be neighbor_ids' columns and 1 = {neighbor_ids.shape[1] + 1}, got {k!r}")
-        return neighbor_ids.shape[1] + 1
+        columns = neighbor_ids.shape[1] + 1
+        if k is not None and k != columns:
+            raise ValueError(f"k must be neighbor_ids' columns and 1 = {columns}, got {k!r}")
+        if strategy.fixed_k is not None and strategy.fixed_k != columns:
+            raise ValueError(
+                f"neighbor_ids must have {strategy.fixed_k - 1} columns for strategy {strategy.name!r}, got "
+                f"{columns - 1}"
+            )
+        return columns
     if neighbor_ids is not None:
-        raise ValueError(f"neighbor_ids are read by strategy 'neighbor' alone, got strategy {strategy.name!r}")
+        readers = " or ".join(repr(name) for name in strategy_names() if get_strategy(name).reads_neighbors)
+        raise ValueError(f"neighbor_ids are read by strategy {readers} alone, got strategy {strategy.name!r}")
     if strategy.fixed_k is not None:
         if k not in (None, strategy.fixed_k):
             raise ValueError(f"k must be {strategy.fixed_k} for strategy {strategy.name!r}, got {k!r}")
-        return strategy.fixed_k
+        k = strategy.fixed_k
     require_integer(k, "k")
     assert k is not None
     if not 1 <= k <= vocabulary:

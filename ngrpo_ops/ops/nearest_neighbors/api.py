@@ -27,7 +27,7 @@ from .sharded import local_rows, search_shards
 
 
 class NearestNeighbors(NamedTuple):
-    """The neighbours that `nearest_neighbors` found.
+    """The neighbors that `nearest_neighbors` found.
 
     Attributes:
         ids: int64 [Q, k], nearest first.
@@ -102,8 +102,8 @@ def nearest_neighbors(
 ) -> NearestNeighbors:
     """The k most similar *other* rows of an embedding table, for every row or for the rows in `queries`.
 
-    N-GRPO mixes the candidates C: the anchor and its k - 1 nearest neighbours by cosine (equations 7 and 8). Here `k`
-    counts the neighbours alone.
+    N-GRPO mixes the candidates C: the anchor and its k - 1 nearest neighbors by cosine (equations 7 and 8). Here `k`
+    counts the neighbors alone.
 
     The result is exact. The ids are those of scoring every pair in float32; among equal scores the lower id comes
     first. The search runs in tiles and never holds a [V, V] matrix: it takes at most 256 MiB beyond inputs and outputs.
@@ -112,10 +112,10 @@ def nearest_neighbors(
         embedding: [V, d], floating point, finite; scored in float32. A DTensor with sharded rows (FSDP) is searched
             where it is. Every rank of its mesh must make the call. Each rank scores its own rows against those of all
             ranks and gets the result for all V rows, the same as without shards.
-        k: neighbours a row, 1 <= k < V.
+        k: neighbors a row, 1 <= k < V.
         metric: "cosine" (a zero row has similarity 0 to every row), "dot", "l2" (negative squared distance) or "l1"
             (negative distance; it has no matrix-multiplication form and is many times slower).
-        queries: int64 [Q], ids of the rows whose neighbours are wanted; None: all V, in order.
+        queries: int64 [Q], ids of the rows whose neighbors are wanted; None: all V, in order.
         allowed: bool [V], rows that may be returned, at least k + 1 of them; None: all.
         group: a process group whose ranks hold consecutive rows of the table (maybe none) as `embedding`, in the order
             of the ranks. The table is searched like a DTensor.

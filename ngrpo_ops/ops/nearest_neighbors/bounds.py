@@ -1,6 +1,6 @@
 """Upper bounds of scores, computed by matrix multiplication, and the constants of their proof.
 
-A search may skip a pair whose upper bound is too low. An upper bound below the true score would lose a neighbour
+A search may skip a pair whose upper bound is too low. An upper bound below the true score would lose a neighbor
 silently, so every constant that makes it a bound stands in this module, once, beside its derivation.
 
 Notation: u is the unit roundoff of float32 (2^-24), d the width of the rows. The score is always the value that

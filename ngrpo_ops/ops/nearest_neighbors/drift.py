@@ -1,4 +1,4 @@
-"""How far rows have moved since a snapshot, and which stored neighbours are proven to be the nearest still."""
+"""How far rows have moved since a snapshot, and which stored neighbors are proven to be the nearest still."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .scores import ScoredRows
 class Drift:
     """The movement of every row between two versions of an embedding.
 
-    Row i moves by delta_i, in the norm of the metric; for cosine the normalised rows move. A row that is not counted in
+    Row i moves by delta_i, in the norm of the metric; for cosine the normalized rows move. A row that is not counted in
     a bound, and moves by at most m, afterwards scores with row i at most
 
         cosine   bound_i + delta_i + m + delta_i m

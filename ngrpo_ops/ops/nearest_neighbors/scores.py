@@ -31,7 +31,7 @@ def rows_per_tile(d: int, limit: int) -> int:
 
 
 class ScoredRows:
-    """The rows of an embedding as their metric scores them: in float32, and normalised for cosine.
+    """The rows of an embedding as their metric scores them: in float32, and normalized for cosine.
 
     Args:
         embedding: [n, d], floating point. A row with a norm below 1e-30 counts as a zero row.

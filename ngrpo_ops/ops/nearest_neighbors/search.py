@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour search over a vocabulary, in tiles, on any device.
+"""Exact nearest-neighbor search over a vocabulary, in tiles, on any device.
 
 A scan finds candidates with matrix multiplications, and the candidates are then scored pair by pair. The scan computes
 upper bounds of the scores (see `bounds`), so no row outside the candidates can score above a known bound. A query whose
@@ -68,8 +68,8 @@ def search(
     """The k rows most similar to each query, the query itself excluded.
 
     Args:
-        rows: the rows [V, d] whose neighbours are wanted.
-        k: neighbours a query.
+        rows: the rows [V, d] whose neighbors are wanted.
+        k: neighbors a query.
         num_candidates: rows of the scan that are kept for every query, at least k.
         queries: row ids int64 [Q]; None: all rows.
         columns: the rows [C, d] to search; None: `rows`. The ids of the result count in these.
@@ -94,12 +94,12 @@ def rescore(rows: ScoredRows, queries: Tensor, candidates: Tensor) -> tuple[Tens
 def update_neighbors(
     rows: ScoredRows, queries: Tensor, ids: Tensor, scores: Tensor, *, new: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of each query among k known neighbours and the rows of a mask.
+    """The k nearest rows of each query among k known neighbors and the rows of a mask.
 
     Args:
         rows: the rows [V, d].
         queries: row ids int64 [Q].
-        ids, scores: [Q, k], the known neighbours, ranked.
+        ids, scores: [Q, k], the known neighbors, ranked.
         new: bool [V], the other rows to consider.
 
     Returns:
@@ -113,7 +113,7 @@ def update_neighbors(
 
 
 class _Search:
-    """One search of `columns` for the neighbours of `rows`; row i is column i + offset, and not its own neighbour."""
+    """One search of `columns` for the neighbors of `rows`; row i is column i + offset, and not its own neighbor."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class _Search:
             found.ids[part], found.scores[part] = self.exhaustive_search(
                 queries[part], found.ids[part], found.scores[part], kth[part]
             )
-            # The k neighbours are now the only candidates, and the k-th score the bound: the scan may have missed some.
+            # The k neighbors are now the only candidates, and the k-th score the bound: the scan may have missed some.
             candidates[part] = -1
             candidates[part, :k] = found.ids[part]
             found.bounds[part] = found.scores[part, -1]
@@ -294,7 +294,7 @@ class _Search:
         """The k nearest rows of `queries` from all pairs that might reach a score.
 
         Args:
-            ids, scores: [q, k], scored neighbours that are already known, ranked.
+            ids, scores: [q, k], scored neighbors that are already known, ranked.
             kth: float32 [q], the score to reach.
         """
         k, optimistic = self.k, self.float32_scores
@@ -304,7 +304,7 @@ class _Search:
         for index, tile_ids in self.column_blocks(self.column_tile):
             values = tile.multiply(prepared, optimistic.prepared_columns(index))
             reaches = values[: queries.numel(), : tile_ids.numel()] > optimistic.threshold_below(kth[:, None])
-            # Neither the query itself nor the neighbours that are known.
+            # Neither the query itself nor the neighbors that are known.
             _fill_at(reaches, tile_ids, torch.cat([(queries + self.offset)[:, None], ids], dim=1), False)
             # Consecutive queries, in batches of about _PAIRS_AT_ONCE pairs.
             batch = reaches.sum(1).cumsum(0) // _PAIRS_AT_ONCE
@@ -339,7 +339,7 @@ class _Search:
         return max(GROUP_SIZE, min(_SQUARE_TILE, side // GROUP_SIZE * GROUP_SIZE))
 
     def _not_allowed(self) -> Tensor:
-        """bool [V]: the rows that may not be returned. They have neighbours too."""
+        """bool [V]: the rows that may not be returned. They have neighbors too."""
         assert self.allowed is not None
         mask = torch.ones(len(self.rows), dtype=torch.bool, device=self.allowed.device)
         return mask.index_fill_(0, self.allowed, False)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of an embedding whose rows are spread over several ranks.
+"""Nearest neighbors of an embedding whose rows are spread over several ranks.
 
 The rows of all ranks are broadcast in turn, a block at a time. Each rank scores its own rows against the block and
 keeps their best. No rank holds the whole embedding, or scores for more than its own rows and one block. The score of a

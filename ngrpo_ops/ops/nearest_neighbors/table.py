@@ -1,4 +1,4 @@
-"""The neighbour table of an embedding: built once, then refreshed after weight updates with as little work as can be
+"""The neighbor table of an embedding: built once, then refreshed after weight updates with as little work as can be
 proven to be enough."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RefreshReport:
     """What a refresh did.
 
     Attributes:
-        certified: rows whose stored neighbours were proven to be the nearest still. Only these neighbours were scored.
+        certified: rows whose stored neighbors were proven to be the nearest still. Only these neighbors were scored.
         rescored: rows for which all stored candidates were scored, and proven to hold the nearest.
         recomputed: rows that were searched.
         movers: rows that moved so far that they were scored against every other row instead of being bounded.
@@ -69,7 +69,7 @@ class _Build:
 
 
 class NeighborTable:
-    """The k nearest neighbours of every row of an embedding table, kept up to date while the embedding is trained.
+    """The k nearest neighbors of every row of an embedding table, kept up to date while the embedding is trained.
 
     After `refresh`, ids and scores are always those of `nearest_neighbors` on the same embedding. Both score with the
     same routine, and whatever cannot be proven is searched. `refresh` compares the contents of the embedding, so it
@@ -77,7 +77,7 @@ class NeighborTable:
 
     A build stores the best `candidates` of each row, and the score that no other row reached. A refresh measures how
     far every row has moved since the build and bounds from that what a row outside the candidates can score now. A row
-    whose k-th neighbour is strictly above this bound is certified without a search: first by scoring its k neighbours
+    whose k-th neighbor is strictly above this bound is certified without a search: first by scoring its k neighbors
     alone, against the score of the next; where that is too close, by scoring all its candidates, against the bound. A
     few rows that moved far are scored against every row. The remaining rows are searched, with their k-th score as a
     threshold to start from.
@@ -85,7 +85,7 @@ class NeighborTable:
     `nbytes` is the memory that the table keeps: the snapshot of the embedding and 12 k + 4 candidates + 16 bytes a row.
 
     Args:
-        k: neighbours a row, at least 1.
+        k: neighbors a row, at least 1.
         metric: "cosine", "dot", "l2" or "l1", as in `nearest_neighbors`.
         candidates: rows kept for the certificate, more than k; default 8 + 4 k.
         allowed: bool [V], rows that may be returned; None: all.
@@ -141,7 +141,7 @@ class NeighborTable:
         return sum(x.numel() * x.element_size() for x in stored if x is not None)
 
     def lookup(self, token_ids: Tensor) -> Tensor:
-        """The neighbours of the given tokens.
+        """The neighbors of the given tokens.
 
         Args:
             token_ids: int64 [...].
@@ -229,7 +229,7 @@ class NeighborTable:
         stored = build.candidates[:, : self.k].long()
         ids, scores = ranked(stored, rows.pair_scores(all_rows[:, None].expand_as(stored), rows, stored))
         drift = Drift(build.snapshot, rows)
-        # To choose the movers, a lower bound of the k-th score is enough, as the k neighbours alone give it.
+        # To choose the movers, a lower bound of the k-th score is enough, as the k neighbors alone give it.
         max_movement, movers = drift.exclude_movers(drift.tolerance(scores[:, -1], build.bounds))
         uncertified = (drift.tolerance(scores[:, -1], build.next_scores) <= max_movement).nonzero().squeeze(1)
         certified = vocabulary - uncertified.numel()
@@ -268,14 +268,14 @@ class NeighborTable:
     def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
         snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose_backend(None, embedding))
         available = len(snapshot) if self.allowed is None else int(self.allowed.sum())
-        # One neighbour more than asked for: its score bounds all rows after the k-th.
+        # One neighbor more than asked for: its score bounds all rows after the k-th.
         wanted = min(self.k + 1, available - 1)
         found = search(snapshot, wanted, self.candidates, allowed=self.allowed, progress=progress)
         if wanted > self.k:
             next_scores = found.scores[:, self.k].clone()
         elif self.allowed is None:
             next_scores = torch.full_like(found.bounds, -torch.inf)
-        else:  # a row that is not allowed itself has one neighbour more than the others
+        else:  # a row that is not allowed itself has one neighbor more than the others
             next_scores = torch.where(self.allowed, -torch.inf, found.scores[:, -1])
         # Set together, after the search: an interrupted search leaves the table as it was.
         self._build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds)
