@@ -103,8 +103,10 @@ class Policy:
         anchor = self._raw.argmax(-1, keepdim=True)
         neighbors = table[anchor.squeeze(-1)]
         require_ids_in_range(neighbors, self.vocabulary, "neighbor_ids")
-        self.outside = (~within(neighbors, self.vocabulary)).any(-1)
-        return torch.cat([anchor, neighbors.clamp(0, self.vocabulary - 1)], dim=-1)
+        if neighbors.device.type != "cpu":  # where these have not been looked at
+            self.outside = (~within(neighbors, self.vocabulary)).any(-1)
+            neighbors = neighbors.clamp(0, self.vocabulary - 1)
+        return torch.cat([anchor, neighbors], dim=-1)
 
     def likeliest(self, n: int) -> Tensor:
         """int64 [B, n]: the n most likely tokens, likeliest first, equal ones by the lower id.
