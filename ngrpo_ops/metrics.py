@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .record import MixRecord, SparseRecord
 
 REPLAY_ERROR = "mix/replay_error"
+REPLAY_OUTLIERS = "mix/replay_outliers"
 COSINE = "mix/cosine"
 
 
@@ -45,6 +49,71 @@ def rollout_metrics(sums: Tensor) -> dict[str, float]:
         "mix/anchor_differs": mean(differs, gated),
         "mix/anchor_weight": mean(weight, gated),
     }
+
+
+# The replay -------------------------------------------------------------------------------------------------------
+
+
+def replay_tolerance(dtype: torch.dtype) -> float:
+    """What rounding may make of a log-probability: 1e-3 in float32, 4e-3 in float16, 0.031 in bfloat16.
+
+    A cached and a full forward of a trained model differ by some 1e-5 in float32; the rest of the 1e-3 is for kernels.
+    """
+    return max(1e-3, 4 * torch.finfo(dtype).eps)
+
+
+class ReplayErrors(NamedTuple):
+    """How far replayed log-probabilities are from the rollout's.
+
+    Attributes:
+        largest: the largest |difference|. One token whose experts were chosen otherwise makes it large.
+        largest_before: the largest of the tokens that no mixed step of their row precedes. No replay gets these wrong.
+        outliers: of the tokens after a mixed step of their row, the share that differs by more than the tolerance.
+        outliers_before: the same of the tokens that no mixed step precedes.
+
+    All are NaN of no tokens.
+    """
+
+    largest: float
+    largest_before: float
+    outliers: float
+    outliers_before: float
+
+
+def replay_sums(differences: Tensor, gate: Tensor, compared: Tensor, tolerance: float) -> Tensor:
+    """float64 [6]: what `replay_errors` is made of, for rows of [B, T].
+
+    Args:
+        differences: replayed less rollout's log-probabilities.
+        gate: bool, the mixed steps. The mix of a step is embedded after it.
+        compared: which tokens are compared.
+        tolerance: see `replay_tolerance`.
+    """
+    errors, compared = differences.abs(), compared.bool()
+    after = gate.cumsum(1) - gate.long() > 0
+    off = ~(errors <= tolerance)  # NaN too
+    counts = [(mask & compared).sum() for mask in (after & off, after, ~after & off, ~after)]
+    largest = [errors.masked_fill(~mask, -math.inf).amax() for mask in (compared, compared & ~after)]
+    return torch.stack([value.double() for value in (*largest, *counts)])
+
+
+def replay_errors(sums: Tensor) -> ReplayErrors:
+    """What the rows of all batches and ranks tell.
+
+    Args:
+        sums: [N, 6], `replay_sums` of each.
+
+    Example:
+        >>> import torch
+        >>> from ngrpo_ops.metrics import replay_errors, replay_sums
+        >>> gate = torch.tensor([[False, True, False, False]])
+        >>> off = torch.tensor([[0.0, 0.0, 0.5, 0.0]])
+        >>> replay_errors(replay_sums(off, gate, torch.ones(1, 4), 1e-3)[None])
+        ReplayErrors(largest=0.5, largest_before=0.0, outliers=0.5, outliers_before=0.0)
+    """
+    off_after, after, off_before, before = sums[:, 2:].sum(0).tolist()
+    largest, largest_before = (math.nan if x == -math.inf else x for x in sums[:, :2].amax(0).tolist())
+    return ReplayErrors(largest, largest_before, mean(off_after, after), mean(off_before, before))
 
 
 def mean(total: float, count: float) -> float:

@@ -140,6 +140,9 @@ class Noise:
     def __getitem__(self, which: Tensor) -> Noise:
         return Noise(self.scale[which], self.seed[which], self.row_ids[which], self.steps[which])
 
+    def to(self, device: torch.device) -> Noise:
+        return Noise(self.scale.to(device), self.seed.to(device), self.row_ids.to(device), self.steps.to(device))
+
     def add_to(self, mixed: Tensor) -> Tensor:
         return gaussian_noise(mixed, self.scale, seed=self.seed, row_ids=self.row_ids, steps=self.steps)
 
@@ -161,6 +164,11 @@ class Overlay:
     def __getitem__(self, which: Tensor) -> Overlay:
         gate, noise = (None if x is None else x[which] for x in (self.gate, self.noise))
         return Overlay(self.positions[which], self.ids[which], self.weights[which], gate, noise)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Overlay:
+        gate, noise = (None if x is None else x.to(device) for x in (self.gate, self.noise))
+        positions, ids, weights = (x.to(device) for x in (self.positions, self.ids, self.weights))
+        return Overlay(positions, ids, weights, gate, noise)  # type: ignore[arg-type]
 
     def extend(self, input_ids: Tensor) -> Tensor:
         """The flattened ids of a forward and the candidates' [n + M k]: one native lookup embeds both."""

@@ -132,7 +132,12 @@ MULTI_STEP = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumula
             "loss_on_mixed_steps": False,
         },
         {"temperature": 0.7, "mixing_k": 1, "cache_implementation": "static"},
-        {"mask_truncated_completions": True, "mixing_metric": "l2", "importance_sampling_level": "sequence"},
+        {
+            "mask_truncated_completions": True,
+            "max_completion_length": 64,
+            "mixing_metric": "l2",
+            "importance_sampling_level": "sequence",
+        },
         {"mixing_strategy": "topk", "mixing_sampler": "counter_based", "top_p": 0.9},
         {**MULTI_STEP, "mixing_strategy": "gumbel", "mixing_temperature": 0.5},
         {**MULTI_STEP, "mixing_strategy": "gaussian", "mixing_noise_scale": 1.0},

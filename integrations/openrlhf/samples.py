@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngrpo_ops.metrics import REPLAY_ERROR, rollout_metrics, rollout_sums
+from ngrpo_ops.metrics import (
+    REPLAY_ERROR,
+    REPLAY_OUTLIERS,
+    replay_errors,
+    replay_sums,
+    replay_tolerance,
+    rollout_metrics,
+    rollout_sums,
+)
 from ngrpo_ops.record import SparseRecord
 from ngrpo_ops.rollout import Noise, Overlay
 
@@ -105,9 +113,11 @@ def experience_metrics(experiences: Sequence[Any]) -> dict[str, float]:
         mix/anchor_differs 0.0
         mix/anchor_weight 0.75
         mix/replay_error 0.5
+        mix/replay_outliers 1.0
     """
     sums = torch.zeros(4, dtype=torch.float64)
-    errors = []
+    replayed = []
+    tolerance = replay_tolerance(torch.bfloat16)  # OpenRLHF's default; its engine rounds so in any case
     for experience in experiences:
         for row, record in enumerate(experience.mm_train_inputs):
             tokens = len(record.logprobs)
@@ -115,5 +125,10 @@ def experience_metrics(experiences: Sequence[Any]) -> dict[str, float]:
             # Column j of OpenRLHF's scores belongs to the token at position j + 1.
             columns = slice(record.first - 1, record.first - 1 + tokens)
             difference = experience.action_log_probs[row, columns].float() - record.logprobs
-            errors.append((difference * experience.action_mask[row, columns]).abs())
-    return {**rollout_metrics(sums), REPLAY_ERROR: float(torch.cat(errors).max())}
+            gate = torch.zeros_like(difference, dtype=torch.bool).index_fill(
+                0, record.steps.to(difference.device), True
+            )
+            compared = experience.action_mask[row, columns]
+            replayed.append(replay_sums(difference[None], gate[None], compared[None], tolerance).cpu())
+    errors = replay_errors(torch.stack(replayed))
+    return {**rollout_metrics(sums), REPLAY_ERROR: errors.largest, REPLAY_OUTLIERS: errors.outliers}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from ngrpo_ops._patching import Refusal, refuse
+from ngrpo_ops._patching import Refusal, refuse, replaced
+from ngrpo_ops.rollout import Overlay
+
+from .hooks import EmbeddingMixer
+from .table import input_weight, vocabulary_size
 
 
 def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -> None:
@@ -30,18 +39,24 @@ def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -
         ValueError: use_cache=False cannot be mixed: every step would embed the plain ids of earlier steps again
     """
     mode = generation.get_generation_mode(arguments.get("assistant_model"))
+    one_token = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    other_modes = [
+        Refusal(
+            f"{f'{name}={value}' if isinstance(value, int | float) else name} (generation mode {mode.value!r})",
+            not one_token and value not in ((None, False, 1) if name.startswith("num_beam") else (None, False)),
+            reason,
+        )
+        for name, reason in _OTHER_MODES.items()
+        for value in [arguments.get(name, getattr(generation, name, None))]
+    ]
     prompts = [
         Refusal(name, arguments.get(name) is not None, "pass the prompt as input_ids")
         for name in ("inputs_embeds", "custom_generate", "inputs")
     ]
     refuse(
         [
-            Refusal(
-                f"generation mode {mode.value!r}",
-                mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
-                "beams reorder rows and assisted decoding proposes several tokens a step; use greedy search or "
-                "sampling (num_beams=1, no assistant_model, no prompt_lookup_num_tokens)",
-            ),
+            *other_modes,
+            Refusal(f"generation mode {mode.value!r}", not one_token, "use greedy search or sampling"),
             Refusal(
                 "use_cache=False",
                 generation.use_cache is False,
@@ -66,18 +81,53 @@ def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -
             *prompts,
         ]
     )
-    cache = arguments.get("past_key_values")
-    cached = 0 if cache is None else cache.get_seq_length()
-    refuse(
-        [
-            Refusal(
-                "past_key_values",
-                cached,
-                "these may have been mixed, no record would say so, and they would be replayed as plain ids",
-            )
-        ],
-        verb=f"must be empty, got a cache of {cached} tokens",
-    )
+    for name in CACHE_NAMES:
+        cached = cached_tokens(arguments.get(name))
+        reason = "these may have been mixed, no record would say so, and they would be replayed as plain ids"
+        refuse([Refusal(name, cached, reason)], verb=f"must be empty, got a cache of {cached} tokens")
+
+
+_BEAMS, _SEVERAL = "beams reorder rows; use num_beams=1", "several tokens are proposed a step"
+_OTHER_MODES = {  # what chooses a mode of generate with something else than one token of each row a step
+    "num_beams": _BEAMS,
+    "num_beam_groups": _BEAMS,
+    "constraints": _BEAMS,
+    "force_words_ids": _BEAMS,
+    "penalty_alpha": "contrastive search reads every candidate's hidden state",
+    "assistant_model": _SEVERAL,
+    "prompt_lookup_num_tokens": _SEVERAL,
+    "assistant_early_exit": _SEVERAL,
+    "use_mtp": _SEVERAL,
+    "dola_layers": "its logits are not the model's",
+}
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+"""What transformers calls a key-value cache, in arguments of `generate` and in outputs of models."""
+
+
+def cached_tokens(cache: Any) -> int:
+    """The tokens that a cache of transformers holds, or 1 where it is used and does not count them."""
+    if cache is None:
+        return 0
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
+    lengths = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+    used = [getattr(layer, "has_previous_state", False) for layer in layers]  # of linear attention
+    return max([*lengths, *(int(any(u.values()) if isinstance(u, dict) else bool(u)) for u in used)], default=0)
+
+
+def require_cache(output: Any) -> None:
+    """Checks that the forward which read the prompts has kept it for the steps that follow.
+
+    Raises:
+        RuntimeError: it returned no cache, or an empty one.
+    """
+    caches = [cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None]
+    if not any(cached_tokens(cache) for cache in caches):
+        raise RuntimeError(
+            "the model did not keep its key-value cache: every step would read the last token alone, or embed the "
+            "plain ids of earlier steps again. Something in its forward switches the cache off"
+        )
 
 
 _UNSUPPORTED_FILTERS = {  # and the values that turn them off
@@ -143,6 +193,108 @@ def supported_model(model: Any) -> Any:
         ]
     )
     return inner
+
+
+# The model's forwards -----------------------------------------------------------------------------------------------
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
+
+
+@contextmanager
+def without_gradient_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Within it no module checkpoints: transformers would drop the cache, and every step would read one token alone."""
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    with ExitStack() as stack:
+        for module in model.modules():
+            for name in names:
+                if vars(module).get(name) is True:
+                    stack.enter_context(replaced(module, name, False))
+        yield
+
+
+def position_modules(model: nn.Module) -> list[str]:
+    """The modules whose names say that they embed positions."""
+    return [name for name, _ in model.named_modules() if _POSITIONS.search(name)]
+
+
+@contextmanager
+def _trial(model: nn.Module) -> Iterator[None]:
+    """For a forward whose result nobody uses: no gradients, and the generators as they were."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), without_gradient_checkpointing(model):
+        yield
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def require_repeatable(model: Any) -> None:
+    """Checks that a model in training mode computes the same twice. Without dropout it does.
+
+    Raises:
+        ValueError: it does not, and so no rollout could be replayed.
+    """
+    if not model.training or _is_sharded(model):
+        return
+    ids = torch.arange(8, device=_input_device(model))[None] % vocabulary_size(model)
+    with _trial(model):
+        first, second = (model(input_ids=ids).logits.float() for _ in range(2))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()), equal_nan=True):
+        active = sorted({module.p for module in model.modules() if isinstance(module, nn.Dropout) and module.p})
+        raise ValueError(
+            f"model is in training mode and two of its forwards differ (dropout {active}?): no rollout could be "
+            "replayed; call model.eval() before the rollout, or set the dropout to 0"
+        )
+
+
+def require_input_embeddings_alone(model: Any, mixer: EmbeddingMixer) -> None:
+    """Checks that a model knows its tokens by its input embeddings alone.
+
+    A model with a second table of token ids, such as the per-layer inputs of Gemma 3n and 4, would read the mix in one
+    table and the emitted token in the other.
+
+    Raises:
+        ValueError: there is a second table, or a mix that is wholly token b is not read as b.
+    """
+    embeddings = model.get_input_embeddings()
+    inside, positions = set(embeddings.modules()), set(position_modules(model))
+    output = model.get_output_embeddings()
+    vocabulary = vocabulary_size(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module in inside or module is output or name in positions:
+            continue
+        if module.num_embeddings >= vocabulary // 2:  # it may lack the tokens that were added last
+            _refuse_second_table(model, f"{name} ({module.num_embeddings} rows)")
+    if _is_sharded(model) or vocabulary < 2:
+        return
+    training = model.training
+    model.eval()
+    try:
+        with _trial(model):
+            ids = torch.arange(min(vocabulary, 64), device=_input_device(model))
+            rows = embeddings(ids).float()
+            a, b = 0, int((rows - rows[0]).norm(dim=-1).nan_to_num().argmax())
+            read_a, read_b = (model(input_ids=ids[[a, token]][None]).logits[0, -1].float() for token in (a, b))
+            wholly_b = Overlay(ids[[1]], ids[[a, b]][None], torch.tensor([[0.0, 1.0]], device=ids.device))
+            with mixer.replaying_at(wholly_b):
+                mixed = model(input_ids=ids[[a, a]][None]).logits[0, -1].float()
+    finally:
+        model.train(training)
+    if (mixed - read_b).abs().max() > 1e-2 * (read_a - read_b).abs().max() + 1e-6:
+        _refuse_second_table(model, "a mix that is wholly one token is not read as that token")
+
+
+def _refuse_second_table(model: nn.Module, found: str) -> None:
+    raise ValueError(
+        f"model {type(model).__name__} reads token ids elsewhere than in its input embeddings: {found}. A mix would be "
+        "read in one place and the emitted token in the other"
+    )
+
+
+def _input_device(model: Any) -> torch.device:
+    device = input_weight(model.get_input_embeddings()).device
+    return torch.device("cpu") if device.type == "meta" else device  # accelerate moves the ids where they are read
 
 
 def require_prompts(input_ids: Tensor | None) -> Tensor:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ngrpo_ops import MixRecord
 from ngrpo_ops.rollout import Noise, Overlay
+
+
+class _Turn:
+    """Who uses the hooks of a module: one rollout or replay at a time, in one thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.use: str | None = None
+
+
+# Not an attribute of the mixer: a model is copied with its hooks, and a lock cannot be.
+_turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
 
 
 class EmbeddingMixer:
@@ -40,6 +54,8 @@ class EmbeddingMixer:
         self.cosines: list[Tensor] = []
         self._make_overlay: Callable[[Tensor], Overlay | None] | None = None  # for the ids of a coming forward
         self._current: tuple[Tensor, Overlay] | None = None  # ids and overlay of the forward under way
+        self._thread: int | None = None  # whose forwards are meant
+        self._decoding: int | None = None  # the rows of a rollout whose prompt has been read
         self._handles = [
             module.register_forward_pre_hook(self._append_candidates, with_kwargs=True),
             module.register_forward_hook(self._write_mixes),
@@ -56,8 +72,37 @@ class EmbeddingMixer:
         return self._make_overlay is not None
 
     def disarm(self) -> None:
-        """Drops the overlay that waits for a forward."""
-        self._make_overlay = self._current = None
+        """Drops the overlay that waits for a forward, and what `expect_decode_steps` expects."""
+        self._make_overlay = self._current = self._decoding = None
+
+    @contextmanager
+    def turn(self, use: str, *, wait: bool = False) -> Iterator[None]:
+        """Within it the calling thread alone uses the hooks of this module, for one thing.
+
+        Args:
+            use: what it does, for the messages.
+            wait: whether to wait for another thread to end.
+
+        Raises:
+            RuntimeError: the module's hooks are in use.
+        """
+        turn = _turns.setdefault(self.module, _Turn())
+        if not turn.lock.acquire(blocking=wait):
+            raise RuntimeError(f"{use} cannot begin: another thread is in {turn.use} of this model; take turns")
+        try:
+            if turn.use is not None:
+                raise RuntimeError(f"{use} cannot begin within {turn.use} of the same model")
+            turn.use, self._thread = use, threading.get_ident()
+            try:
+                yield
+            finally:
+                turn.use = self._thread = None
+        finally:
+            turn.lock.release()
+
+    def expect_decode_steps(self, batch: int) -> None:
+        """From now on until `disarm`, every forward must be a decode step: ids [batch, 1]."""
+        self._decoding = batch
 
     def arm_step(self, batch: int, overlay: Overlay) -> None:
         """Arms the next forward, which must be a decode step: ids [batch, 1].
@@ -68,11 +113,7 @@ class EmbeddingMixer:
         """
 
         def make_overlay(input_ids: Tensor) -> Overlay:
-            if input_ids.shape != (batch, 1):
-                raise RuntimeError(
-                    f"a mixed decode step expects input ids of shape {(batch, 1)}, got {tuple(input_ids.shape)}: "
-                    "mixing needs the key-value cache and one token a step"
-                )
+            _require_decode_step(input_ids, batch)
             self._make_overlay = None
             return overlay
 
@@ -83,7 +124,8 @@ class EmbeddingMixer:
         """Within it forwards replay the rows of `record` in their order: all in one forward, or spread over several.
 
         Raises:
-            RuntimeError: a forward has other columns than the record, or a row was not replayed exactly once.
+            RuntimeError: a forward has other columns than the record, or other tokens than the record's anchors; a row
+                was not replayed exactly once.
         """
         done = 0
 
@@ -101,7 +143,10 @@ class EmbeddingMixer:
                 )
             part = record[done : done + rows].to(input_ids.device)
             done += rows
-            return _overlay(part, columns)
+            overlay = _overlay(part, columns)
+            if overlay is not None:
+                _require_anchors(input_ids, overlay)
+            return overlay
 
         with self._replay(make_overlay):
             yield
@@ -125,10 +170,7 @@ class EmbeddingMixer:
             forwards += 1
             if not overlay.positions.numel():
                 return None
-            if bool((input_ids.flatten()[overlay.positions] != overlay.ids[:, 0]).any()):
-                raise RuntimeError(
-                    "the tokens at a record's positions are not its anchors: the record is of other sequences"
-                )
+            _require_anchors(input_ids, overlay)
             return overlay
 
         with self._replay(make_overlay):
@@ -141,14 +183,21 @@ class EmbeddingMixer:
 
     @contextmanager
     def _replay(self, make_overlay: Callable[[Tensor], Overlay | None]) -> Iterator[None]:
-        self.cosines = []
-        self._make_overlay = make_overlay
-        try:
-            yield
-        finally:
-            self.disarm()
+        with self.turn("a replay"):
+            self.cosines = []
+            self._make_overlay = make_overlay
+            try:
+                yield
+            finally:
+                self.disarm()
 
     def _append_candidates(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._make_overlay is None and self._decoding is None:
+            return None
+        if self._thread != threading.get_ident():  # a forward that has nothing to do with it
+            return None
+        if self._decoding is not None:
+            _require_decode_step(args[0] if args else next(iter(kwargs.values())), self._decoding)
         if self._make_overlay is None:
             return None
         name = None if args else next(iter(kwargs))
@@ -156,12 +205,13 @@ class EmbeddingMixer:
         overlay = self._make_overlay(input_ids)
         if overlay is None:
             return None
+        overlay = overlay.to(input_ids.device)
         self._current = input_ids, overlay
         extended = overlay.extend(input_ids)[None]
         return ((extended, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: extended})
 
     def _write_mixes(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self._current is None:
+        if self._current is None or self._thread != threading.get_ident():
             return None
         (input_ids, overlay), self._current = self._current, None
         embedded, mixed, anchors = overlay.mix(output[0])
@@ -170,6 +220,19 @@ class EmbeddingMixer:
                 self.cosines.append(torch.cosine_similarity(mixed.float(), anchors.float(), dim=-1))
         # Out of place: the embedding's output may be a leaf that requires grad (enable_input_require_grads).
         return embedded.index_copy(0, overlay.positions, mixed).view(*input_ids.shape, -1)
+
+
+def _require_decode_step(input_ids: Tensor, batch: int) -> None:
+    if input_ids.shape != (batch, 1):
+        raise RuntimeError(
+            f"a mixed decode step expects input ids of shape {(batch, 1)}, got {tuple(input_ids.shape)}: mixing needs "
+            "the key-value cache and one token a step"
+        )
+
+
+def _require_anchors(input_ids: Tensor, overlay: Overlay) -> None:
+    if bool((input_ids.flatten()[overlay.positions] != overlay.ids[:, 0]).any()):
+        raise RuntimeError("the tokens at a record's positions are not its anchors: the record is of other sequences")
 
 
 def _overlay(record: MixRecord, columns: int) -> Overlay | None:

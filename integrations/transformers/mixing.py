@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.utils import logging
 
 from ngrpo_ops import MixingConfig, MixRecord, RefreshReport
@@ -18,13 +20,24 @@ from ngrpo_ops._patching import replaced
 from ngrpo_ops.rollout import make_table
 from ngrpo_ops.rollout import neighbor_ids as neighbor_ids_of
 
-from .checks import refuse_generation, refuse_unsupported_filters, require_prompts, supported_model
+from .checks import (
+    refuse_generation,
+    refuse_unsupported_filters,
+    require_input_embeddings_alone,
+    require_prompts,
+    require_repeatable,
+    supported_model,
+    without_gradient_checkpointing,
+)
 from .hooks import EmbeddingMixer
 from .rollout import RolloutProcessor
 from .table import input_table, vocabulary_size
 
 # With the sampler "counter_based" the tokens are decided before generate samples: it finds one token alone.
 _GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
+
+
+_SIGNATURE = inspect.signature(GenerationMixin.generate)
 
 
 class NeighborMixing:
@@ -76,6 +89,8 @@ class NeighborMixing:
         self.config.require_vocabulary(self.vocabulary)
         self.table = make_table(self.config, self.vocabulary)
         self.next_row = 0
+        if self.config.mixing_rate > 0:
+            require_input_embeddings_alone(model, self.mixer)
 
     def attach(self, model: Any) -> EmbeddingMixer:
         """Lets `replay` run on a further model too, such as a reference model with a table of its own.
@@ -162,7 +177,10 @@ class NeighborMixing:
             >>> mixing.neighbor_ids.shape
             torch.Size([32, 2])
         """
-        return neighbor_ids_of(self.config, self.table, self.vocabulary, self._inner.device)
+        device = self._inner.device
+        if device.type == "meta":  # weights that accelerate has offloaded
+            device = torch.device("cpu")
+        return neighbor_ids_of(self.config, self.table, self.vocabulary, device)
 
     @contextmanager
     def rollouts(self, row_ids: Tensor | None = None) -> Iterator[list[MixRecord]]:
@@ -183,13 +201,18 @@ class NeighborMixing:
             [[[True, True, True]]]
         """
         records: list[MixRecord] = []
+        thread = threading.get_ident()
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            output, record = self._generate(original, row_ids, *args, **kwargs)
+            if threading.get_ident() != thread:  # not of this rollout
+                return original(*args, **kwargs)
+            arguments = _SIGNATURE.bind(self.model, *args, **kwargs).arguments
+            named = {name: value for name, value in arguments.items() if name not in ("self", "kwargs")}
+            output, record = self._generate(original, row_ids, **named, **arguments.get("kwargs", {}))
             records.append(record)
             return output
 
-        with replaced(self.model, "generate", generate) as original:
+        with self.mixer.turn("rollouts()"), replaced(self.model, "generate", generate) as original:
             yield records
 
     def generate(self, input_ids: Tensor, *, row_ids: Tensor | None = None, **kwargs: Any) -> tuple[Any, MixRecord]:
@@ -204,9 +227,14 @@ class NeighborMixing:
             What `model.generate` returns, and the record of its rows.
 
         Raises:
-            ValueError: a refused setting, an empty batch, or a model with other logits than token embeddings.
+            ValueError: a refused setting, an empty batch, a model with other logits than token embeddings, or one with
+                dropout in training mode, whose rollouts nothing could replay.
             RuntimeError: logits that nothing can be sampled from, or a strategy that broke its promise. The rollout's
-                first faulty row and step are named at its end.
+                first faulty row and step are named at its end. A model that keeps no cache, or does not read one token
+                a step. A call within `rollouts` or `replay` of the same model.
+
+        Calls from several threads take turns. Gradient checkpointing is off while a rollout runs, as transformers would
+        drop the cache.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -219,11 +247,15 @@ class NeighborMixing:
             >>> torch.equal(record.ids[..., 0], sequences[:, 2:])  # a mixed step emits its anchor
             True
         """
-        return self._generate(self.model.generate, row_ids, input_ids=input_ids, **kwargs)
+        with self.mixer.turn("generate", wait=True):
+            require_repeatable(self._inner)
+            return self._generate(self.model.generate, row_ids, input_ids=input_ids, **kwargs)
 
     def _generate(
         self, generate: Callable[..., Any], row_ids: Tensor | None, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, MixRecord]:
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)  # as generate calls them
         input_ids, model = require_prompts(input_ids), self._inner
         settings = dict(kwargs)
         generation, _ = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
@@ -234,9 +266,8 @@ class NeighborMixing:
         row_ids = self._row_ids(len(input_ids) * returned, row_ids)
         self.refresh()
         rollout = RolloutProcessor(
-            self.config, self.mixer, self.neighbor_ids, self.vocabulary, generation, row_ids, input_ids.shape[1],
-            model.device,
-        )  # fmt: skip
+            self.config, self.mixer, self.neighbor_ids, self.vocabulary, generation, row_ids, input_ids.shape[1]
+        )
         processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), rollout])
         changed: dict[str, Any] = {"disable_compile": True}
         if self.config.sampler == "counter_based":
@@ -246,7 +277,7 @@ class NeighborMixing:
             input_ids, inputs = model._expand_inputs_for_generation(returned, input_ids=input_ids, **inputs)
             kwargs |= inputs
         kwargs = _with_settings(kwargs, changed)
-        with rollout.watching(model):
+        with without_gradient_checkpointing(model), rollout.watching(model):
             output = generate(input_ids=input_ids, logits_processor=processors, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         return output, rollout.record(sequences)
@@ -272,7 +303,8 @@ class NeighborMixing:
             model: the model whose forward it is; None: the policy. Another model is attached first.
 
         Raises:
-            RuntimeError: a forward of another shape, or rows left over.
+            RuntimeError: a forward of another shape or of other tokens, rows left over, or a replay of this model that
+                is under way already, here or in another thread.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM

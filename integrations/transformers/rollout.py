@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ngrpo_ops import MixingConfig, MixRecord, raise_faults, selective_log_softm
 from ngrpo_ops._patching import replaced
 from ngrpo_ops.rollout import Decision, Noise, Overlay, decide, gate_schedule
 
-from .checks import require_one_vocabulary
+from .checks import require_cache, require_one_vocabulary
 from .hooks import EmbeddingMixer
 
 _SCHEDULED_STEPS = 64  # whose gates are drawn at a time
@@ -64,7 +65,6 @@ class RolloutProcessor(LogitsProcessor):
         generation: the resolved generation configuration, as the user asked for it.
         row_ids: int64 [B], what the rows are drawn by.
         prompt_length: columns before the first completion token.
-        device: of the model.
     """
 
     def __init__(
@@ -76,20 +76,17 @@ class RolloutProcessor(LogitsProcessor):
         generation: GenerationConfig,
         row_ids: Tensor,
         prompt_length: int,
-        device: torch.device,
     ) -> None:
         self.config, self.mixer, self.generation, self.prompt_length = config, mixer, generation, prompt_length
         self.neighbor_ids, self.vocabulary = neighbor_ids, vocabulary
-        self.row_ids, self.device_row_ids = row_ids.cpu(), row_ids.to(device)
+        self.row_ids = row_ids.cpu()
         # A greedy rollout has no temperature: generate does not read the setting then.
         temperature = generation.temperature if generation.do_sample else None
         self.temperature = 1.0 if temperature is None else float(temperature)
         self.filters = _filters(generation)
         self.criteria = LengthRecordingCriteria()
-        self.stop_token_ids = torch.tensor(config.stop_token_ids, dtype=torch.int64, device=device)
-        self.all_rows = torch.arange(len(row_ids), device=device)
-        self.stopped = torch.zeros(len(row_ids), dtype=torch.bool, device=device)
         self.step = 0
+        self.thread = threading.get_ident()
         self.mixed_steps: list[MixedStep] = []
         self.logprobs: list[Tensor] = []
         self.logits: Tensor  # the model's own, of the step under way
@@ -100,7 +97,9 @@ class RolloutProcessor(LogitsProcessor):
     def watching(self, model: PreTrainedModel) -> Iterator[None]:
         """Within it the processor sees the model's logits and when its rows end."""
 
-        def recording_criteria(*args: Any, **kwargs: Any) -> LengthRecordingCriteria:
+        def recording_criteria(*args: Any, **kwargs: Any) -> StoppingCriteriaList:
+            if threading.get_ident() != self.thread:  # of another generate on the same model
+                return make_criteria(*args, **kwargs)
             self.criteria = LengthRecordingCriteria(make_criteria(*args, **kwargs))
             return self.criteria
 
@@ -114,7 +113,21 @@ class RolloutProcessor(LogitsProcessor):
 
     def _keep_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook on the model: a replay computes the logits before any processor."""
+        if threading.get_ident() != self.thread:
+            return
         self._last_logits = output.logits[:, -1].detach()
+        if not self.step:
+            require_cache(output)
+
+    def _begin(self, device: torch.device) -> None:
+        """Puts what every step reads where the logits are, which need not be where the model begins."""
+        self.device_row_ids = self.row_ids.to(device)
+        self.stop_token_ids = torch.tensor(self.config.stop_token_ids, dtype=torch.int64, device=device)
+        self.all_rows = torch.arange(len(self.row_ids), device=device)
+        self.stopped = torch.zeros(len(self.row_ids), dtype=torch.bool, device=device)
+        if self.neighbor_ids is not None:
+            self.neighbor_ids = self.neighbor_ids.to(device)
+        self.mixer.expect_decode_steps(len(self.row_ids))
 
     # A step
 
@@ -125,7 +138,9 @@ class RolloutProcessor(LogitsProcessor):
                     "the last mix was not embedded: the model's input embeddings were replaced, or remove() was called"
                 )
             self._finish_step(input_ids[:, -1])
-        self.logits = self._last_logits
+        else:
+            self._begin(scores.device)
+        self.logits = self._last_logits.to(scores.device)
         require_one_vocabulary(self.vocabulary, scores.shape[1])
         if self.config.sampler == "counter_based":
             token_ids = self._decide(self.all_rows, scores).token_ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,9 +13,11 @@ from trl import GRPOTrainer
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, check_signature, refuse
+from ngrpo_ops.metrics import ReplayErrors, replay_tolerance
 from ngrpo_ops.versions import TESTED
 
 from ..transformers import refuse_generation, refuse_unsupported_filters
+from ..transformers.checks import position_modules
 from .config import NGRPOConfig
 
 # TRL ----------------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def check_trl() -> None:
 
 # Settings and models ------------------------------------------------------------------------------------------------
 
-_UNSCORED = {"temperature", "do_sample", "eos_token_id", "num_return_sequences", "n", "logprobs", "extra_args"}
+_NOT_SUPPORTED = "is not supported by NGRPOTrainer"
 _LATER_TURN = "turn encodes the earlier turns again, without their mixes"
 
 
@@ -80,12 +81,7 @@ def refuse_settings(args: NGRPOConfig, given: Mapping[str, Any]) -> None:
                 args.neftune_noise_alpha,
                 "its noise on the embeddings is drawn anew in every training forward, so no rollout could be replayed",
             ),
-            Refusal(
-                "generation_kwargs",
-                _UNSCORED & set(args.generation_kwargs or {}),
-                f"{', '.join(sorted(_UNSCORED))} there change the rollout but not what the trainer scores; set the "
-                "temperature in NGRPOConfig, and end tokens in the model's generation_config",
-            ),
+            *_unscored(args),
             Refusal("rollout_func", given.get("rollout_func"), "a rollout of your own is not mixed"),
             Refusal("tools", given.get("tools"), f"a tool's {_LATER_TURN}"),
             Refusal("environment_factory", given.get("environment_factory"), f"an environment's {_LATER_TURN}"),
@@ -100,7 +96,31 @@ def refuse_settings(args: NGRPOConfig, given: Mapping[str, Any]) -> None:
                 "the virtual tokens of prompt learning shift every position; use LoRA",
             ),
         ],
-        "is not supported by NGRPOTrainer",
+        _NOT_SUPPORTED,
+    )
+
+
+def _unscored(args: NGRPOConfig) -> list[Refusal]:
+    """Settings of generation_kwargs that change the rollout and not what the trainer scores. The trainer's own pass."""
+    scored: dict[str, tuple[Any, ...]] = {
+        "temperature": (args.temperature,),
+        "do_sample": (True,),
+        "num_return_sequences": (None, 1),
+        "n": (None, 1),
+        "logprobs": (None, 0),
+        "extra_args": (None, {}),
+    }
+    settings: Any = args.generation_kwargs or {}
+    return [_unscored_refusal(name, value, scored[name]) for name, value in settings.items() if name in scored]
+
+
+def _unscored_refusal(name: str, value: Any, scored: tuple[Any, ...]) -> Refusal:
+    where = {"temperature": "in NGRPOConfig", "eos_token_id": "in the model's generation_config"}
+    reason = "it changes the rollout but not what the trainer scores"
+    return Refusal(
+        f"generation_kwargs {{{name!r}: {value!r}}}",
+        value not in scored,
+        f"{reason}; set it {where[name]}" if name in where else reason,
     )
 
 
@@ -120,12 +140,17 @@ def refuse_loaded(trainer: Any, config: MixingConfig) -> None:
     _refuse_absolute_positions(model, zero3)
     if trainer.use_vllm:
         return
-    refuse_generation(trainer.generation_config, dict(trainer.generation_kwargs))
+    inner = trainer.accelerator.unwrap_model(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    settings: Any = trainer.args.generation_kwargs or {}
+    if (ends := settings.get("eos_token_id")) is not None:
+        ends = sorted(ends) if isinstance(ends, list | tuple | set) else [ends]
+        refuse([_unscored_refusal("eos_token_id", ends, (sorted(trainer.eos_token_ids),))], _NOT_SUPPORTED)
+    # With what the model's own generation_config adds to it, as generate will read it.
+    generation, _ = inner._prepare_generation_config(trainer.generation_config)
+    refuse_generation(generation, dict(trainer.generation_kwargs))
     if config.draws:
-        refuse_unsupported_filters(trainer.generation_config)
-
-
-_POSITION_MODULE = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
+        refuse_unsupported_filters(generation)
 
 
 @torch.no_grad()
@@ -138,7 +163,7 @@ def _refuse_absolute_positions(model: Any, zero3: bool) -> None:
     Raises:
         ValueError: the outputs differ, or the model cannot be tested.
     """
-    suspects = [name for name, _ in model.named_modules() if _POSITION_MODULE.search(name)]
+    suspects = position_modules(model)
     if not suspects:
         return
     if zero3:
@@ -165,10 +190,11 @@ def _refuse_absolute_positions(model: Any, zero3: bool) -> None:
 
 # The error of a replay ----------------------------------------------------------------------------------------------
 
-_EXACT_TOLERANCE = 1e-3  # float32: cached and full forwards of a trained model differ by some 1e-5
-_ROUNDING_TOLERANCE = 0.5  # lower precisions: GRPO itself differs by some tenths
-_ROUNDING_RATIO = 10  # the largest of many rounding errors over the largest of the few before a row's first mix
-_ROUNDING_UNIT = 2.0**-8  # bfloat16's; those few may by chance be smaller
+# Shares of tokens that are off by more than rounding makes them. A mixture of experts in bfloat16 chooses other experts
+# for some tokens in a thousand, which may be off by tenths. Without the replay a third of the tokens and more are off.
+_EXACT_SHARE = 0.01  # in float32
+_ROUNDING_SHARE_AFTER, _ROUNDING_SHARE_BEFORE = 0.1, 0.5  # GRPO itself differs between engine and trainer
+_RATIO = 4  # of what follows a mix to what precedes any
 
 
 class Cause(NamedTuple):
@@ -178,23 +204,29 @@ class Cause(NamedTuple):
     explanation: str
 
 
-def replay_error_cause(
-    model: Any, error: float, error_before_mix: float, *, mixed_precision: str, use_vllm: bool
-) -> Cause | None:
-    """What the error of a replay comes from.
+def lowest_precision(model: Any, mixed_precision: str) -> torch.dtype:
+    """The dtype in which a model's training forward rounds."""
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    return max(autocast, model.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def replay_error_cause(model: Any, errors: ReplayErrors, *, dtype: torch.dtype, use_vllm: bool) -> Cause | None:
+    """What the errors of a replay come from.
 
     Args:
         model: the policy.
-        error: the largest |rollout - replayed log-probability|.
-        error_before_mix: the same over the tokens that no mixed step precedes in their row. A replay cannot get these
-            wrong.
-        mixed_precision: as accelerate calls it; "no" for none.
+        errors: of a batch, with the tolerance of `dtype`.
+        dtype: see `lowest_precision`.
         use_vllm: whether an engine generates the rollouts.
 
     Returns:
-        The cause; None for an error that rounding explains.
+        The cause; None for errors that rounding explains.
     """
-    if error <= _EXACT_TOLERANCE:  # False for NaN
+    exact = dtype == torch.float32
+    before = errors.outliers_before > (_EXACT_SHARE if exact else _ROUNDING_SHARE_BEFORE)  # False for NaN
+    baseline = _RATIO * errors.outliers_before if errors.outliers_before > 0 else 0.0
+    missing = errors.outliers > max(_EXACT_SHARE if exact else _ROUNDING_SHARE_AFTER, baseline)
+    if not (before or missing):
         return None
     dropouts = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     dropouts |= {getattr(model.config, "attention_dropout", None) or 0.0}
@@ -204,23 +236,26 @@ def replay_error_cause(
             f"The model has dropout ({', '.join(str(p) for p in sorted(dropouts) if p)}), which is drawn anew in "
             "every training forward: set disable_dropout=True.",
         )
-    exact = mixed_precision == "no" and model.dtype == torch.float32
-    if exact:
-        forwards_differ = not error_before_mix <= _EXACT_TOLERANCE
-    else:
-        forwards_differ = not error > _ROUNDING_RATIO * max(error_before_mix, _ROUNDING_UNIT)
-        if forwards_differ and error_before_mix <= _ROUNDING_TOLERANCE:
-            return None
-    if not forwards_differ:
+    shares = (
+        f"Of the tokens after a mix {errors.outliers:.2g} are off by more than {replay_tolerance(dtype):.2g}, of those "
+        f"before any {errors.outliers_before:.2g}."
+    )
+    where = f"{shares} Where no mix precedes in its row it is {errors.largest_before:.2g}"
+    if not before:
         return Cause(
             "replay",
-            f"Where no mix precedes in its row it is {error_before_mix:.2g}: the training forward does not embed the "
-            "mixes (its input embeddings were replaced, or it was compiled or captured without their hooks).",
+            f"{where}: the training forward does not embed the mixes (its input embeddings were replaced, or it was "
+            "compiled or captured without their hooks).",
         )
     engine = "an engine with other weights, precision or kernels; " if use_vllm else ""
+    experts = "experts that are chosen otherwise in another precision; " if _has_experts(model) else ""
     return Cause(
         "before",
-        f"Where no mix precedes in its row it is {error_before_mix:.2g} already, so that it is not the replay's: the "
-        f"training forward differs from the rollout's, mixed or not ({engine}positions that count the padding; a "
-        "patched forward).",
+        f"{where} already, so that it is not the replay's: the training forward differs from the rollout's, mixed or "
+        f"not ({engine}{experts}positions that count the padding; a patched forward).",
     )
+
+
+def _has_experts(model: Any) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(model.config, name, None) or 0) > 1 for name in names)

@@ -24,10 +24,20 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ngrpo_ops import MixRecord
-from ngrpo_ops.metrics import COSINE, REPLAY_ERROR, mean, rollout_metrics, rollout_sums
+from ngrpo_ops.metrics import (
+    COSINE,
+    REPLAY_ERROR,
+    REPLAY_OUTLIERS,
+    mean,
+    replay_errors,
+    replay_sums,
+    replay_tolerance,
+    rollout_metrics,
+    rollout_sums,
+)
 
 from ..transformers import NeighborMixing
-from .checks import check_trl, refuse_loaded, refuse_settings, replay_error_cause
+from .checks import check_trl, lowest_precision, refuse_loaded, refuse_settings, replay_error_cause
 from .config import NGRPOConfig
 
 logger = logging.get_logger(__name__)
@@ -51,6 +61,7 @@ class NGRPOTrainer(GRPOTrainer):
         mix/anchor_weight   over mixed steps, the anchor's weight in the mix
         mix/cosine          over mixed steps, cos(mix, anchor's embedding)
         mix/replay_error    largest |rollout - replayed log-probability| while the policy is still the rollout's
+        mix/replay_outliers of the tokens after a mix, the share for which this is more than rounding makes it
 
     The completions table gets a column ``mix_share``.
 
@@ -114,11 +125,12 @@ class NGRPOTrainer(GRPOTrainer):
         args = given["args"]
         if not isinstance(args, NGRPOConfig):
             raise TypeError(f"args must be an NGRPOConfig, got {type(args).__name__}")
-        refuse_settings(args, given)
-        config = args.mixing()
-        # At a rate of 0 the engine is stock, as everything else is then. The sampler "counter_based" needs one of ours.
-        self._engine_mixes = args.use_vllm and (config.mixing_rate > 0 or config.sampler == "counter_based")
-        if self._engine_mixes:
+        self._mixing_config = config = args.mixing()
+        # At a rate of 0 all is stock, whatever the settings. The sampler "counter_based" is ours at any rate.
+        self._mixes = config.mixing_rate > 0 or config.sampler == "counter_based"
+        if self._mixes:
+            refuse_settings(args, given)
+        if self._mixes and args.use_vllm:
             from ..vllm import require_mixing
             from .engine import mixing_engine
 
@@ -127,18 +139,23 @@ class NGRPOTrainer(GRPOTrainer):
             require_mixing(self.vllm_generation.llm)
         else:
             super().__init__(*bound.args[1:], **bound.kwargs)
-        refuse_loaded(self, config)
-        self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), config)
-        if self.ref_model is not None:
-            self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
+        if self._mixes:
+            refuse_loaded(self, config)
+            if self.ref_model is not None:
+                self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_record: MixRecord | None = None  # of the generation under way
         self._batch_record: MixRecord | None = None  # of the batch whose loss is being computed
         self._warned: set[str] = set()
 
+    @functools.cached_property
+    def mixing(self) -> NeighborMixing:
+        """The `NeighborMixing` of the policy. At a rate of 0 nothing reads it, and it is made where it is asked for."""
+        return NeighborMixing(self.accelerator.unwrap_model(self.model), self._mixing_config)
+
     # Rollout ------------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Any:
-        if not self.model.training or (self.use_vllm and not self._engine_mixes):
+        if not (self._mixes and self.model.training):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         # The gates of a row depend on its place among all rows ever generated, not on how the rows are spread.
         rows, processes = len(prompt_ids), self.accelerator.num_processes
@@ -166,6 +183,8 @@ class NGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts: list) -> Any:
         self._rollout_record = None
         result = super()._generate(prompts)
+        if not self._mixes:
+            return result
         if len(result) != 8:
             raise RuntimeError(f"TRL {trl.__version__} returns {len(result)} values from _generate, expected 8")
         prompt_ids, completion_ids, tool_mask, *rest = result
@@ -247,24 +266,18 @@ class NGRPOTrainer(GRPOTrainer):
 
     def _log_replay_error(self, logps: Tensor, record: MixRecord, completion_mask: Tensor) -> None:
         assert record.logprobs is not None
-        errors = (logps.detach() - record.logprobs).abs() * completion_mask
-        # A step's own mix is embedded after it: a replay can get wrong only the steps that follow a mixed one.
-        follows = record.gate.cumsum(1) - record.gate.long() > 0
-        largest = torch.stack([errors.max(), (errors * ~follows).max()])
-        error, error_before_mix = self.accelerator.gather(largest[None]).amax(0).tolist()
-        self._metrics["train"][REPLAY_ERROR].append(error)
-        cause = replay_error_cause(
-            self.model,
-            error,
-            error_before_mix,
-            mixed_precision=self.accelerator.mixed_precision,
-            use_vllm=self.use_vllm,
-        )
+        dtype = lowest_precision(self.model, self.accelerator.mixed_precision)
+        sums = replay_sums(logps.detach() - record.logprobs, record.gate, completion_mask, replay_tolerance(dtype))
+        errors = replay_errors(self.accelerator.gather(sums[None].float()))
+        self._metrics["train"][REPLAY_ERROR].append(errors.largest)
+        self._metrics["train"][REPLAY_OUTLIERS].append(errors.outliers)
+        cause = replay_error_cause(self.model, errors, dtype=dtype, use_vllm=self.use_vllm)
         if cause is None or cause.name in self._warned:
             return
         self._warned.add(cause.name)
         logger.warning(
-            f"{REPLAY_ERROR} is {error:.2g}, and the importance ratios are as wrong. {cause.explanation} (Said once.)"
+            f"{REPLAY_ERROR} is {errors.largest:.2g}, and the importance ratios are as wrong. {cause.explanation} "
+            "(Said once.)"
         )
 
     # Checkpoints --------------------------------------------------------------------------------------------------
