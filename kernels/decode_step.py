@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, primitives
-from .gaussian_noise import noise_uniform, normal
-from .primitives import launch, launcher, random_words, scale, widen
+from .gaussian_noise import add_squares, noise_uniform, normal
+from .primitives import LEAST_UNIT, launch, launcher, random_words, scale, widen
 
 PIVOTS = 4
 
@@ -425,7 +425,8 @@ def decode_choice_kernel(
     weights = tl.exp(z - tl.max(z, axis=0))
     weights = weights / tl.sum(weights, axis=0)
     if GUMBEL:  # the heaviest
-        first = tl.min(tl.where((weights == tl.max(weights, axis=0)) & (c < K), c, BLOCK_K), axis=0)
+        # Of a row at fault no weight is the largest. Its candidates stay within the row too.
+        first = tl.min(tl.where((weights == tl.max(weights, axis=0)) & (c < K), c, K - 1), axis=0)
     if MOI:
         share = tl.where(v > 1, tl.maximum(entropy, 0.0) / tl.log(v * 1.0), 0.0)
         weights = (share * weights + tl.where(c == first, moi_beta + 1.0 - share, 0.0)) / (moi_beta + 1.0)
@@ -465,11 +466,12 @@ def decode_choice_kernel(
         weights = tl.where(gate, weights, tl.where(c == 0, 1.0, 0.0))
         size = 0.0
         if GAUSSIAN:
+            unit, squares = tl.full([], LEAST_UNIT, tl.float32), 0.0
             for start in range(0, d, BLOCK_D):
                 columns = start + tl.arange(0, BLOCK_D)
                 value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)
-                size += tl.sum(value * value, axis=0)
-            size = tl.where(gate, noise_scale * tl.sqrt(size / d), 0.0)
+                unit, squares = add_squares(unit, squares, value)
+            size = tl.where(gate, noise_scale * unit * tl.sqrt(squares / d), 0.0)
         for start in range(0, d, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)

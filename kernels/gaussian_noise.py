@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, launcher, random_words, widen
+from .primitives import LEAST_UNIT, launch, launcher, power_of_two, random_words, widen
 
 
 @triton.jit
@@ -56,18 +56,26 @@ def normal(seed, step, row_id, index):
 
 
 @triton.jit
+def add_squares(unit, squares, value):
+    """A sum of squares in squares of `unit`, a power of two that grows: no square overflows or vanishes."""
+    larger = tl.maximum(unit, power_of_two(tl.max(tl.abs(value), axis=0)))
+    shrink, scaled = unit / larger, value / larger
+    return larger, squares * shrink * shrink + tl.sum(scaled * scaled, axis=0)
+
+
+@triton.jit
 def gaussian_noise_kernel(
     mixed, scales, seeds, row_ids, steps, out, d, stride_m, stride_d, INT64: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     row = tl.program_id(0)
     base = mixed + widen(row, INT64) * stride_m
     seed, step, row_id = tl.load(seeds + row), tl.load(steps + row), tl.load(row_ids + row)
-    size = 0.0
+    unit, squares = tl.full([], LEAST_UNIT, tl.float32), 0.0
     for start in range(0, d, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         value = tl.load(base + widen(columns, INT64) * stride_d, mask=columns < d, other=0.0).to(tl.float32)
-        size += tl.sum(value * value, axis=0)
-    size = tl.load(scales + row) * tl.sqrt(size / d)
+        unit, squares = add_squares(unit, squares, value)
+    size = tl.load(scales + row) * unit * tl.sqrt(squares / d)
     for start in range(0, d, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         where = out + widen(row, INT64) * d + columns

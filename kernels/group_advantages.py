@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, launcher, widen
+from .primitives import launch, launcher, power_of_two, widen
 
 # The constants of the kernels for the values of the settings.
 _BASELINES = {"mean": 0, "leave_one_out": 1, "none": 2}
@@ -72,6 +72,7 @@ def _statistics(
     """Of each group: largest reward, mean of (reward - largest), scale, divisor (0: no advantages), sum of the weights,
     number of rows."""
     max_reward = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    min_reward = tl.full([BLOCK_G], float("inf"), tl.float32)
     weight = tl.zeros([BLOCK_G], tl.float32)
     members = tl.zeros([BLOCK_G], tl.int32)
     for start in range(0, longest, BLOCK_R):
@@ -79,6 +80,8 @@ def _statistics(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         max_reward = tl.maximum(max_reward, tl.max(tl.where(w != 0.0, x, float("-inf")), axis=1))
+        if SCALE == 0:
+            min_reward = tl.minimum(min_reward, tl.min(tl.where(w != 0.0, x, float("inf")), axis=1))
         weight += tl.sum(w, axis=1)
         members += tl.sum((w != 0.0).to(tl.int32), axis=1)
     # Rewards are measured from the largest of the group, so that equal rewards are centered to exactly 0.
@@ -92,15 +95,18 @@ def _statistics(
     shifted_mean = shifted_sum / tl.maximum(weight, 1.0)
     scale = tl.full([BLOCK_G], 1.0, tl.float32)
     if SCALE == 0:
+        # A power of two near the largest deviation: its squares neither overflow nor vanish, and no bit changes.
+        unit = power_of_two(tl.where(members > 0, max_reward - min_reward, 0.0))
+        inverse_unit = 1.0 / unit
         squares = tl.zeros([BLOCK_G], tl.float32)
         for start in range(0, longest, BLOCK_R):
             _, _, x, w = _rows(
                 rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
             )
-            centered = (x - max_reward[:, None]) - shifted_mean[:, None]
+            centered = ((x - max_reward[:, None]) - shifted_mean[:, None]) * inverse_unit[:, None]
             squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)
         # An approximate square root would flush small deviations to 0.
-        scale = tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))
+        scale = unit * tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))
     if SCALE == 1:
         scale = max_reward + shifted_mean
     divisor = scale
@@ -201,8 +207,8 @@ def group_advantages_backward_kernel(
         shared -= direct_sum / tl.maximum(weight, 1.0)
     if SCALE == 0:
         # A standard deviation of 0 passes nothing on: its one-sided derivative is no gradient.
-        denominator = tl.maximum(weight - ddof, 1.0) * scale
-        slope = tl.where(scale > 0.0, grad_scale / tl.where(scale > 0.0, denominator, 1.0), 0.0)
+        slope = tl.where(scale > 0.0, grad_scale / tl.maximum(weight - ddof, 1.0), 0.0)
+        safe_scale = tl.where(scale > 0.0, scale, 1.0)
     if SCALE == 1:
         shared += grad_scale / tl.maximum(weight, 1.0)
     for start in range(0, longest, BLOCK_R):
@@ -212,7 +218,8 @@ def group_advantages_backward_kernel(
         g = tl.load(grad + rows * stride_gn + column * stride_gr, mask=live, other=0.0).to(tl.float32)
         value = g * _factor(w, weight, members, BASELINE) * inverse[:, None] + w * shared[:, None]
         if SCALE == 0:
-            value += w * ((x - max_reward[:, None]) - shifted_mean[:, None]) * slope[:, None]
+            deviations = ((x - max_reward[:, None]) - shifted_mean[:, None]) / safe_scale[:, None]
+            value += w * deviations * slope[:, None]
         value = tl.where(w != 0.0, value, 0.0)
         tl.store(out + rows * columns + column, value.to(out.dtype.element_ty), mask=live)
 

@@ -27,6 +27,16 @@ def widen(index, INT64: tl.constexpr):
     return index.to(tl.int64) if INT64 else index.to(tl.int32)
 
 
+LEAST_UNIT = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def power_of_two(x):
+    """The power of two at or below |x|, kept far from the ends of float32's range."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True), LEAST_UNIT), 1 / LEAST_UNIT)
+
+
 @triton.jit
 def scale(z, inverse, residual):
     """z / temperature, to the last bit or so, without a division: 1 / temperature is inverse + residual. -inf stays."""

@@ -68,8 +68,10 @@ def _neighbors(arguments: argparse.Namespace) -> None:
     for i in arguments.ids:
         if not 0 <= i < rows:
             raise ValueError(f"--ids must be within [0, {rows}), got {i}")
-    queries = torch.tensor([vocabulary.id_of(text) for text in arguments.tokens] + arguments.ids, dtype=torch.int64)
-    allowed = torch.ones(rows, dtype=torch.bool)
+    queries = torch.tensor(
+        [vocabulary.id_of(text) for text in arguments.tokens] + arguments.ids, dtype=torch.int64, device="cpu"
+    )
+    allowed = torch.ones(rows, dtype=torch.bool, device="cpu")
     for kind in arguments.exclude:
         allowed &= ~getattr(vocabulary, kind)
     options: dict[str, Any] = {"metric": arguments.metric, "allowed": allowed}
@@ -79,7 +81,11 @@ def _neighbors(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         few = 0 < arguments.sample < rows
         generator = torch.Generator().manual_seed(0)
-        looked_at = torch.randperm(rows, generator=generator)[: arguments.sample] if few else torch.arange(rows)
+        looked_at = (
+            torch.randperm(rows, generator=generator, device="cpu")[: arguments.sample]
+            if few
+            else torch.arange(rows, device="cpu")
+        )
         found = nearest_neighbors(
             vocabulary.embedding, arguments.k, queries=looked_at, progress=_show_progress, **options
         )

@@ -82,9 +82,11 @@ def load_vocabulary(model: str) -> Vocabulary:
     tokenizer.no_truncation()
     rows = embedding.shape[0]
     tokens = dict.fromkeys(range(rows)) | {i: token for token, i in tokenizer.get_vocab().items() if i < rows}
-    special = torch.zeros(rows, dtype=torch.bool)
+    special = torch.zeros(rows, dtype=torch.bool, device="cpu")
     special[[i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special and i < rows]] = True
-    unused = torch.tensor([token is None or bool(_RESERVED.fullmatch(token)) for token in tokens.values()])
+    unused = torch.tensor(
+        [token is None or bool(_RESERVED.fullmatch(token)) for token in tokens.values()], device="cpu"
+    )
     names = [
         f"<unused {i}>" if token is None else token if special[i] else tokenizer.decode([i]) or token
         for i, token in tokens.items()

@@ -9,7 +9,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .ops._checks import require_floating, require_ids, require_mask, require_shape, require_tensor
+from .ops._checks import (
+    require_floating,
+    require_ids,
+    require_mask,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
 
 _NOISE = ("noise_scale", "noise_seed", "row_ids")
 
@@ -32,7 +39,7 @@ class MixRecord:
             which is not stored but drawn again (`gaussian_noise`, with the column as the step).
 
     Raises:
-        TypeError, ValueError: a tensor of another dtype or shape; a negative prompt_length; noise given in part.
+        TypeError, ValueError: a tensor of another dtype, shape or device; a negative prompt_length; noise in part.
 
     Example:
         >>> import torch
@@ -68,11 +75,12 @@ class MixRecord:
             require_floating(self.logprobs, "logprobs")
             require_shape(self.logprobs, tuple(self.gate.shape), "logprobs", "that of gate")
         noise = {name: getattr(self, name) for name in _NOISE}
-        if all(tensor is None for tensor in noise.values()):
-            return
-        for name, tensor in noise.items():
-            (require_floating if name == "noise_scale" else require_ids)(tensor, name)
-            require_shape(tensor, (len(self),), name, "[B]")
+        if any(tensor is not None for tensor in noise.values()):
+            for name, tensor in noise.items():
+                (require_floating if name == "noise_scale" else require_ids)(tensor, name)
+                require_shape(tensor, (len(self),), name, "[B]")
+        for name, tensor in self.tensors().items():
+            require_same_device(name, tensor, "gate", self.gate)
 
     def __len__(self) -> int:
         return self.gate.shape[0]

@@ -26,7 +26,7 @@ def make_table(config: MixingConfig, vocabulary: int) -> NeighborTable | None:
         return None
     allowed = None
     if config.allowed_token_ids is not None:
-        allowed = torch.zeros(vocabulary, dtype=torch.bool)
+        allowed = torch.zeros(vocabulary, dtype=torch.bool, device="cpu")
         allowed[list(config.allowed_token_ids)] = True
     return NeighborTable(config.k - 1, metric=config.metric, allowed=allowed)
 
@@ -56,8 +56,8 @@ def gate_schedule(config: MixingConfig, row_ids: Tensor, first_steps: Tensor, co
         first_steps: int64 [R] or 0-d, the first of the steps.
         count: how many steps.
     """
-    steps = first_steps.reshape(-1, 1) + torch.arange(count)
-    return gates(torch.tensor(config.seed), row_ids[:, None], steps, config.mixing_rate)
+    steps = first_steps.reshape(-1, 1) + torch.arange(count, device="cpu")
+    return gates(torch.tensor(config.seed, device="cpu"), row_ids[:, None], steps, config.mixing_rate)
 
 
 class Decision(NamedTuple):

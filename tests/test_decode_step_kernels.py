@@ -203,3 +203,36 @@ def test_a_captured_graph_goes_on_with_its_step(cuts):
         a["logits"].normal_()
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(out, decode_step(**a), strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_row_at_fault_writes_into_its_own_row_alone(
+    strategy: str, fault: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the launcher allocates lies between two guards, and rows at fault come first, between and last."""
+    size, guards = 64, []
+    empty = torch.empty
+
+    def guarded(*shape: object, **keywords: object) -> Tensor:
+        count = empty(*shape, device="meta").numel()  # type: ignore[call-overload]
+        whole = torch.full((count + 2 * size,), 77, **keywords)  # type: ignore[call-overload]
+        guards.extend((guard, guard.clone()) for guard in (whole[:size], whole[size + count :]))
+        return whole[size : size + count].view(empty(*shape, device="meta").shape)  # type: ignore[call-overload]
+
+    torch.manual_seed(0)
+    logits, k = torch.randn(5, 40), 1 if strategy == "anchor" else 3
+    logits[torch.tensor([0, 2, 4])] = fault
+    neighbor_ids = torch.randint(40, (40, k - 1)) if strategy == "neighbor" else None
+    arguments = {
+        "logits": logits, "embedding": torch.eye(40), "neighbor_ids": neighbor_ids, "strategy": strategy, "k": k,
+        "seed": 1, "step": 2, "mixing_rate": 1.0,
+    }  # fmt: skip
+    expected = decode_step(**arguments, backend="eager")
+    monkeypatch.setattr(torch, "empty", guarded)
+    found = decode_step(**on("triton", arguments))
+    monkeypatch.undo()
+    assert len(guards) > 3
+    assert all(torch.equal(guard, before) for guard, before in guards)
+    assert torch.equal(found.ids.cpu()[[1, 3]], expected.ids[[1, 3]])
+    assert found.fault.cpu().ne(0).tolist() == [True, False, True, False, True]

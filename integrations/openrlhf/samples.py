@@ -46,9 +46,9 @@ def make_overlay(records: Sequence[SparseRecord], attention_mask: Tensor, packed
         [1, 5]
     """
     device = attention_mask.device
-    counts = torch.tensor([len(record.steps) for record in records])
-    rows = torch.arange(len(records)).repeat_interleave(counts)
-    first = torch.tensor([record.first for record in records])
+    counts = torch.tensor([len(record.steps) for record in records], device="cpu")
+    rows = torch.arange(len(records), device="cpu").repeat_interleave(counts)
+    first = torch.tensor([record.first for record in records], device="cpu")
     steps = torch.cat([record.steps for record in records])
     positions = (rows * attention_mask.shape[1] + first[rows] + steps).to(device)
     if packed:
@@ -69,7 +69,7 @@ def _noise(records: Sequence[SparseRecord], rows: Tensor, steps: Tensor, device:
     if records[0].noise is None:
         return None
     by_record = zip(*(record.noise or () for record in records), strict=True)
-    scale, seed, row_ids = (torch.tensor(values)[rows].to(device) for values in by_record)
+    scale, seed, row_ids = (torch.tensor(values, device="cpu")[rows].to(device) for values in by_record)
     return Noise(scale, seed, row_ids, steps.to(device))
 
 
@@ -115,7 +115,7 @@ def experience_metrics(experiences: Sequence[Any]) -> dict[str, float]:
         mix/replay_error 0.5
         mix/replay_outliers 1.0
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device="cpu")
     replayed = []
     tolerance = replay_tolerance(torch.bfloat16)  # OpenRLHF's default; its engine rounds so in any case
     for experience in experiences:

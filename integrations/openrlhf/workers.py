@@ -113,7 +113,7 @@ def patch_make_experience(original: Callable) -> Callable:
         metrics = experience_metrics(experiences)
         for experience in experiences:
             for name, value in metrics.items():
-                experience.info[name] = torch.full((len(experience.sequences),), value)
+                experience.info[name] = torch.full((len(experience.sequences),), value, device="cpu")
         return experiences
 
     return make_experience

@@ -285,7 +285,7 @@ class NeighborMixing:
     def _row_ids(self, rows: int, given: Tensor | None) -> Tensor:
         """The ids of `rows` generated rows: those given, or the next unused ones."""
         if given is None:
-            given = torch.arange(self.next_row, self.next_row + rows)
+            given = torch.arange(self.next_row, self.next_row + rows, device="cpu")
             self.next_row += rows
         if given.shape != (rows,):
             raise ValueError(f"row_ids must be [{rows}], one for each returned sequence, got {tuple(given.shape)}")

@@ -160,7 +160,7 @@ class RolloutProcessor(LogitsProcessor):
         """The rows that the rate draws at this step. They are known ahead, so that the device is not asked."""
         place = self.step % _SCHEDULED_STEPS
         if place == 0:
-            drawn = gate_schedule(self.config, self.row_ids, torch.tensor(self.step), _SCHEDULED_STEPS).T
+            drawn = gate_schedule(self.config, self.row_ids, torch.tensor(self.step, device="cpu"), _SCHEDULED_STEPS).T
             rows = drawn.nonzero()[:, 1].to(self.stopped.device)
             self._scheduled_rows = list(rows.split(drawn.sum(1).tolist()))
         return self._scheduled_rows[place]
@@ -194,9 +194,14 @@ class RolloutProcessor(LogitsProcessor):
         """The record of the sequences [B, P + T] that generate returned.
 
         Raises:
-            RuntimeError: logits that nothing can be sampled from, a strategy that broke its promise, or a mixed step
-                that did not emit its anchor.
+            RuntimeError: logits that nothing can be sampled from, a strategy that broke its promise, a mixed step that
+                did not emit its anchor, or a `generate` that is not that of transformers.
         """
+        if not self.step:
+            raise RuntimeError(
+                "generate did not call its logits processors: the model's generate is not that of transformers, and "
+                "nothing would be mixed"
+            )
         completion = sequences[:, self.prompt_length :]
         length = completion.shape[1]
         if self.step <= length:  # generate may have undone the last steps

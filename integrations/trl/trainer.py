@@ -161,7 +161,7 @@ class NGRPOTrainer(GRPOTrainer):
         rows, processes = len(prompt_ids), self.accelerator.num_processes
         first = self.mixing.next_row + self.accelerator.process_index * rows
         self.mixing.next_row += processes * rows
-        with self._mixed_generation(torch.arange(first, first + rows)) as records:
+        with self._mixed_generation(torch.arange(first, first + rows, device="cpu")) as records:
             result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if len(records) != 1:
             raise RuntimeError(

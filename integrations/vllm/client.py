@@ -57,7 +57,9 @@ def request_seed(seed: int, row_id: int) -> int:
         >>> request_seed(0, 7) == request_seed(0, 7) != request_seed(0, 8)
         True
     """
-    words = philox(torch.tensor(seed), torch.tensor(row_id), torch.tensor(-1))  # no step has this number
+    words = philox(
+        torch.tensor(seed, device="cpu"), torch.tensor(row_id, device="cpu"), torch.tensor(-1, device="cpu")
+    )  # no step has this number
     return int(words[0]) << 31 | int(words[1]) >> 1
 
 

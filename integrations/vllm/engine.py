@@ -243,7 +243,7 @@ class EngineMixer:
             return pack(error)
         content = self.pool.read(entries)
         self.requests.forget(row_ids)
-        rows = torch.tensor(row_ids, dtype=torch.int64)
+        rows = torch.tensor(row_ids, dtype=torch.int64, device="cpu")
         try:
             raise_faults(content.pop("fault"), row_ids=rows)
         except RuntimeError as error:

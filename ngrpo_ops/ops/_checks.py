@@ -15,6 +15,16 @@ def require_tensor(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if isinstance(value, DTensor):
         raise TypeError(f"{name} is a sharded DTensor: pass {name}.full_tensor(), gathered on every rank")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+LEAST_POSITIVE = 1e-30
+"""Of temperatures: a smaller one would take finite logits to infinity."""
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The floating-point dtypes that the operations compute with."""
 
 
 def require_embedding(embedding: Any, name: str = "embedding") -> None:
@@ -31,7 +41,7 @@ def require_embedding(embedding: Any, name: str = "embedding") -> None:
 def require_table(embedding: Any, name: str = "embedding") -> None:
     """Some rows of a table, maybe none."""
     require_tensor(embedding, name)
-    if embedding.dim() != 2 or not embedding.is_floating_point() or not embedding.shape[1]:
+    if embedding.dim() != 2 or embedding.dtype not in FLOATING or not embedding.shape[1]:
         raise ValueError(
             f"{name} must be a floating-point table [V, d], got {embedding.dtype} of shape {tuple(embedding.shape)}"
         )
@@ -52,8 +62,8 @@ def require_ids(ids: Any, name: str) -> None:
 
 def require_floating(tensor: Any, name: str) -> None:
     require_tensor(tensor, name)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}")
 
 
 def require_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
@@ -102,8 +112,8 @@ def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 def require_positive(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 1e-30 <= value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if not LEAST_POSITIVE <= value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
+        raise ValueError(f"{name} must be positive and finite, at least {LEAST_POSITIVE}, got {value!r}")
 
 
 def require_ids_in_range(ids: Tensor, size: int, name: str) -> None:
@@ -124,7 +134,7 @@ def require_counter(value: int | Tensor, name: str, other: str, tensor: Tensor) 
             require_same_device(name, value, other, tensor)
         return value
     require_integer(value, name)
-    return torch.full((), value, dtype=torch.int64)
+    return torch.full((), value, dtype=torch.int64, device="cpu")
 
 
 def within(ids: Tensor, size: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("eager", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,8 +46,12 @@ class Operation:
         torch.library.define(self.name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(self.name, "default", flat)
         self._call = getattr(torch.ops.ngrpo, name).default
+        self._differentiable = False
 
     def __call__(self, *args: Any) -> Any:
+        # torch would drop the tangents of an operation that has a backward alone: a derivative of 0, silently.
+        if self._differentiable and not torch.compiler.is_compiling() and _carries_tangents(args):
+            raise NotImplementedError(f"{self.name} has no forward-mode derivative: use reverse mode, as backward()")
         return self._call(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> None:
@@ -54,6 +59,7 @@ class Operation:
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        self._differentiable = True
 
     def refuse_derivative(self, of: str) -> None:
         """Makes the derivative of this operation, the backward of the operation `of`, an error."""
@@ -62,6 +68,11 @@ class Operation:
             raise NotImplementedError(f"{of} can be differentiated once: its gradient has no derivative")
 
         self.register_autograd(refuse)
+
+
+def _carries_tangents(args: tuple[Any, ...]) -> bool:
+    """Whether one of the arguments is a dual tensor, of torch.func.jvp or torch.autograd.forward_ad."""
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
 
 
 #: An operation that reads numbers on the host, like a seed, step or temperature that is one. In a CUDA graph that

@@ -39,3 +39,10 @@ def matmul_input_roundoff() -> float:
     except RuntimeError:  # the old and the new precision settings of torch disagree: assume the coarser
         precision = "medium"
     return {"highest": 0.0, "high": 2.0**-10}.get(precision, 2.0**-7)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The power of two at or below |x|, of float32 or float64, kept far from the ends of the dtype's range."""
+    integers, exponent = (torch.int32, 0x7F800000) if x.dtype == torch.float32 else (torch.int64, 0x7FF << 52)
+    limit = 2.0 ** (100 if x.dtype == torch.float32 else 1000)
+    return (x.view(integers) & exponent).view(x.dtype).clamp(1 / limit, limit)

@@ -7,7 +7,7 @@ from typing import get_args
 from torch import Tensor
 
 from ..config import Variant
-from ._checks import require_choice, require_ids, require_positive, require_same_device, require_tensor
+from ._checks import require_choice, require_floating, require_ids, require_positive, require_same_device
 from ._precision import compute_dtype
 
 
@@ -24,7 +24,8 @@ def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, 
         weights [..., k], float32 (float64 for float64 logits); each row sums to 1. Differentiable in `logits`.
 
     Raises:
-        TypeError: ids that are not int64. ValueError: shapes that do not fit, temperature <= 0, an unknown variant.
+        TypeError: ids that are not int64, logits that are not floating point. ValueError: shapes that do not fit,
+            temperature <= 0, an unknown variant.
 
     Example:
         >>> import torch
@@ -33,7 +34,7 @@ def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, 
         >>> candidate_weights(logits, torch.tensor([[1, 2]])).tolist()
         [[0.5, 0.5]]
     """
-    require_tensor(logits, "logits")
+    require_floating(logits, "logits")
     require_ids(ids, "ids")
     require_same_device("ids", ids, "logits", logits)
     if ids.dim() != logits.dim() or ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] == 0:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..random import normal
 from ._checks import require_counter, require_floating, require_ids, require_number, require_same_device, require_shape
 from ._library import Operation, choose_backend, load_kernels
-from ._precision import compute_dtype
+from ._precision import compute_dtype, power_of_two
 
 
 def gaussian_noise(
@@ -72,7 +72,8 @@ def gaussian_noise(
 def gaussian_noise_reference(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor) -> Tensor:
     """[M, d], float32 (float64 for float64): scale times the root mean square of each row of `mixed`, times N(0, I)."""
     x = mixed.to(compute_dtype(mixed))
-    size = x.square().mean(-1, keepdim=True).sqrt() * scale[:, None]
+    unit = power_of_two(x.abs().amax(-1, keepdim=True))  # its squares neither overflow nor vanish
+    size = unit * (x / unit).square().mean(-1, keepdim=True).sqrt() * scale[:, None]
     return size.to(x.dtype) * normal(seed, row_ids, steps, mixed.shape[1]).to(x.dtype)
 
 

@@ -257,11 +257,11 @@ def mix_embeddings_cpu(embedding: Tensor, ids: Tensor, weights: Tensor, padding_
     _require_candidates_in_range(ids, embedding.shape[0], padding_id)
     if embedding.is_contiguous() and embedding.dtype != torch.float16:
         return _bag(embedding, ids, weights, used)
-    out = torch.empty(ids.shape[0], embedding.shape[1], dtype=embedding.dtype)
+    out = torch.empty(ids.shape[0], embedding.shape[1], dtype=embedding.dtype, device="cpu")
     for start in range(0, ids.shape[0], _CPU_BLOCK):
         block = slice(start, start + _CPU_BLOCK)
         rows = embedding.index_select(0, ids[block].clamp(0, embedding.shape[0] - 1).reshape(-1)).to(weights.dtype)
-        local = torch.arange(rows.shape[0]).view(ids[block].shape)
+        local = torch.arange(rows.shape[0], device="cpu").view(ids[block].shape)
         out[block] = _bag(rows, local, weights[block], None if used is None else used[block])
     return out
 
@@ -273,7 +273,7 @@ def mix_embeddings_grad_weights_cpu(
     dtype, (n, k) = compute_dtype(embedding), ids.shape
     known = None if padding_id is None else ids != padding_id
     rows = ids if known is None else ids.where(known, 0)
-    out = torch.empty(n, k, dtype=dtype)
+    out = torch.empty(n, k, dtype=dtype, device="cpu")
     for start in range(0, n, _CPU_BLOCK):
         block = slice(start, start + _CPU_BLOCK)
         candidates = embedding.index_select(0, rows[block].reshape(-1)).to(dtype).view(-1, k, embedding.shape[1])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ._checks import (
+    FLOATING,
     require_flag,
     require_ids,
     require_ids_in_range,
@@ -83,7 +84,7 @@ def selective_log_softmax(
     """
     require_tensor(logits, "logits")
     require_ids(ids, "ids")
-    if logits.dim() < 1 or not logits.is_floating_point() or logits.numel() == 0:
+    if logits.dim() < 1 or logits.dtype not in FLOATING or logits.numel() == 0:
         raise ValueError(
             f"logits must be a non-empty floating-point [..., V], got {logits.dtype} of shape {tuple(logits.shape)}"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .._checks import require_tensor
+from .._checks import require_ids, require_shape, require_tensor
 
 NOT_A_NUMBER, NO_TOKEN, NO_SUCH_CANDIDATE, BAD_IDS, BAD_WEIGHTS = 1, 2, 4, 8, 16
 FAULTS = {
@@ -24,6 +25,7 @@ def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
         row_ids: int64 [B], to name the rows by; None: their place.
 
     Raises:
+        TypeError, ValueError: an argument of another dtype or shape, by name.
         RuntimeError: the first faulty row and step of those there are, and what is wrong with it.
 
     Example:
@@ -35,6 +37,14 @@ def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
         RuntimeError: no token could be chosen at row 11: all of its logits are -inf
     """
     require_tensor(fault, "fault")
+    if fault.dtype not in (torch.int32, torch.int64) or fault.dim() not in (1, 2) or fault.is_meta:
+        got = f"{fault.dtype} of shape {tuple(fault.shape)} on {fault.device}"
+        raise TypeError(f"fault must be int32 [B] or [B, T], with values, got {got}")
+    if row_ids is not None:
+        require_ids(row_ids, "row_ids")
+        require_shape(row_ids, tuple(fault.shape[:1]), "row_ids", "[B]")
+        if row_ids.is_meta:
+            raise ValueError("row_ids must have values, got a tensor on device meta")
     steps = fault[:, None] if fault.dim() == 1 else fault
     faulty = steps.nonzero().tolist()
     if not faulty:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...random import gates
 from ...strategies import Strategy, get_strategy
-from .._checks import within
+from .._checks import FLOATING, within
 from .._precision import ROW_BLOCK_ELEMENTS
 from ..gaussian_noise import gaussian_noise_reference
 from ..mix_embeddings import mix_embeddings_reference
@@ -99,7 +99,7 @@ def _checked_form(strategy: Strategy, found: Any, rows: int, k: int, device: tor
     if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)):
         raise TypeError(f"{promise}, got {type(found).__name__}")
     ids, weights = found
-    if ids.dtype != torch.int64 or not weights.is_floating_point():
+    if ids.dtype != torch.int64 or weights.dtype not in FLOATING:
         raise TypeError(f"{promise}, got {ids.dtype} and {weights.dtype}")
     if tuple(ids.shape) != (rows, k) or tuple(weights.shape) != (rows, k):
         raise ValueError(f"{promise}, got {tuple(ids.shape)} and {tuple(weights.shape)}")

@@ -12,6 +12,8 @@ from torch import Tensor
 from ...config import Variant
 from ...strategies import Strategy, get_strategy, strategy_names
 from .._checks import (
+    FLOATING,
+    LEAST_POSITIVE,
     require_choice,
     require_counter,
     require_floating,
@@ -59,7 +61,7 @@ class Settings(NamedTuple):
 
     def of_rows(self, rows: slice, count: int) -> Settings:
         """The settings of some of `count` rows on the CPU."""
-        row_ids = torch.arange(count) if self.row_ids is None else self.row_ids
+        row_ids = torch.arange(count, device="cpu") if self.row_ids is None else self.row_ids
         split: dict[str, Any] = {
             name: value[rows]
             for name, value in self._replace(row_ids=row_ids)._asdict().items()
@@ -83,7 +85,7 @@ def resolve(logits: Tensor, options: Mapping[str, float | None], **given: Any) -
     strategy = get_strategy(given["strategy"])
     given["k"] = _require_candidates(logits, strategy, **{name: given[name] for name in _CANDIDATES})
     given["options"] = strategy.option_values(options)
-    given["temperature"] = _by_row(given["temperature"], "temperature", 0.0, math.inf, logits, optional=False)
+    given["temperature"] = _temperature(given["temperature"], logits)
     given["top_k"] = _top_k(given["top_k"], logits)
     given["top_p"] = _by_row(given["top_p"], "top_p", 0.0, 1.0, logits, open_below=True)
     given["min_p"] = _by_row(given["min_p"], "min_p", 0.0, 1.0, logits)
@@ -119,7 +121,7 @@ def unsupported_by_kernel(settings: Settings, strategy: Strategy) -> str | None:
 
 def require_logits(logits: Tensor) -> None:
     require_tensor(logits, "logits")
-    if logits.dim() != 2 or not logits.is_floating_point() or logits.numel() == 0:
+    if logits.dim() != 2 or logits.dtype not in FLOATING or logits.numel() == 0:
         raise ValueError(
             f"logits must be a non-empty floating-point [B, V], got {logits.dtype} of shape {tuple(logits.shape)}"
         )
@@ -182,7 +184,7 @@ def _top_k(value: int | Tensor | None, logits: Tensor) -> Tensor | None:
         require_same_device("top_k", value, "logits", logits)
         return value
     require_integer(value, "top_k", least=1)
-    return torch.full((), value, dtype=torch.int64)
+    return torch.full((), value, dtype=torch.int64, device="cpu")
 
 
 def _by_row(
@@ -215,7 +217,22 @@ def _by_row(
     if not (least <= low and high <= most) or (open_below and low == least) or high == math.inf:
         bounds = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
         raise ValueError(f"{name} must be within {bounds}, got {low if low == high else (low, high)!r}")
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64)
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device="cpu")
+
+
+def _temperature(value: float | Tensor, logits: Tensor) -> Tensor:
+    """0 is greedy. What is nearly 0 would take finite logits to infinity."""
+    temperature = _by_row(value, "temperature", 0.0, math.inf, logits, optional=False)
+    assert temperature is not None
+    tiny = None
+    if not isinstance(value, Tensor):
+        tiny = value if 0 < value < LEAST_POSITIVE else None
+    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = value[(value > 0) & (value < LEAST_POSITIVE)]
+        tiny = float(found[0]) if len(found) else None
+    if tiny is not None:
+        raise ValueError(f"temperature must be 0 or at least {LEAST_POSITIVE}, got {tiny!r}")
+    return temperature
 
 
 def _step(step: int | Tensor, logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._patching import renamed
 from .._checks import (
+    FLOATING,
     require_choice,
     require_floating,
     require_ids,
@@ -115,7 +116,7 @@ def group_advantages(
         tensor([ 0.5000, -1.0000,  0.5000,  1.0000])
     """
     require_tensor(rewards, "rewards")
-    if rewards.dim() not in (1, 2) or not rewards.is_floating_point() or rewards.numel() == 0:
+    if rewards.dim() not in (1, 2) or rewards.dtype not in FLOATING or rewards.numel() == 0:
         raise ValueError(
             f"rewards must be a non-empty floating-point [N] or [N, R], got {rewards.dtype} of shape "
             f"{tuple(rewards.shape)}"
@@ -148,11 +149,12 @@ def group_advantages(
         omit_nan=nan_policy == "omit",
     )
     is_sum = columns.shape[1] > 1 or reward_weights is not None
-    if is_sum or scale == "batch_std" or whitening is not None:
-        columns = columns.to(compute_dtype(rewards))  # the advantages are rounded once, at the end
+    has_parts = is_sum or scale == "batch_std" or whitening is not None
     scored = None  # rows that have a reward, bool [N]; None: all
-    if settings.omit_nan and (is_sum or whitening is not None):
-        scored = ~columns.detach().isnan().all(1)
+    if has_parts:
+        columns = columns.to(compute_dtype(rewards))  # the advantages are rounded once, at the end
+        scored = ~columns.detach().isnan().all(1) if settings.omit_nan else None
+    counted = _product(mask, scored)
     if aggregation == "sum_then_normalize":
         columns = _weighted_sum(columns, reward_weights, settings.omit_nan, scored)
     advantages, _ = registration.group_advantages(columns, *settings, backend)
@@ -166,6 +168,8 @@ def group_advantages(
             compared = ~_in_singleton_group(columns, settings, backend).all(1)
             scored = compared if scored is None else scored & compared
         advantages = _whiten(advantages, whitening, _product(lengths, mask, scored), backend)
+    if has_parts and counted is not None:  # 0 whatever it was weighted with or divided by
+        advantages = torch.where(counted[:, None], advantages, 0)
     return advantages.squeeze(1).to(rewards.dtype)
 
 

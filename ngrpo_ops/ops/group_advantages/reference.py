@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._precision import compute_dtype
+from .._precision import compute_dtype, power_of_two
 
 
 class GroupSettings(NamedTuple):
@@ -110,8 +110,9 @@ def group_advantages_backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor
     if settings.scale == "std":
         # A standard deviation of 0 passes nothing on: its one-sided derivative is no gradient.
         has_std = s.scale > 0
-        slope = grad_scale / ((s.total_weight - settings.ddof).clamp(min=1) * torch.where(has_std, s.scale, 1))
-        out = out + s.weight * s.centered * groups.to_rows(torch.where(has_std, slope, 0))
+        slope = torch.where(has_std, grad_scale / (s.total_weight - settings.ddof).clamp(min=1), 0)
+        deviations = s.centered / groups.to_rows(torch.where(has_std, s.scale, 1))
+        out = out + s.weight * deviations * groups.to_rows(slope)
     elif settings.scale == "mean":
         out = out + s.weight * groups.to_rows(grad_scale * inverse_weight)
     return groups.restore(torch.where(s.counted, out, 0)).to(rewards.dtype)
@@ -152,6 +153,13 @@ class _Groups:
         index = self.group_of_row[:, None].expand(x.shape)
         return x.new_full((self.count, x.shape[1]), -torch.inf).scatter_reduce_(0, index, x, "amax")
 
+    def min(self, x: Tensor) -> Tensor:
+        """The smallest of x <= 0; 0 of no rows."""
+        if self.equal_sizes:
+            return x.amin(1, keepdim=True)
+        index = self.group_of_row[:, None].expand(x.shape)
+        return x.new_zeros(self.count, x.shape[1]).scatter_reduce_(0, index, x, "amin")
+
     def to_rows(self, of_groups: Tensor) -> Tensor:
         """For each row the value of its group."""
         return of_groups if self.equal_sizes else of_groups[self.group_of_row]
@@ -191,7 +199,10 @@ def _statistics(groups: _Groups, rewards: Tensor, settings: GroupSettings) -> _S
     shifted_mean = groups.sum(w * shifted) / total_weight.clamp(min=1)
     centered = torch.where(counted, shifted - groups.to_rows(shifted_mean), 0)
     if scale_by == "std":
-        scale = (groups.sum(w * centered.square()) / (total_weight - settings.ddof).clamp(min=1)).sqrt()
+        # A power of two near the largest deviation: its squares neither overflow nor vanish, and no bit changes.
+        unit = power_of_two(groups.min(shifted))
+        squares = groups.sum(w * (centered / groups.to_rows(unit)).square())
+        scale = unit * (squares / (total_weight - settings.ddof).clamp(min=1)).sqrt()
     else:
         scale = max_reward + shifted_mean if scale_by == "mean" else torch.ones_like(shifted_mean)
     divisor = scale if scale_by == "none" else scale + settings.eps

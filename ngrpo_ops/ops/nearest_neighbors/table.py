@@ -12,7 +12,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ...config import Metric
-from .._checks import require_choice, require_embedding, require_ids, require_mask
+from .._checks import (
+    require_choice,
+    require_embedding,
+    require_ids,
+    require_ids_in_range,
+    require_mask,
+    require_same_device,
+)
 from .._library import choose_backend
 from .._ties import ranked
 from .api import nearest_neighbors, require_enough_allowed
@@ -150,7 +157,8 @@ class NeighborTable:
             int64 [..., k], nearest first.
 
         Raises:
-            TypeError: token_ids that are not int64. RuntimeError: before the first `refresh`.
+            TypeError: token_ids that are not int64. ValueError: ids out of range (on the CPU), on another device than
+                the table. RuntimeError: before the first `refresh`.
 
         Example:
             >>> import torch
@@ -161,7 +169,10 @@ class NeighborTable:
             [[3], [1]]
         """
         require_ids(token_ids, "token_ids")
-        return self.ids[token_ids]
+        ids = self.ids
+        require_same_device("token_ids", token_ids, "the table", ids)
+        require_ids_in_range(token_ids, ids.shape[0], "token_ids")
+        return ids[token_ids]
 
     @staticmethod
     def _filled(stored: Tensor | None) -> Tensor:
@@ -206,6 +217,8 @@ class NeighborTable:
             self._ids, self._scores, self._build = found.ids, found.scores, None
             return RefreshReport(0, 0, len(found.ids), 0, "searched in shards")
         require_embedding(embedding)
+        if embedding.is_meta:
+            raise ValueError("embedding must have values, got a tensor on device meta")
         vocabulary = embedding.shape[0]
         if self.k >= vocabulary:
             raise ValueError(f"k must be below the {vocabulary} rows of the embedding, got {self.k}")
