@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from .ops._checks import LEAST_POSITIVE
+from .random import gate_threshold
 from .strategies import Strategy, get_strategy, load_strategy
 
 Metric = Literal["cosine", "dot", "l2", "l1"]
@@ -23,18 +25,17 @@ _OLD_SAMPLERS = {"ngrpo": "counter_based"}  # called so until 0.6
 class Range:
     """The numbers that a field may have."""
 
-    least: float = -math.inf
+    least: float
     most: float = math.inf
-    includes_least: bool = True
 
     def __contains__(self, value: Any) -> bool:
-        above = self.least <= value if self.includes_least else self.least < value
-        return above and value <= self.most and math.isfinite(value)
+        return self.least <= value <= self.most and math.isfinite(value)
 
     def __str__(self) -> str:
         if self.most != math.inf:
-            return f"within {'[' if self.includes_least else '('}{self.least:g}, {self.most:g}]"
-        return "positive and finite" if not self.includes_least else f"a finite number of at least {self.least:g}"
+            return f"within [{self.least:g}, {self.most:g}]"
+        least = f"at least {self.least:g}"
+        return f"positive and finite, {least}" if self.least > 0 else f"a finite number of {least}"
 
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
@@ -45,6 +46,21 @@ def _field(default: Any, help: str, **metadata: Any) -> Any:
 def _option_help(strategy: str, option: str) -> str:
     found = get_strategy(strategy).options[option]
     return f"Of strategy '{strategy}': {found.help}. None: {found.default:g}."
+
+
+def _integer(value: Any, name: str, least: int, expected: str) -> int:
+    """The Python int that an integer of any kind is, at most 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) < 2**63:
+        raise ValueError(f"{name} must be {expected}, got {value!r}{_hint(value)}")
+    return int(value)
+
+
+def _hint(value: Any) -> str:
+    """What to do about a number in quotes, as YAML reads 1e-3."""
+    try:
+        return f", a string: write {float(value)!r} without quotes" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
 
 
 def _documented(cls: type) -> type:
@@ -90,7 +106,7 @@ class MixingConfig:
         "Temperature tau of the mixing weights (equations 2 and 9). None: the rollout's own temperature, 1 for a "
         "greedy rollout. For 'gumbel' it divides the noised log-probabilities, which are those of the rollout's "
         "temperature.",
-        range=Range(0, includes_least=False),
+        range=Range(LEAST_POSITIVE),
     )
     metric: Metric = _field(
         "cosine",
@@ -149,8 +165,7 @@ class MixingConfig:
         strategy = load_strategy(self.strategy)
         if self.k is None:
             self._set("k", 3 if strategy.fixed_k is None else strategy.fixed_k)
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k must be an integer of at least 1 (the anchor counts), got {self.k!r}")
+        self._set("k", _integer(self.k, "k", 1, "an integer of at least 1 (the anchor counts)"))
         self._rename_sampler(stacklevel=4)
         for one in fields(self):
             self._check_range(one)
@@ -162,13 +177,24 @@ class MixingConfig:
             raise ValueError(f"variant must be 'paper' for strategy {self.strategy!r}, got 'released'")
         strategy.option_values(self.options)
         self._check_tokens(strategy)
-        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must be an integer of 64 bits, got {self.seed!r}")
+        self._set("seed", _integer(self.seed, "seed", -(2**63), "an integer of 64 bits"))
         if not isinstance(self.loss_on_mixed_steps, bool):
             raise ValueError(f"loss_on_mixed_steps must be True or False, got {self.loss_on_mixed_steps!r}")
-        always = self.mixing_rate == 1 and self.entropy_threshold is None and not self.stop_token_ids
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Refuses settings under which no step is mixed, or no token trained, though they look as if."""
+        threshold = gate_threshold(self.mixing_rate)
+        if self.mixing_rate > 0 and threshold == 0:
+            raise ValueError(
+                f"mixing_rate must be 0 or at least 2^-33, below which no gate is ever drawn, got {self.mixing_rate!r}"
+            )
+        always = threshold == gate_threshold(1.0) and not self.entropy_threshold and not self.stop_token_ids
         if always and not self.loss_on_mixed_steps:
-            raise ValueError("mixing_rate must be below 1 where loss_on_mixed_steps=False, or no token is in the loss")
+            raise ValueError(
+                "mixing_rate must be below 1 where loss_on_mixed_steps=False, or no token is in the loss, got "
+                f"{self.mixing_rate!r}"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A configuration that comes from another process imports its strategy here too."""
@@ -187,22 +213,24 @@ class MixingConfig:
 
     def _check_range(self, one: Field) -> None:
         value, choices, allowed = getattr(self, one.name), one.metadata.get("choices"), one.metadata.get("range")
-        if choices is not None and value not in choices:
+        if choices is not None and not (isinstance(value, str) and value in choices):
             raise ValueError(f"{one.name} must be one of {choices}, got {value!r}")
         if allowed is None or (value is None and one.default is None):
             return
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or value not in allowed:
             optional = ", or None" if one.default is None else ""
-            raise ValueError(f"{one.name} must be {allowed}{optional}, got {value!r}")
+            raise ValueError(f"{one.name} must be {allowed}{optional}, got {value!r}{_hint(value)}")
+        self._set(one.name, value if isinstance(value, int) else float(value))
 
     def _check_tokens(self, strategy: Strategy) -> None:
         for name in ("stop_token_ids", "allowed_token_ids"):
             tokens = getattr(self, name)
             if tokens is None and name == "allowed_token_ids":
                 continue
-            if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
-                raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")
-            self._set(name, tuple(tokens))
+            expected = "a list of token ids, none negative"
+            if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+                raise ValueError(f"{name} must be {expected}, got {tokens!r}")
+            self._set(name, tuple(_integer(token, name, 0, expected) for token in tokens))
         if self.allowed_token_ids is None:
             return
         if not strategy.reads_neighbors:
@@ -227,10 +255,16 @@ class MixingConfig:
     def require_vocabulary(self, size: int) -> None:
         """
         Raises:
-            ValueError: more candidates than a vocabulary of this size has, or token ids beyond it.
+            ValueError: more candidates than a vocabulary of this size has, token ids beyond it, or an entropy that no
+                policy over it reaches.
         """
         if self.k > size:
             raise ValueError(f"k must be at most the vocabulary size {size}, got {self.k}")
+        if self.entropy_threshold is not None and self.mixing_rate > 0 and self.entropy_threshold > math.log(size):
+            raise ValueError(
+                f"entropy_threshold must be at most log V = {math.log(size):.4g} nats, the entropy of {size} equally "
+                f"likely tokens, or no step is ever mixed, got {self.entropy_threshold!r}"
+            )
         for name in ("stop_token_ids", "allowed_token_ids"):
             beyond = [token for token in getattr(self, name) or () if token >= size]
             if beyond:

@@ -90,6 +90,8 @@ def replay_sums(differences: Tensor, gate: Tensor, compared: Tensor, tolerance: 
         tolerance: see `replay_tolerance`.
     """
     errors, compared = differences.abs(), compared.bool()
+    if not errors.numel():
+        return torch.tensor([-math.inf, -math.inf, 0, 0, 0, 0], dtype=torch.float64, device=errors.device)
     after = gate.cumsum(1) - gate.long() > 0
     off = ~(errors <= tolerance)  # NaN too
     counts = [(mask & compared).sum() for mask in (after & off, after, ~after & off, ~after)]

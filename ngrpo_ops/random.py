@@ -55,7 +55,12 @@ def bernoulli(word: Tensor, probability: float) -> Tensor:
         word: int64 in [0, 2^32), from `philox`.
         probability: in [0, 1]; 0 never and 1 always gives True.
     """
-    return word < round(probability * 2**32)
+    return word < gate_threshold(probability)
+
+
+def gate_threshold(probability: float) -> int:
+    """How many of the 2^32 values of a word give True."""
+    return round(probability * 2**32)
 
 
 def gates(seed: Tensor, row_ids: Tensor, step: Tensor, rate: float) -> Tensor:

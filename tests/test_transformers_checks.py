@@ -17,7 +17,7 @@ from transformers import Gemma4TextConfig, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from ngrpo_ops import MixingConfig, MixRecord, nearest_neighbors
-from ngrpo_ops.integrations.transformers import NeighborMixing
+from ngrpo_ops.integrations.transformers import NeighborMixing, checks
 
 PARITY = 1e-5
 HALF = MixingConfig(mixing_rate=0.5)
@@ -209,7 +209,7 @@ def test_a_second_table_that_no_module_shows_is_refused() -> None:
 
     model.model.forward = with_second
     with pytest.raises(ValueError, match="a mix that is wholly one token is not read as that token"):
-        NeighborMixing(model, HALF)
+        NeighborMixing(model, HALF).generate(**left_padded(), max_new_tokens=2)
 
 
 # Wrappers -----------------------------------------------------------------------------------------------------------
@@ -293,9 +293,9 @@ def test_a_plain_generate_beside_a_mixed_one_stays_plain() -> None:
     plain = model.generate(**left_padded(), max_new_tokens=8, do_sample=False)
     mixing = NeighborMixing(model, MixingConfig(mixing_rate=1.0))
     mixed, _ = mixing.generate(**left_padded(), max_new_tokens=8, row_ids=torch.arange(4))
-    with mixing.rollouts():  # in this thread alone
+    with mixing.rollouts(torch.arange(4)) as records:  # in every thread
         (beside,) = in_threads(lambda: model.generate(**left_padded(), max_new_tokens=8, do_sample=False))
-    assert torch.equal(beside, plain)
+    assert torch.equal(beside, mixed) and len(records) == 1
     tasks = [
         lambda: mixing.generate(**left_padded(), max_new_tokens=8, row_ids=torch.arange(4)),
         *[lambda: model.generate(**left_padded(), max_new_tokens=8, do_sample=False)] * 3,
@@ -308,8 +308,13 @@ def test_what_cannot_be_shared_is_refused() -> None:
     model = endless(tiny_model())
     mixing, batch = NeighborMixing(model, HALF), left_padded()
     sequences, record = mixing.generate(**batch, max_new_tokens=4)
-    with mixing.rollouts(), pytest.raises(RuntimeError, match=r"generate cannot begin within rollouts\(\)"):
+    with mixing.rollouts(), pytest.raises(RuntimeError, match="generate cannot begin within generate"):
         mixing.generate(**batch, max_new_tokens=4)
+    with mixing.rollouts():
+        with pytest.raises(RuntimeError, match=r"rollouts\(\) cannot begin within rollouts\(\)"), mixing.rollouts():
+            pass
+        with mixing.replay(record):
+            model(input_ids=sequences)
     assert "generate" not in vars(model)
 
     def replay() -> None:
@@ -348,3 +353,18 @@ def test_the_record_of_other_sequences_is_refused() -> None:
         mixing.model(input_ids=sequences)
     with mixing.replay(record):
         mixing.model(input_ids=sequences)
+
+
+def test_modules_keep_their_own_modes() -> None:
+    model = endless(tiny_model()).train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    rollout(NeighborMixing(model, HALF))
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+def test_a_cache_that_a_model_keeps_in_its_modules_passes() -> None:
+    """RecurrentGemma returns no cache, and is given none."""
+    checks.require_cache({"past_key_values": None}, object())
+    with pytest.raises(RuntimeError, match="did not keep its key-value cache"):
+        checks.require_cache({"past_key_values": DynamicCache()}, object())

@@ -74,7 +74,9 @@ def test_rate_zero_reads_no_mixing_at_all(train: Any, monkeypatch: pytest.Monkey
         raise AssertionError("read")
 
     monkeypatch.setattr(NeighborMixing, "__init__", refuse)
-    train(steps=1, mixing_rate=0.0, rollout_func=None)
+    trainer = train(steps=1, mixing_rate=0.0, save_strategy="steps", save_steps=1)
+    saved = trainer.args.output_dir + "/checkpoint-1"
+    train(steps=2, mixing_rate=0.0, resume_from_checkpoint=saved)
     train.make(mixing_rate=0.0, rollout_func=lambda prompts, trainer: {})
 
 

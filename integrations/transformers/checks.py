@@ -100,7 +100,7 @@ _OTHER_MODES = {  # what chooses a mode of generate with something else than one
     "use_mtp": _SEVERAL,
     "dola_layers": "its logits are not the model's",
 }
-CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+CACHE_NAMES = ("past_key_values", "cache", "cache_params", "state")
 """What transformers calls a key-value cache, in arguments of `generate` and in outputs of models."""
 
 
@@ -116,14 +116,21 @@ def cached_tokens(cache: Any) -> int:
     return max([*lengths, *(int(any(u.values()) if isinstance(u, dict) else bool(u)) for u in used)], default=0)
 
 
-def require_cache(output: Any) -> None:
-    """Checks that the forward which read the prompts has kept it for the steps that follow.
+def require_cache(arguments: dict[str, Any], output: Any) -> None:
+    """Checks that the forward which read the prompts has kept them for the steps that follow.
+
+    A model that shows no cache at all, as one that keeps it in its modules, passes.
+
+    Args:
+        arguments: the forward's keyword arguments.
+        output: what it returned.
 
     Raises:
-        RuntimeError: it returned no cache, or an empty one.
+        RuntimeError: the caches that it was given or returned are empty.
     """
-    caches = [cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None]
-    if not any(cached_tokens(cache) for cache in caches):
+    shown = [arguments.get(name) for name in CACHE_NAMES] + [getattr(output, name, None) for name in CACHE_NAMES]
+    caches = [cache for cache in shown if cache is not None]
+    if caches and not any(cached_tokens(cache) for cache in caches):
         raise RuntimeError(
             "the model did not keep its key-value cache: every step would read the last token alone, or embed the "
             "plain ids of earlier steps again. Something in its forward switches the cache off"
@@ -197,7 +204,7 @@ def supported_model(model: Any) -> Any:
 
 # The model's forwards -----------------------------------------------------------------------------------------------
 
-_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_embeddings?)$")
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*pos(ition(s|al)?)?(_\w*)?)$")
 
 
 @contextmanager
@@ -218,6 +225,18 @@ def position_modules(model: nn.Module) -> list[str]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode. Afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def _trial(model: nn.Module) -> Iterator[None]:
     """For a forward whose result nobody uses: no gradients, and the generators as they were."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -225,8 +244,11 @@ def _trial(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+def _can_be_tried(model: nn.Module) -> bool:
+    """Whether a forward now and here is one of the whole model: no rows are spread over ranks, and none are missing."""
+    parameters = list(model.parameters())
+    sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters)
+    return not sharded and (hasattr(model, "_hf_hook") or not any(p.is_meta for p in parameters))
 
 
 def require_repeatable(model: Any) -> None:
@@ -235,7 +257,7 @@ def require_repeatable(model: Any) -> None:
     Raises:
         ValueError: it does not, and so no rollout could be replayed.
     """
-    if not model.training or _is_sharded(model):
+    if not model.training or not _can_be_tried(model):
         return
     ids = torch.arange(8, device=_input_device(model))[None] % vocabulary_size(model)
     with _trial(model):
@@ -248,39 +270,43 @@ def require_repeatable(model: Any) -> None:
         )
 
 
-def require_input_embeddings_alone(model: Any, mixer: EmbeddingMixer) -> None:
-    """Checks that a model knows its tokens by its input embeddings alone.
+def refuse_second_tables(model: Any) -> None:
+    """Refuses a model that has a second table of token ids, such as the per-layer inputs of Gemma 3n and 4.
 
-    A model with a second table of token ids, such as the per-layer inputs of Gemma 3n and 4, would read the mix in one
-    table and the emitted token in the other.
+    A mix would be read in one table and the emitted token in the other.
 
     Raises:
-        ValueError: there is a second table, or a mix that is wholly token b is not read as b.
+        ValueError: the table and its rows.
     """
-    embeddings = model.get_input_embeddings()
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     inside, positions = set(embeddings.modules()), set(position_modules(model))
-    output = model.get_output_embeddings()
-    vocabulary = vocabulary_size(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or module in inside or module is output or name in positions:
             continue
-        if module.num_embeddings >= vocabulary // 2:  # it may lack the tokens that were added last
+        if module.num_embeddings >= vocabulary_size(model) // 2:  # it may lack the tokens that were added last
             _refuse_second_table(model, f"{name} ({module.num_embeddings} rows)")
-    if _is_sharded(model) or vocabulary < 2:
+
+
+def require_input_embeddings_alone(model: Any, mixer: EmbeddingMixer) -> None:
+    """Checks by forwards that a model knows its tokens by its input embeddings alone.
+
+    Raises:
+        ValueError: a mix that is wholly token b is not read as b. RuntimeError: the model does not embed it at all.
+    """
+    vocabulary = vocabulary_size(model)
+    if vocabulary < 2 or not _can_be_tried(model):
         return
-    training = model.training
-    model.eval()
-    try:
-        with _trial(model):
-            ids = torch.arange(min(vocabulary, 64), device=_input_device(model))
-            rows = embeddings(ids).float()
-            a, b = 0, int((rows - rows[0]).norm(dim=-1).nan_to_num().argmax())
-            read_a, read_b = (model(input_ids=ids[[a, token]][None]).logits[0, -1].float() for token in (a, b))
-            wholly_b = Overlay(ids[[1]], ids[[a, b]][None], torch.tensor([[0.0, 1.0]], device=ids.device))
+    with evaluating(model), _trial(model):
+        ids = torch.arange(min(vocabulary, 64), device=_input_device(model))
+        rows = model.get_input_embeddings()(ids).float()
+        a, b = 0, int((rows - rows[0]).norm(dim=-1).nan_to_num().argmax())
+        read_a, read_b = (model(input_ids=ids[[a, token]][None]).logits[0, -1].float() for token in (a, b))
+        wholly_b = Overlay(ids[[1]], ids[[a, b]][None], torch.tensor([[0.0, 1.0]], device=ids.device))
+        try:
             with mixer.replaying_at(wholly_b):
                 mixed = model(input_ids=ids[[a, a]][None]).logits[0, -1].float()
-    finally:
-        model.train(training)
+        except RuntimeError as error:
+            raise RuntimeError(f"a mix was not embedded: {error}") from error
     if (mixed - read_b).abs().max() > 1e-2 * (read_a - read_b).abs().max() + 1e-6:
         _refuse_second_table(model, "a mix that is wholly one token is not read as that token")
 

@@ -20,6 +20,7 @@ class _Turn:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.use: str | None = None
+        self.has_rollouts = threading.Lock()
 
 
 # Not an attribute of the mixer: a model is copied with its hooks, and a lock cannot be.
@@ -55,6 +56,7 @@ class EmbeddingMixer:
         self._make_overlay: Callable[[Tensor], Overlay | None] | None = None  # for the ids of a coming forward
         self._current: tuple[Tensor, Overlay] | None = None  # ids and overlay of the forward under way
         self._thread: int | None = None  # whose forwards are meant
+        self._foreign_with_grad = False  # whether another thread ran a forward that may be differentiated
         self._decoding: int | None = None  # the rows of a rollout whose prompt has been read
         self._handles = [
             module.register_forward_pre_hook(self._append_candidates, with_kwargs=True),
@@ -99,6 +101,21 @@ class EmbeddingMixer:
                 turn.use = self._thread = None
         finally:
             turn.lock.release()
+
+    @contextmanager
+    def only_rollouts(self) -> Iterator[None]:
+        """Within it no other `rollouts` of this model may begin: each replaces the model's generate, and restores it.
+
+        Raises:
+            RuntimeError: one is under way.
+        """
+        rollouts = _turns.setdefault(self.module, _Turn()).has_rollouts
+        if not rollouts.acquire(blocking=False):
+            raise RuntimeError("rollouts() cannot begin within rollouts() of the same model")
+        try:
+            yield
+        finally:
+            rollouts.release()
 
     def expect_decode_steps(self, batch: int) -> None:
         """From now on until `disarm`, every forward must be a decode step: ids [batch, 1]."""
@@ -184,17 +201,24 @@ class EmbeddingMixer:
     @contextmanager
     def _replay(self, make_overlay: Callable[[Tensor], Overlay | None]) -> Iterator[None]:
         with self.turn("a replay"):
-            self.cosines = []
+            self.cosines, self._foreign_with_grad = [], False
             self._make_overlay = make_overlay
             try:
                 yield
             finally:
                 self.disarm()
+        if self._foreign_with_grad:
+            raise RuntimeError(
+                "another thread ran a forward of the model within the replay, with gradients: if autograd recomputed a "
+                "checkpoint of the whole model, it embedded plain ids; checkpoint its layers"
+            )
 
     def _append_candidates(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._make_overlay is None and self._decoding is None:
             return None
-        if self._thread != threading.get_ident():  # a forward that has nothing to do with it
+        if self._thread != threading.get_ident():
+            # A forward that has nothing to do with it, unless it is a checkpoint that autograd computes again.
+            self._foreign_with_grad |= torch.is_grad_enabled()
             return None
         if self._decoding is not None:
             _require_decode_step(args[0] if args else next(iter(kwargs.values())), self._decoding)

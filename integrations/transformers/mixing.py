@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +18,11 @@ from ngrpo_ops import MixingConfig, MixRecord, RefreshReport
 from ngrpo_ops._patching import replaced
 from ngrpo_ops.rollout import make_table
 from ngrpo_ops.rollout import neighbor_ids as neighbor_ids_of
+from ngrpo_ops.state import make_state, next_row_of
 
 from .checks import (
     refuse_generation,
+    refuse_second_tables,
     refuse_unsupported_filters,
     require_input_embeddings_alone,
     require_prompts,
@@ -90,7 +91,8 @@ class NeighborMixing:
         self.table = make_table(self.config, self.vocabulary)
         self.next_row = 0
         if self.config.mixing_rate > 0:
-            require_input_embeddings_alone(model, self.mixer)
+            refuse_second_tables(model)
+        self._tried = self.config.mixing_rate == 0  # whether the model was seen to read mixes as it should
 
     def attach(self, model: Any) -> EmbeddingMixer:
         """Lets `replay` run on a further model too, such as a reference model with a table of its own.
@@ -187,6 +189,7 @@ class NeighborMixing:
         """Within it `model.generate` mixes. The list that is yielded gains a record with every call.
 
         This is for trainers that call `model.generate` themselves. Elsewhere `NeighborMixing.generate` is simpler.
+        Calls may come from any thread; they take turns.
 
         Args:
             row_ids: int64 [B], what the gates of each row are drawn by; None: the next unused ones.
@@ -201,18 +204,15 @@ class NeighborMixing:
             [[[True, True, True]]]
         """
         records: list[MixRecord] = []
-        thread = threading.get_ident()
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:  # not of this rollout
-                return original(*args, **kwargs)
             arguments = _SIGNATURE.bind(self.model, *args, **kwargs).arguments
             named = {name: value for name, value in arguments.items() if name not in ("self", "kwargs")}
             output, record = self._generate(original, row_ids, **named, **arguments.get("kwargs", {}))
             records.append(record)
             return output
 
-        with self.mixer.turn("rollouts()"), replaced(self.model, "generate", generate) as original:
+        with self.mixer.only_rollouts(), replaced(self.model, "generate", generate) as original:
             yield records
 
     def generate(self, input_ids: Tensor, *, row_ids: Tensor | None = None, **kwargs: Any) -> tuple[Any, MixRecord]:
@@ -231,7 +231,7 @@ class NeighborMixing:
                 dropout in training mode, whose rollouts nothing could replay.
             RuntimeError: logits that nothing can be sampled from, or a strategy that broke its promise. The rollout's
                 first faulty row and step are named at its end. A model that keeps no cache, or does not read one token
-                a step. A call within `rollouts` or `replay` of the same model.
+                a step. A call within `replay` or another `generate` of the same model.
 
         Calls from several threads take turns. Gradient checkpointing is off while a rollout runs, as transformers would
         drop the cache.
@@ -247,11 +247,17 @@ class NeighborMixing:
             >>> torch.equal(record.ids[..., 0], sequences[:, 2:])  # a mixed step emits its anchor
             True
         """
-        with self.mixer.turn("generate", wait=True):
-            require_repeatable(self._inner)
-            return self._generate(self.model.generate, row_ids, input_ids=input_ids, **kwargs)
+        require_repeatable(self._inner)
+        return self._generate(self.model.generate, row_ids, input_ids=input_ids, **kwargs)
 
-    def _generate(
+    def _generate(self, generate: Callable[..., Any], row_ids: Tensor | None, **kwargs: Any) -> tuple[Any, MixRecord]:
+        if not self._tried:
+            require_input_embeddings_alone(self._inner, self.mixer)
+            self._tried = True
+        with self.mixer.turn("generate", wait=True):
+            return self._mixed_generate(generate, row_ids, **kwargs)
+
+    def _mixed_generate(
         self, generate: Callable[..., Any], row_ids: Tensor | None, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, MixRecord]:
         if input_ids is None:
@@ -322,31 +328,39 @@ class NeighborMixing:
         with mixer.replaying(record):
             yield
 
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint must keep for the gates to go on where they were.
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep for the gates to go on where they were: see `ngrpo_ops.state`.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> mixing = NeighborMixing(LlamaForCausalLM(LlamaConfig(**shape)))
             >>> sequences, record = mixing.generate(torch.tensor([[5, 9]]), max_new_tokens=1)
-            >>> mixing.state_dict()
-            {'next_row': 1}
+            >>> mixing.state_dict()["next_row"]
+            1
         """
-        return {"next_row": self.next_row}
+        return make_state(self.config, self.next_row)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where `state_dict` was taken.
+    def load_state_dict(self, state: Mapping[str, Any], source: str = "state") -> None:
+        """Goes on where `state_dict` was taken. Warns of settings that were others then.
+
+        Args:
+            state: what `state_dict` returned, or what ngrpo-ops 0.6 saved.
+            source: where it is from, for the messages.
+
+        Raises:
+            ValueError: not a state, see `ngrpo_ops.state.next_row_of`.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> mixing = NeighborMixing(LlamaForCausalLM(LlamaConfig(**shape)))
-            >>> mixing.load_state_dict({"next_row": 2})
+            >>> state = mixing.state_dict() | {"next_row": 2}
+            >>> mixing.load_state_dict(state)
             >>> mixing.next_row
             2
         """
-        self.next_row = int(state["next_row"])
+        self.next_row = next_row_of(state, self.config, source)
 
 
 def _with_settings(kwargs: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:

@@ -104,20 +104,20 @@ class RolloutProcessor(LogitsProcessor):
             return self.criteria
 
         with replaced(model, "_get_stopping_criteria", recording_criteria) as make_criteria:
-            hook = model.register_forward_hook(self._keep_logits)
+            hook = model.register_forward_hook(self._keep_logits, with_kwargs=True)
             try:
                 yield
             finally:
                 hook.remove()
                 self.mixer.disarm()  # the mix of the last step is never embedded
 
-    def _keep_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _keep_logits(self, module: nn.Module, args: tuple, arguments: dict[str, Any], output: Any) -> None:
         """Forward hook on the model: a replay computes the logits before any processor."""
         if threading.get_ident() != self.thread:
             return
         self._last_logits = output.logits[:, -1].detach()
         if not self.step:
-            require_cache(output)
+            require_cache(arguments, output)
 
     def _begin(self, device: torch.device) -> None:
         """Puts what every step reads where the logits are, which need not be where the model begins."""

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 # Whose hooks on an embedding leave its rows as they are: ours, sharding, and enable_input_require_grads.
-_HARMLESS = ("ngrpo_ops.", "torch.distributed.", "deepspeed.", "transformers.", "peft.")
+_HARMLESS = ("ngrpo_ops.", "torch.distributed.", "deepspeed.", "transformers.", "peft.", "trl.", "accelerate.")
 
 
 def vocabulary_size(model: Any) -> int:
@@ -61,7 +61,8 @@ def _only_looks_up(module: Any) -> bool:
 
 def _foreign_hooks(module: nn.Module) -> list[str]:
     """The forward hooks of libraries that may change what the module returns."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = [getattr(hook, "func", hook) for hook in hooks]  # of a functools.partial
     named = ((getattr(hook, "__module__", "") or "", getattr(hook, "__qualname__", repr(hook))) for hook in hooks)
     return [f"{where}.{name}" for where, name in named if not where.startswith(_HARMLESS)]
 

@@ -17,7 +17,7 @@ from ngrpo_ops.metrics import ReplayErrors, replay_tolerance
 from ngrpo_ops.versions import TESTED
 
 from ..transformers import refuse_generation, refuse_unsupported_filters
-from ..transformers.checks import position_modules
+from ..transformers.checks import evaluating, position_modules
 from .config import NGRPOConfig
 
 # TRL ----------------------------------------------------------------------------------------------------------------
@@ -171,16 +171,13 @@ def _refuse_absolute_positions(model: Any, zero3: bool) -> None:
             f"model {type(model).__name__} has positions of its own ({suspects[0]}), and whether they count left "
             "padding cannot be tried under DeepSpeed ZeRO-3: use ZeRO-2"
         )
-    training, device = model.training, model.device
+    device = model.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(8, device=device)[None] % vocabulary
     mask = torch.ones_like(ids)
     padded = {"input_ids": torch.cat([ids, ids], 1), "attention_mask": torch.cat([1 - mask, mask], 1)}
-    model.eval()
-    try:
+    with evaluating(model):
         logprobs = [model(**inputs).logits[:, -1].float().log_softmax(-1) for inputs in ({"input_ids": ids}, padded)]
-    finally:
-        model.train(training)
     if (logprobs[0] - logprobs[1]).abs().max() > (1e-3 if model.dtype == torch.float32 else 1e-1):
         raise ValueError(
             f"model {type(model).__name__} has absolute positions ({suspects[0]}) that count left padding: TRL's "

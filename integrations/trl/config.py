@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
@@ -76,7 +77,10 @@ class NGRPOConfig(GRPOConfig):
         if values["stop_token_ids"] is None:
             values["stop_token_ids"] = ()
         try:
-            return MixingConfig(**values)
+            with warnings.catch_warnings():
+                # Of the sampler's old name. Python hides the warning outside the main module.
+                warnings.filterwarnings("default", "sampler", DeprecationWarning)
+                return MixingConfig(**values)
         except ValueError as error:
             name, space, message = str(error).partition(" ")  # the first word is the name of the field
             raise ValueError(f"{TRAINER_FIELDS.get(name, name)}{space}{message}") from error

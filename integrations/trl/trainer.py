@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from ngrpo_ops.metrics import (
     rollout_metrics,
     rollout_sums,
 )
+from ngrpo_ops.state import read_json, write_json
 
 from ..transformers import NeighborMixing
 from .checks import check_trl, lowest_precision, refuse_loaded, refuse_settings, replay_error_cause
@@ -141,8 +141,9 @@ class NGRPOTrainer(GRPOTrainer):
             super().__init__(*bound.args[1:], **bound.kwargs)
         if self._mixes:
             refuse_loaded(self, config)
+            mixing = self.mixing
             if self.ref_model is not None:
-                self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
+                mixing.attach(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_record: MixRecord | None = None  # of the generation under way
         self._batch_record: MixRecord | None = None  # of the batch whose loss is being computed
         self._warned: set[str] = set()
@@ -283,17 +284,22 @@ class NGRPOTrainer(GRPOTrainer):
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._mixes and self.args.should_save:
+            # Before the rest: a checkpoint that is complete has it.
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / _STATE_FILE, self.mixing.state_dict())
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
-            with open(os.path.join(folder, _STATE_FILE), "w") as file:
-                json.dump(self.mixing.state_dict(), file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = None if checkpoint is None else os.path.join(checkpoint, _STATE_FILE)
-        if path is not None and os.path.exists(path):  # a checkpoint of GRPOTrainer has none
-            with open(path) as file:
-                self.mixing.load_state_dict(json.load(file))
+        if checkpoint is None or not self._mixes:
+            return
+        path = Path(checkpoint, _STATE_FILE)
+        if not path.exists():
+            logger.warning(
+                f"{path} is missing: the checkpoint is of GRPOTrainer, of a rate of 0, or incomplete. Rows are counted "
+                "from 0, so that gates of earlier rollouts may be drawn again."
+            )
+            return
+        self.mixing.load_state_dict(read_json(path), str(path))

@@ -201,7 +201,7 @@ class EngineMixer:
         decision = decide(
             config, scores, neighbor_ids(config, self.table, self.vocabulary, self.device),
             temperature=temperature, step=step, row_ids=row_id, stopped=self._stopped[slot],
-            filters=filters(states, steps.slots, slot),
+            filters=filters(states, steps.slots, slot) if config.draws else {},
         )  # fmt: skip
         self.pool.write(entry, decision)
         tokens = decision.token_ids

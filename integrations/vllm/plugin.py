@@ -42,15 +42,17 @@ def register() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    wrap(EngineArgs, "create_engine_config", patch_create_engine_config)
     if not is_tested("vllm", vllm.__version__):
-        return  # patch_create_engine_config rejects engines that are to mix
+        wrap(EngineArgs, "create_engine_config", patch_create_engine_config)  # rejects engines that are to mix
+        return
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.parallel_sampling import ParentRequest
     from vllm.v1.worker.gpu import model_states
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
 
+    # After the imports: a call that fails has wrapped nothing.
+    wrap(EngineArgs, "create_engine_config", patch_create_engine_config)
     wrap(InputProcessor, "process_inputs", patch_process_inputs)
     wrap(ParentRequest, "get_child_info", patch_get_child_info)
     wrap(model_states, "resolve_model_state_cls", patch_resolve_model_state_cls)

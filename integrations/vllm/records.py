@@ -45,5 +45,5 @@ def unpack(reply: bytes) -> MixRecord:
     error = json.loads(header)
     if error is not None:
         kind, message = error
-        raise _ERRORS[kind](message)
+        raise _ERRORS.get(kind, RuntimeError)(message)
     return MixRecord.from_bytes(content)

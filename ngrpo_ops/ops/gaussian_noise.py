@@ -72,6 +72,8 @@ def gaussian_noise(
 def gaussian_noise_reference(mixed: Tensor, scale: Tensor, seed: Tensor, row_ids: Tensor, steps: Tensor) -> Tensor:
     """[M, d], float32 (float64 for float64): scale times the root mean square of each row of `mixed`, times N(0, I)."""
     x = mixed.to(compute_dtype(mixed))
+    if not x.numel():
+        return x
     unit = power_of_two(x.abs().amax(-1, keepdim=True))  # its squares neither overflow nor vanish
     size = unit * (x / unit).square().mean(-1, keepdim=True).sqrt() * scale[:, None]
     return size.to(x.dtype) * normal(seed, row_ids, steps, mixed.shape[1]).to(x.dtype)
