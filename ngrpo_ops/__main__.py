@@ -51,10 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not arguments.tokens and not arguments.ids and arguments.plot is None:
         look.error("give --tokens, --ids or --plot")
+    if arguments.sample < 0:
+        look.error(f"--sample must be at least 0, got {arguments.sample}")
+    if arguments.plot is not None and not arguments.plot.parent.is_dir():  # said before the search
+        look.error(f"--plot must be in a folder that is there, got {arguments.plot}")
     try:
         _neighbors(arguments)
     except (ImportError, OSError, ValueError) as error:
-        look.error(str(error))
+        look.error(" ".join(str(error).split()))  # one line, the hub's too
     return 0
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+import numpy as np
+from torch import Tensor
+
 from .ops._checks import LEAST_POSITIVE
-from .random import gate_threshold
+from .random import drawn_words
 from .strategies import Strategy, get_strategy, load_strategy
 
 Metric = Literal["cosine", "dot", "l2", "l1"]
@@ -20,47 +24,86 @@ Sampler = Literal["native", "counter_based"]
 
 _OLD_SAMPLERS = {"ngrpo": "counter_based"}  # called so until 0.6
 
+_LARGEST = 1e30  # what float32 divides logits by without underflow
+_SURE = 1e-6  # nats: a policy of less entropy has one token, whose gradient is nothing
+_HIGHEST = math.log(2**31)  # the entropy that no policy exceeds, as token ids are below 2^31
+_ALL_SAMPLE = 1e6  # a larger moi_beta leaves the rest of the mix no weight that bfloat16 or float32 would see
+_LONGEST = 200  # characters of a value in a message
+
 
 @dataclass(frozen=True)
 class Range:
     """The numbers that a field may have."""
 
-    least: float
+    least: float = -math.inf
     most: float = math.inf
+    includes_least: bool = True
 
-    def __contains__(self, value: Any) -> bool:
-        return self.least <= value <= self.most and math.isfinite(value)
+    def __contains__(self, value: float) -> bool:
+        above = self.least <= value if self.includes_least else self.least < value
+        return above and value <= self.most and math.isfinite(value)
 
     def __str__(self) -> str:
         if self.most != math.inf:
-            return f"within [{self.least:g}, {self.most:g}]"
-        least = f"at least {self.least:g}"
-        return f"positive and finite, {least}" if self.least > 0 else f"a finite number of {least}"
+            return f"within {'[' if self.includes_least else '('}{self.least:g}, {self.most:g}]"
+        return "positive and finite" if not self.includes_least else f"a finite number of at least {self.least:g}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python prints, or whatever a class of the user's raises
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def plain_number(value: Any) -> float | None:
+    """A real number, numpy's too, as a float, infinite where that is too small; None for anything else, True too."""
+    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int, of either sign: no range takes it
+        return math.inf
+
+
+def plain_integer(value: Any) -> int | None:
+    """An integer, numpy's too, as an int; None for anything else, True and 3.0 too."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else operator.index(value)
+
+
+def plain_ids(value: Any) -> tuple[int, ...] | None:
+    """Token ids as a tuple: of a list, a tuple, a range, or a numpy array or tensor of integers in one dimension.
+
+    None for anything else: for a text, whose characters would be taken apart, for a set, which has no order, and for
+    a generator, which would be empty when it is read again.
+    """
+    if isinstance(value, (np.ndarray, Tensor)):
+        value = value.tolist()
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Sequence):
+        return None
+    ids = [plain_integer(one) for one in value]
+    return None if any(one is None or not 0 <= one < 2**31 for one in ids) else tuple(ids)  # type: ignore[arg-type]
+
+
+def _advice(value: Any) -> str:
+    """What to write in the place of a number that is a text. Command lines are parsed: it comes from Python or YAML."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        number = math.nan
+    return "" if math.isnan(number) else ", a text: write numbers without quotes, in YAML with a point (1.0e-3)"
 
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its help and, where it has one, its range or its choices."""
+    """A field with its help and what it may hold: range, choices, integers (in words, and as a range) or token_ids."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def _option_help(strategy: str, option: str) -> str:
     found = get_strategy(strategy).options[option]
     return f"Of strategy '{strategy}': {found.help}. None: {found.default:g}."
-
-
-def _integer(value: Any, name: str, least: int, expected: str) -> int:
-    """The Python int that an integer of any kind is, at most 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) < 2**63:
-        raise ValueError(f"{name} must be {expected}, got {value!r}{_hint(value)}")
-    return int(value)
-
-
-def _hint(value: Any) -> str:
-    """What to do about a number in quotes, as YAML reads 1e-3."""
-    try:
-        return f", a string: write {float(value)!r} without quotes" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
 
 
 def _documented(cls: type) -> type:
@@ -78,8 +121,12 @@ def _documented(cls: type) -> type:
 class MixingConfig:
     """How a rollout mixes. The defaults are those of the paper (arXiv 2606.10768, table 6).
 
+    numpy's numbers, arrays of token ids and tensors of them are taken, and kept as plain Python data. Texts of numbers
+    are not.
+
     Raises:
-        ValueError: a value that its field does not allow; the message names the field.
+        ValueError: a value that its field does not allow, or fields with which nothing would be mixed or trained; the
+            message names the field.
 
     Example:
         >>> from ngrpo_ops import MixingConfig
@@ -95,6 +142,7 @@ class MixingConfig:
         "Candidates that a mixed step combines, the anchor counted (the paper's k). 1 emits the anchor alone: the "
         "control that separates 'argmax on a fraction of the steps' from mixing; it needs no neighbor table. None: "
         "3, or 1 for strategy 'anchor'.",
+        integers=("an integer of at least 1 (the anchor counts)", range(1, 2**31)),
     )
     mixing_rate: float = _field(
         0.1,
@@ -106,7 +154,7 @@ class MixingConfig:
         "Temperature tau of the mixing weights (equations 2 and 9). None: the rollout's own temperature, 1 for a "
         "greedy rollout. For 'gumbel' it divides the noised log-probabilities, which are those of the rollout's "
         "temperature.",
-        range=Range(LEAST_POSITIVE),
+        range=Range(LEAST_POSITIVE, _LARGEST),
     )
     metric: Metric = _field(
         "cosine",
@@ -130,11 +178,12 @@ class MixingConfig:
     entropy_threshold: float | None = _field(
         None,
         "A step is mixed only where the entropy of the policy, at the rollout's temperature and in nats, is at "
-        "least this. With a mixing rate of 1 it is the whole gate. None: the rate alone.",
-        range=Range(0),
+        "least this. With a mixing rate of 1 it is the whole gate. None: the rate alone. It must be below log(V), "
+        "which no policy over V tokens exceeds.",
+        range=Range(0, _HIGHEST),
     )
-    noise_scale: float | None = _field(None, _option_help("gaussian", "noise_scale"), range=Range(0))
-    moi_beta: float | None = _field(None, _option_help("moi", "moi_beta"), range=Range(0))
+    noise_scale: float | None = _field(None, _option_help("gaussian", "noise_scale"), range=Range(0, _LARGEST))
+    moi_beta: float | None = _field(None, _option_help("moi", "moi_beta"), range=Range(0, _ALL_SAMPLE))
     sampler: Sampler = _field(
         "native",
         "Who draws the tokens of steps that are not mixed: 'native', the trainer's or engine's own sampler, "
@@ -145,10 +194,12 @@ class MixingConfig:
     stop_token_ids: Sequence[int] = _field(
         (),
         "Once a sequence has emitted one of these tokens (</think>, say) it is no longer mixed.",
+        token_ids=True,
     )
     allowed_token_ids: Sequence[int] | None = _field(
         None,
         "Tokens that may be neighbors. None: the whole table.",
+        token_ids=True,
     )
     loss_on_mixed_steps: bool = _field(
         True,
@@ -159,16 +210,17 @@ class MixingConfig:
         0,
         "Key of the counter-based generator that draws the gates, the noise, and the tokens of sampler "
         "'counter_based'.",
+        integers=("an integer of 64 bits", range(-(2**63), 2**63)),
     )
 
     def __post_init__(self) -> None:
         strategy = load_strategy(self.strategy)
+        self._set("strategy", str.__str__(self.strategy))  # numpy's and an enum's, too, are texts
         if self.k is None:
             self._set("k", 3 if strategy.fixed_k is None else strategy.fixed_k)
-        self._set("k", _integer(self.k, "k", 1, "an integer of at least 1 (the anchor counts)"))
         self._rename_sampler(stacklevel=4)
         for one in fields(self):
-            self._check_range(one)
+            self._set(one.name, self._checked(one, getattr(self, one.name)))
         if strategy.fixed_k not in (None, self.k):
             raise ValueError(
                 f"k must be {strategy.fixed_k} for strategy {self.strategy!r}, or left out, got {self.k!r}"
@@ -176,25 +228,8 @@ class MixingConfig:
         if self.variant == "released" and not strategy.softmax_of_logits:
             raise ValueError(f"variant must be 'paper' for strategy {self.strategy!r}, got 'released'")
         strategy.option_values(self.options)
-        self._check_tokens(strategy)
-        self._set("seed", _integer(self.seed, "seed", -(2**63), "an integer of 64 bits"))
-        if not isinstance(self.loss_on_mixed_steps, bool):
-            raise ValueError(f"loss_on_mixed_steps must be True or False, got {self.loss_on_mixed_steps!r}")
+        self._check_allowed(strategy)
         self._check_effect()
-
-    def _check_effect(self) -> None:
-        """Refuses settings under which no step is mixed, or no token trained, though they look as if."""
-        threshold = gate_threshold(self.mixing_rate)
-        if self.mixing_rate > 0 and threshold == 0:
-            raise ValueError(
-                f"mixing_rate must be 0 or at least 2^-33, below which no gate is ever drawn, got {self.mixing_rate!r}"
-            )
-        always = threshold == gate_threshold(1.0) and not self.entropy_threshold and not self.stop_token_ids
-        if always and not self.loss_on_mixed_steps:
-            raise ValueError(
-                "mixing_rate must be below 1 where loss_on_mixed_steps=False, or no token is in the loss, got "
-                f"{self.mixing_rate!r}"
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A configuration that comes from another process imports its strategy here too."""
@@ -211,26 +246,38 @@ class MixingConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _check_range(self, one: Field) -> None:
-        value, choices, allowed = getattr(self, one.name), one.metadata.get("choices"), one.metadata.get("range")
-        if choices is not None and not (isinstance(value, str) and value in choices):
-            raise ValueError(f"{one.name} must be one of {choices}, got {value!r}")
-        if allowed is None or (value is None and one.default is None):
-            return
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value not in allowed:
-            optional = ", or None" if one.default is None else ""
-            raise ValueError(f"{one.name} must be {allowed}{optional}, got {value!r}{_hint(value)}")
-        self._set(one.name, value if isinstance(value, int) else float(value))
+    def _checked(self, one: Field, value: Any) -> Any:
+        """The value of a field as plain Python data, so that a configuration is hashed, compared and written as JSON.
 
-    def _check_tokens(self, strategy: Strategy) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            tokens = getattr(self, name)
-            if tokens is None and name == "allowed_token_ids":
-                continue
-            expected = "a list of token ids, none negative"
-            if isinstance(tokens, str) or not isinstance(tokens, Sequence):
-                raise ValueError(f"{name} must be {expected}, got {tokens!r}")
-            self._set(name, tuple(_integer(token, name, 0, expected) for token in tokens))
+        Raises:
+            ValueError: another type, or out of range. A text that is a number is refused too: parsers of command lines
+                have read theirs, and whoever else passes a text should know of it.
+        """
+        if value is None and one.default is None:
+            return None
+        choices, allowed = one.metadata.get("choices"), one.metadata.get("range")
+        found: Any = None
+        if choices is not None:
+            expected = f"one of {choices}"
+            found = str.__str__(value) if isinstance(value, str) and value in choices else None
+        elif allowed is not None:
+            expected, number = str(allowed), plain_number(value)
+            found = number if number is not None and number in allowed else None
+        elif one.metadata.get("token_ids"):
+            expected, found = "a list of token ids, integers in [0, 2^31)", plain_ids(value)
+        elif isinstance(one.default, bool):
+            expected, found = "True or False", bool(value) if isinstance(value, (bool, np.bool_)) else None
+        elif one.metadata.get("integers"):
+            (expected, integers), whole = one.metadata["integers"], plain_integer(value)
+            found = whole if whole is not None and whole in integers else None
+        else:
+            return value
+        if found is None:
+            optional = ", or None" if one.default is None else ""
+            raise ValueError(f"{one.name} must be {expected}{optional}, got {shown(value)}{_advice(value)}")
+        return found
+
+    def _check_allowed(self, strategy: Strategy) -> None:
         if self.allowed_token_ids is None:
             return
         if not strategy.reads_neighbors:
@@ -239,7 +286,26 @@ class MixingConfig:
             )
         if len(set(self.allowed_token_ids)) < self.k:
             raise ValueError(
-                f"allowed_token_ids must name at least k = {self.k} tokens, got {self.allowed_token_ids!r}"
+                f"allowed_token_ids must name at least k = {self.k} tokens, got {shown(self.allowed_token_ids)}"
+            )
+
+    def _check_effect(self) -> None:
+        """Refuses settings under which nothing would be mixed, or nothing trained. A rate of 0 is meant: it is GRPO.
+
+        What depends on the vocabulary is in `require_vocabulary`.
+        """
+        drawn = drawn_words(self.mixing_rate)
+        if drawn == 0 and self.mixing_rate != 0:
+            raise ValueError(
+                "mixing_rate must be 0 or more than 2^-33, the resolution of the gates, got "
+                f"{self.mixing_rate!r}, which never mixes"
+            )
+        every = drawn == 2**32 and (self.entropy_threshold or 0.0) < _SURE and not self.stop_token_ids
+        if every and not self.loss_on_mixed_steps:
+            threshold = "" if self.entropy_threshold is None else f" and entropy_threshold={self.entropy_threshold!r}"
+            raise ValueError(
+                f"mixing_rate must be below 1 where loss_on_mixed_steps=False{threshold}, or no token is in the loss, "
+                f"got {self.mixing_rate!r}"
             )
 
     @property
@@ -255,20 +321,26 @@ class MixingConfig:
     def require_vocabulary(self, size: int) -> None:
         """
         Raises:
-            ValueError: more candidates than a vocabulary of this size has, token ids beyond it, or an entropy that no
-                policy over it reaches.
+            ValueError: more candidates than a vocabulary of this size has, token ids beyond it, or an entropy threshold
+                that no policy over it reaches.
         """
         if self.k > size:
             raise ValueError(f"k must be at most the vocabulary size {size}, got {self.k}")
-        if self.entropy_threshold is not None and self.mixing_rate > 0 and self.entropy_threshold > math.log(size):
-            raise ValueError(
-                f"entropy_threshold must be at most log V = {math.log(size):.4g} nats, the entropy of {size} equally "
-                f"likely tokens, or no step is ever mixed, got {self.entropy_threshold!r}"
-            )
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        for name in TOKEN_ID_FIELDS:
             beyond = [token for token in getattr(self, name) or () if token >= size]
             if beyond:
-                raise ValueError(f"{name} must be below the vocabulary size {size}, got {beyond}")
+                raise ValueError(f"{name} must be below the vocabulary size {size}, got {shown(beyond)}")
+        threshold = self.entropy_threshold
+        # At log(V) itself only a policy of equal logits is mixed. At a rate of 0 the threshold is not read.
+        if threshold is not None and self.mixing_rate > 0 and threshold >= math.log(size) > 0:
+            raise ValueError(
+                f"entropy_threshold must be below log({size}) = {math.log(size):.4g}, the largest entropy of a policy "
+                f"over {size} tokens, got {threshold!r}: nothing would be mixed"
+            )
+
+
+TOKEN_ID_FIELDS = tuple(one.name for one in fields(MixingConfig) if one.metadata.get("token_ids"))
+"""The fields of `MixingConfig` that hold lists of token ids."""
 
 
 def described(name: str, default: Any = MISSING, note: str = "") -> Any:

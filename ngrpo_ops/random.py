@@ -48,6 +48,11 @@ def philox(
     return x0, x1, x2, x3
 
 
+def drawn_words(probability: float) -> int:
+    """How many of the 2^32 words `bernoulli` takes for True: 0 for a probability below its resolution, 2^32 for 1."""
+    return round(probability * 2**32)
+
+
 def bernoulli(word: Tensor, probability: float) -> Tensor:
     """True with the given probability: an integer comparison, so that no device rounds it differently.
 
@@ -55,12 +60,7 @@ def bernoulli(word: Tensor, probability: float) -> Tensor:
         word: int64 in [0, 2^32), from `philox`.
         probability: in [0, 1]; 0 never and 1 always gives True.
     """
-    return word < gate_threshold(probability)
-
-
-def gate_threshold(probability: float) -> int:
-    """How many of the 2^32 values of a word give True."""
-    return round(probability * 2**32)
+    return word < drawn_words(probability)
 
 
 def gates(seed: Tensor, row_ids: Tensor, step: Tensor, rate: float) -> Tensor:

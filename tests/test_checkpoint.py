@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from models import VOCABULARY, tiny_model, tokenizer
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ngrpo_ops import checkpoint, nearest_neighbors
 from ngrpo_ops.__main__ import main
@@ -121,3 +126,230 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
     assert "no model.safetensors" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"not found.*lm_head\.weight"):
         checkpoint._embedding_name(["lm_head.weight"])
+
+
+# Damaged files ----------------------------------------------------------------------------------------------------
+
+INDEX, TENSORS, TOKENIZER = "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint in one file and one in several, both of which the command reads."""
+    folders = {}
+    for kind, settings in {"one": {}, "several": {"max_shard_size": "10KB"}}.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        tiny_model().save_pretrained(folders[kind], **settings)
+        tokenizer().save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture
+def broken(whole, tmp_path):
+    """Makes a copy of a checkpoint to be broken."""
+
+    def copy(kind: str = "one") -> Path:
+        return Path(shutil.copytree(whole[kind], tmp_path / kind))
+
+    return copy
+
+
+def shard_of(folder: Path) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"]["model.embed_tokens.weight"]
+
+
+def complaint(folder: Path, capsys, *arguments: str) -> str:
+    """The one line with which the command ends, without a traceback and with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(["neighbors", "--model", str(folder), *(arguments or ("--ids", "5"))])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    (found,) = (line for line in lines if "error: " in line)
+    assert found == lines[-1], lines
+    return found.partition("error: ")[2]
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how == "a pipe":
+        os.mkfifo(path)
+    elif how == "a loop of links":
+        path.symlink_to(path.name)
+    elif how == "an endless device":
+        path.symlink_to("/dev/zero")
+    else:
+        other = b"PK\x03\x04" + bytes(200) if path.suffix == ".json" else b'{"a": [1, 2]}' * 9
+        ways = {"empty": b"", "cut off": content[: len(content) // 2], "cut off by one": content.rstrip()[:-1],
+                "of another type": other, "zeros": bytes(len(content)), "a JSON list": b"[1, 2]", "JSON null": b"null",
+                "a picture": b"\x89PNG\r\n\x1a\n" * 40}  # fmt: skip
+        path.write_bytes(ways[how])
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["empty", "cut off", "cut off by one", "of another type", "zeros", "a JSON list", "JSON null", "a picture",
+     "a folder", "a pipe", "a loop of links", "an endless device"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", [INDEX, TENSORS, TOKENIZER, "a shard"])
+def test_whatever_is_damaged_is_named(broken, capsys, name, how):
+    folder = broken("several" if name in (INDEX, "a shard") else "one")
+    path = shard_of(folder) if name == "a shard" else folder / name
+    damage(path, how)
+    said = complaint(folder, capsys)
+    assert said.startswith(f"{path}: "), said
+
+
+def header(tensors: dict, data: bytes = bytes(4096), length: int | None = None) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+ROWS = {"dtype": "F32", "shape": [8, 4], "data_offsets": [0, 128]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({"wte.weight": ROWS}, length=2**60),
+        header({"wte.weight": ROWS}, length=2**64 - 1),
+        header({"wte.weight": ROWS}, length=0),
+        header({"wte.weight": ROWS | {"data_offsets": [0, 2**40]}}),
+        header({"wte.weight": ROWS | {"data_offsets": [128, 0]}}),
+        header({"wte.weight": ROWS | {"shape": [2**40, 2**40]}}),
+        header({"wte.weight": ROWS | {"shape": [-8, 4]}}),
+        header({"wte.weight": ROWS | {"dtype": "F33"}}),
+        header({"wte.weight": ROWS, "other": ROWS}, bytes(128)),
+        header({"wte.weight": {"dtype": "F32"}}),
+        header({"wte.weight": 5}),
+        header([1, 2]),
+    ],
+    ids=["2^60", "2^64", "0", "beyond the file", "backwards", "a shape too large", "a negative shape", "dtype",
+         "overlapping", "parts missing", "a number", "a list"],
+)  # fmt: skip
+def test_a_header_that_lies_is_named(broken, capsys, content):
+    folder = broken()
+    (folder / TENSORS).write_bytes(content)
+    assert complaint(folder, capsys).startswith(f"{folder / TENSORS}: is no safetensors file, or is damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(8), "must be a floating-point table"),
+        (torch.zeros(2, 8, 4), "must be a floating-point table"),
+        (torch.zeros(()), "must be a floating-point table"),
+        (torch.zeros(0, 4), "must not be empty"),
+        (torch.zeros(8, 0), "must not be empty"),
+        (torch.zeros(8, 4, dtype=torch.int8), "must be a floating-point table"),
+        (torch.zeros(8, 4, dtype=torch.float8_e4m3fn), "must be a floating-point table"),
+    ],
+)
+def test_a_tensor_that_is_no_table_is_named(broken, capsys, tensor, message):
+    folder = broken()
+    save_file({"wte.weight": tensor}, folder / TENSORS)
+    assert complaint(folder, capsys).startswith(f"{folder / TENSORS}: wte.weight {message}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/dev/zero",
+        "sub/model.safetensors",
+        "..",
+        ".",
+        "",
+        ".hidden",
+        "a\\b",
+        "a\0b",
+        5,
+        None,
+        ["a"],
+    ],
+)
+def test_an_index_names_files_beside_it_alone(broken, capsys, name):
+    folder = broken("several")
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"]["model.embed_tokens.weight"] = name
+    (folder / INDEX).write_text(json.dumps(content))
+    said = complaint(folder, capsys)
+    assert said == f"{folder / INDEX}: weight_map must have names of files beside it, got {name!r}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "weight_map must map the names of tensors to those of files, got None"),
+        ({"weight_map": ["a"]}, "weight_map must map the names of tensors to those of files, got ['a']"),
+        ({"weight_map": {}}, "the input embedding was not found"),
+        ({"weight_map": {"lm_head.weight": "a"}}, "the input embedding was not found"),
+        ({"weight_map": {"wte.weight": "gone.safetensors"}}, "names 'gone.safetensors', which is not in "),
+    ],
+)
+def test_an_index_without_its_map_is_named(broken, capsys, content, message):
+    folder = broken("several")
+    (folder / INDEX).write_text(json.dumps(content))
+    assert complaint(folder, capsys).startswith(f"{folder / INDEX}: {message}")
+
+
+def test_a_shard_without_the_tensor_of_another_kind_or_unreadable_is_named(broken, capsys, monkeypatch):
+    folder = broken("several")
+    shard = shard_of(folder)
+    save_file({"other": torch.zeros(2, 2)}, shard)
+    assert complaint(folder, capsys).startswith(f"{shard}: is no safetensors file, or is damaged: ")
+    torch.save({"model.embed_tokens.weight": torch.zeros(8, 4)}, shard)
+    assert complaint(folder, capsys).startswith(f"{shard}: is no safetensors file, or is damaged: ")
+
+    def refused(path: object, *arguments: object, **keywords: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refused)  # the tests may run as root, whom no permission stops
+    assert complaint(folder, capsys) == f"{folder / INDEX}: Permission denied"
+
+
+def test_tokens_beyond_the_rows_are_named(broken, capsys):
+    folder = broken()
+    save_file({"wte.weight": torch.rand(20, 4)}, folder / TENSORS)
+    assert complaint(folder, capsys, "--tokens", "w30") == (
+        "'w30' is token 30, and the embedding has rows for tokens below 20 alone"
+    )
+    said = complaint(folder, capsys, "--tokens", "w5 w30")
+    assert said == "'w5 w30' must be a single token, got 2: 'w5', token 30"
+    for i in ("-1", "20", str(10**30)):
+        assert complaint(folder, capsys, "--ids", i) == f"--ids must be within [0, 20), got {i}"
+
+
+def test_what_else_the_command_line_gets_wrong(broken, capsys, tmp_path):
+    folder = broken()
+    assert "--sample must be at least 0" in complaint(folder, capsys, "--ids", "5", "--sample", "-1")
+    said = complaint(folder, capsys, "--plot", str(tmp_path / "nowhere" / "a.png"))
+    assert said.startswith("--plot must be in a folder that is there")
+    file = folder / TENSORS
+    assert complaint(file, capsys) == f"{file}: must be a folder with safetensors, got a file"
+    (folder / TOKENIZER).unlink()
+    assert complaint(folder, capsys) == f"no tokenizer.json in {str(folder)!r}"
+
+
+def test_links_of_the_hubs_cache_are_followed(broken, tmp_path, capsys):
+    """There a checkpoint's files are links to ../../blobs."""
+    folder = broken()
+    (tmp_path / "blobs").mkdir()
+    for name in (TENSORS, TOKENIZER):
+        (folder / name).rename(tmp_path / "blobs" / name)
+        (folder / name).symlink_to(f"../blobs/{name}")
+    assert main(["neighbors", "--model", str(folder), "--ids", "5"]) == 0
+
+
+def test_a_name_that_is_nowhere(monkeypatch, capsys):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*arguments: object) -> None:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    assert complaint(Path("some/model"), capsys) == (
+        "no model.safetensors, and no index of one, in 'some/model', no folder here, on the hub or in its cache"
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from ngrpo_ops import MixingConfig
+from ngrpo_ops.config import TOKEN_ID_FIELDS, shown
 
 VARIABLE = "NGRPO_OPS_OPENRLHF"
 
@@ -21,7 +22,7 @@ def write_settings(config: MixingConfig, reward_url: str) -> None:
         reward_url: the URLs of the rewards, comma-separated, or the path of a Python file.
 
     Raises:
-        ValueError: more allowed token ids than an environment variable holds.
+        ValueError: more token ids than an environment variable holds.
 
     Example:
         >>> import os
@@ -36,9 +37,11 @@ def write_settings(config: MixingConfig, reward_url: str) -> None:
     """
     settings = json.dumps({"mixing": asdict(config), "reward_url": reward_url})
     if len(settings) > _LONGEST:
+        counts = {name: len(getattr(config, name) or ()) for name in TOKEN_ID_FIELDS}
+        most = max(counts, key=counts.__getitem__)
         raise ValueError(
-            f"allowed_token_ids: {len(config.allowed_token_ids or ())} token ids are too many, as they "
-            f"reach the workers in an environment variable of at most {_LONGEST} characters"
+            f"{most}: {counts[most]} token ids are too many, as they reach the workers in an environment variable of "
+            f"at most {_LONGEST} characters"
         )
     os.environ[VARIABLE] = settings
 
@@ -47,7 +50,8 @@ def read_settings() -> tuple[MixingConfig, str]:
     """The configuration, and the rewards' URLs or file, as the launcher read them.
 
     Raises:
-        ValueError: a strategy that cannot be imported in this process.
+        ValueError: no such variable, or not what `write_settings` wrote; a strategy that cannot be imported in this
+            process.
 
     Example:
         >>> import os
@@ -57,5 +61,17 @@ def read_settings() -> tuple[MixingConfig, str]:
         ...     read_settings()[0].k
         2
     """
-    settings = json.loads(os.environ[VARIABLE])
-    return MixingConfig(**settings["mixing"]), settings["reward_url"]
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        raise ValueError(f"{VARIABLE} must be set, as the launcher does it: python -m {__package__}")
+    try:
+        settings = json.loads(text)
+        mixing, reward_url = settings["mixing"], settings["reward_url"]
+        if not {*mixing} <= {field.name for field in fields(MixingConfig)} or not isinstance(mixing, dict):
+            raise ValueError("other fields than those of MixingConfig")
+        if not isinstance(reward_url, str):
+            raise TypeError("reward_url is no text")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{VARIABLE} must be what the launcher wrote, got {shown(text)} ({reason})") from error
+    return MixingConfig(**mixing), reward_url

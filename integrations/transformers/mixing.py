@@ -339,14 +339,17 @@ class NeighborMixing:
             >>> mixing.state_dict()["next_row"]
             1
         """
-        return make_state(self.config, self.next_row)
+        return make_state(self.next_row, self.config)
 
-    def load_state_dict(self, state: Mapping[str, Any], source: str = "state") -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], source: str = "state", warn: Callable[[str], object] | None = None
+    ) -> None:
         """Goes on where `state_dict` was taken. Warns of settings that were others then.
 
         Args:
             state: what `state_dict` returned, or what ngrpo-ops 0.6 saved.
             source: where it is from, for the messages.
+            warn: called with a warning; None: `warnings.warn`.
 
         Raises:
             ValueError: not a state, see `ngrpo_ops.state.next_row_of`.
@@ -360,7 +363,7 @@ class NeighborMixing:
             >>> mixing.next_row
             2
         """
-        self.next_row = next_row_of(state, self.config, source)
+        self.next_row = next_row_of(state, self.config, source, warn)
 
 
 def _with_settings(kwargs: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:

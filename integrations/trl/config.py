@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from trl import GRPOConfig
 
 from ngrpo_ops import MixingConfig
-from ngrpo_ops.config import described
+from ngrpo_ops.config import TOKEN_ID_FIELDS, described
 
 TRAINER_FIELDS = {
     f.name: f.name if f.name in ("mixing_rate", "loss_on_mixed_steps") else f"mixing_{f.name}"
@@ -16,12 +16,18 @@ TRAINER_FIELDS = {
 }
 """The fields of `MixingConfig`, each with its name in `NGRPOConfig`."""
 
+_DEFAULTS = {f.name: f.default for f in fields(MixingConfig)}
+
 
 @dataclass
 class NGRPOConfig(GRPOConfig):
     """`GRPOConfig` with the fields of N-GRPO. The help of `MixingConfig` explains each of them.
 
-    The other fields and their defaults are TRL's. `mixing_k` and `mixing_sampler` hold the resolved values afterwards.
+    The other fields and their defaults are TRL's. The mixing fields that are not None hold the resolved values
+    afterwards, as plain Python data: `mixing_k` and `mixing_sampler`, and what was numpy's.
+
+    On a command line and in a YAML file of TrlParser a number may be written in every way that Python reads it, as in
+    ``1e-3``, which is a text to YAML. From Python a text is refused where a number is meant.
 
     Raises:
         ValueError: a mixing field has a value that is not allowed; the message names the field.
@@ -58,7 +64,10 @@ class NGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         mixing = self.mixing()
-        self.mixing_k, self.mixing_sampler = mixing.k, mixing.sampler  # no longer None, nor the sampler's old name
+        for name, ours in TRAINER_FIELDS.items():
+            if name == "k" or getattr(self, ours) is not None:  # None still means the trainer's seed, or no token
+                value = getattr(mixing, name)
+                setattr(self, ours, list(value) if isinstance(value, tuple) else value)
 
     def mixing(self) -> MixingConfig:
         """The fields as a `MixingConfig`.
@@ -72,10 +81,12 @@ class NGRPOConfig(GRPOConfig):
             7
         """
         values = {name: getattr(self, ours) for name, ours in TRAINER_FIELDS.items()}
+        named = dict(TRAINER_FIELDS)
         if values["seed"] is None:
-            values["seed"] = self.seed
-        if values["stop_token_ids"] is None:
-            values["stop_token_ids"] = ()
+            values["seed"], named["seed"] = self.seed, "seed"
+        for name in TOKEN_ID_FIELDS:
+            if values[name] is None:
+                values[name] = _DEFAULTS[name]
         try:
             with warnings.catch_warnings():
                 # Of the sampler's old name. Python hides the warning outside the main module.
@@ -83,4 +94,4 @@ class NGRPOConfig(GRPOConfig):
                 return MixingConfig(**values)
         except ValueError as error:
             name, space, message = str(error).partition(" ")  # the first word is the name of the field
-            raise ValueError(f"{TRAINER_FIELDS.get(name, name)}{space}{message}") from error
+            raise ValueError(f"{named.get(name, name)}{space}{message}") from error

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ngrpo_ops import MixRecord
+from ngrpo_ops.files import read_json, write_json
 from ngrpo_ops.metrics import (
     COSINE,
     REPLAY_ERROR,
@@ -34,7 +35,6 @@ from ngrpo_ops.metrics import (
     rollout_metrics,
     rollout_sums,
 )
-from ngrpo_ops.state import read_json, write_json
 
 from ..transformers import NeighborMixing
 from .checks import check_trl, lowest_precision, refuse_loaded, refuse_settings, replay_error_cause
@@ -302,4 +302,4 @@ class NGRPOTrainer(GRPOTrainer):
                 "from 0, so that gates of earlier rollouts may be drawn again."
             )
             return
-        self.mixing.load_state_dict(read_json(path), str(path))
+        self.mixing.load_state_dict(read_json(path), str(path), logger.warning)
