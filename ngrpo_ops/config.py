@@ -134,6 +134,12 @@ class MixingConfig:
         None,
         "Tokens that may be neighbors. None: the whole table.",
     )
+    excluded_token_ids: Sequence[int] | Literal["special"] | None = _field(
+        None,
+        "Tokens that may not be neighbors, also where they are allowed. 'special': what stands for no text: rows beyond "
+        "the tokenizer, special and reserved tokens, and rows equal to another row, which were never trained. None: no "
+        "token.",
+    )
     loss_on_mixed_steps: bool = _field(
         True,
         "Whether the tokens of mixed steps enter the loss. A forced anchor is not a draw from the policy. The paper "
@@ -196,23 +202,25 @@ class MixingConfig:
             raise ValueError(f"{one.name} must be {allowed}{optional}, got {value!r}")
 
     def _check_tokens(self, strategy: Strategy) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        words: dict[str, tuple] = {"allowed_token_ids": (None,), "excluded_token_ids": (None, "special")}
+        for name in ("stop_token_ids", "allowed_token_ids", "excluded_token_ids"):
             tokens = getattr(self, name)
-            if tokens is None and name == "allowed_token_ids":
+            if (tokens is None or isinstance(tokens, str)) and tokens in words.get(name, ()):
                 continue
             if not isinstance(tokens, Sequence) or any(not isinstance(t, int) or t < 0 for t in tokens):
-                raise ValueError(f"{name} must be a list of token ids, none negative, got {tokens!r}")
+                special = "'special', None or " if name == "excluded_token_ids" else ""
+                raise ValueError(f"{name} must be {special}a list of token ids, none negative, got {tokens!r}")
             self._set(name, tuple(tokens))
+            if name in words and not strategy.reads_neighbors:
+                raise ValueError(f"{name} is read by strategies with neighbors alone, got strategy {self.strategy!r}")
         if self.allowed_token_ids is None:
             return
-        if not strategy.reads_neighbors:
-            raise ValueError(
-                f"allowed_token_ids is read by strategies with neighbors alone, got strategy {self.strategy!r}"
-            )
         if len(set(self.allowed_token_ids)) < self.k:
             raise ValueError(
                 f"allowed_token_ids must name at least k = {self.k} tokens, got {self.allowed_token_ids!r}"
             )
+        if isinstance(self.excluded_token_ids, tuple):
+            require_candidates(self, len(set(self.allowed_token_ids) - set(self.excluded_token_ids)))
 
     @property
     def options(self) -> dict[str, float | None]:
@@ -231,10 +239,25 @@ class MixingConfig:
         """
         if self.k > size:
             raise ValueError(f"k must be at most the vocabulary size {size}, got {self.k}")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            beyond = [token for token in getattr(self, name) or () if token >= size]
+        for name in ("stop_token_ids", "allowed_token_ids", "excluded_token_ids"):
+            tokens = getattr(self, name)
+            beyond = [token for token in tokens or () if tokens != "special" and token >= size]
             if beyond:
                 raise ValueError(f"{name} must be below the vocabulary size {size}, got {beyond}")
+
+
+def require_candidates(config: MixingConfig, count: int) -> None:
+    """
+    Args:
+        count: the tokens that allowed_token_ids and excluded_token_ids leave.
+
+    Raises:
+        ValueError: fewer than the candidates of a mix.
+    """
+    if count < config.k:
+        raise ValueError(
+            f"allowed_token_ids without excluded_token_ids must leave at least k = {config.k} tokens, got {count}"
+        )
 
 
 def described(name: str, default: Any = MISSING, note: str = "") -> Any:

@@ -21,7 +21,7 @@ def write_settings(config: MixingConfig, reward_url: str) -> None:
         reward_url: the URLs of the rewards, comma-separated, or the path of a Python file.
 
     Raises:
-        ValueError: more allowed token ids than an environment variable holds.
+        ValueError: more allowed or excluded token ids than an environment variable holds.
 
     Example:
         >>> import os
@@ -36,8 +36,10 @@ def write_settings(config: MixingConfig, reward_url: str) -> None:
     """
     settings = json.dumps({"mixing": asdict(config), "reward_url": reward_url})
     if len(settings) > _LONGEST:
+        # Both are short where neither is a list: "special" travels as that word.
+        name = max(("allowed_token_ids", "excluded_token_ids"), key=lambda name: len(getattr(config, name) or ()))
         raise ValueError(
-            f"allowed_token_ids: {len(config.allowed_token_ids or ())} token ids are too many, as they "
+            f"{name}: {len(getattr(config, name) or ())} token ids are too many, as they "
             f"reach the workers in an environment variable of at most {_LONGEST} characters"
         )
     os.environ[VARIABLE] = settings

@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops.config import described
+from ngrpo_ops.tokens import read_excluded
 
 TRAINER_FIELDS = {
     f.name: f.name if f.name in ("mixing_rate", "loss_on_mixed_steps") else f"mixing_{f.name}"
@@ -20,7 +21,8 @@ TRAINER_FIELDS = {
 class NGRPOConfig(GRPOConfig):
     """`GRPOConfig` with the fields of N-GRPO. The help of `MixingConfig` explains each of them.
 
-    The other fields and their defaults are TRL's. `mixing_k` and `mixing_sampler` hold the resolved values afterwards.
+    The other fields and their defaults are TRL's. `mixing_excluded_token_ids` may also be "none", and its ids strings,
+    as a command line has them. It, `mixing_k` and `mixing_sampler` hold the resolved values afterwards.
 
     Raises:
         ValueError: a mixing field has a value that is not allowed; the message names the field.
@@ -52,10 +54,14 @@ class NGRPOConfig(GRPOConfig):
     mixing_seed: int | None = described("seed", None, "None: the trainer's `seed`.")
     mixing_stop_token_ids: list[int] | None = described("stop_token_ids", None, "None: no token.")
     mixing_allowed_token_ids: list[int] | None = described("allowed_token_ids")
+    mixing_excluded_token_ids: list[str] | None = described(
+        "excluded_token_ids", "special", "On a command line: special, none, or ids."
+    )
     loss_on_mixed_steps: bool = described("loss_on_mixed_steps")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.mixing_excluded_token_ids = read_excluded(self.mixing_excluded_token_ids)
         mixing = self.mixing()
         self.mixing_k, self.mixing_sampler = mixing.k, mixing.sampler  # no longer None, nor the sampler's old name
 

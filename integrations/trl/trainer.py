@@ -128,7 +128,7 @@ class NGRPOTrainer(GRPOTrainer):
         else:
             super().__init__(*bound.args[1:], **bound.kwargs)
         refuse_loaded(self, config)
-        self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), config)
+        self.mixing = NeighborMixing(self.accelerator.unwrap_model(self.model), config, tokenizer=self.processing_class)
         if self.ref_model is not None:
             self.mixing.attach(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_record: MixRecord | None = None  # of the generation under way
