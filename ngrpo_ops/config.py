@@ -136,9 +136,9 @@ class MixingConfig:
     )
     excluded_token_ids: Sequence[int] | Literal["special"] | None = _field(
         None,
-        "Tokens that may not be neighbors, also where they are allowed. 'special': what stands for no text: rows beyond "
-        "the tokenizer, special and reserved tokens, and rows equal to another row, which were never trained. None: no "
-        "token.",
+        "Tokens that may not be neighbors, also where they are allowed. 'special': what stands for no text: rows "
+        "beyond the tokenizer, special and reserved tokens, and rows equal to another row, which were never trained. "
+        "None: no token.",
     )
     loss_on_mixed_steps: bool = _field(
         True,
