@@ -15,9 +15,11 @@ from .config import Metric
 from .environment import report
 from .ops.nearest_neighbors.api import NearestNeighbors, nearest_neighbors
 
+_EXCLUDED = ("special", "unused", "equal")  # by default, as excluded_token_ids="special" does
+
 _EPILOG = """examples:
   python -m ngrpo_ops neighbors --model Qwen/Qwen2.5-0.5B --tokens " seven" " therefore"
-  python -m ngrpo_ops neighbors --model ./checkpoint --ids 220 --exclude special unused --plot neighbors.png
+  python -m ngrpo_ops neighbors --model ./checkpoint --ids 220 --exclude none --plot neighbors.png
 """
 
 
@@ -36,7 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("--ids", nargs="+", type=int, default=[], help="token ids")
     look.add_argument("--k", type=int, default=8, help="neighbors of each")
     look.add_argument("--metric", choices=get_args(Metric), default="cosine")
-    look.add_argument("--exclude", nargs="+", choices=("special", "unused"), default=[], help="rows never returned")
+    look.add_argument(
+        "--exclude",
+        nargs="+",
+        choices=(*_EXCLUDED, "none"),
+        default=_EXCLUDED,
+        help="rows never returned; all three are what a rollout leaves out by default; none brings them back",
+    )
     look.add_argument("--plot", type=Path, help="draw how similarity is distributed over the vocabulary, to this file")
     look.add_argument("--sample", type=int, default=4096, help="rows that --plot looks at, drawn at random (0: all)")
     env = commands.add_parser(
@@ -67,7 +75,8 @@ def _neighbors(arguments: argparse.Namespace) -> None:
     rows, width = vocabulary.embedding.shape
     print(
         f"{arguments.model}: {rows:,} rows of {width}, {vocabulary.embedding.dtype}; "
-        f"{int(vocabulary.special.sum())} special, {int(vocabulary.unused.sum())} unused"
+        f"{int(vocabulary.special.sum())} special, {int(vocabulary.unused.sum())} unused, "
+        f"{int(vocabulary.equal.sum())} equal to another"
     )
     for i in arguments.ids:
         if not 0 <= i < rows:
@@ -76,8 +85,11 @@ def _neighbors(arguments: argparse.Namespace) -> None:
         [vocabulary.id_of(text) for text in arguments.tokens] + arguments.ids, dtype=torch.int64, device="cpu"
     )
     allowed = torch.ones(rows, dtype=torch.bool, device="cpu")
+    arguments.exclude = [kind for kind in arguments.exclude if kind != "none"]
     for kind in arguments.exclude:
         allowed &= ~getattr(vocabulary, kind)
+    if int(allowed.sum()) <= arguments.k < rows:
+        raise ValueError(f"--exclude must leave more than --k = {arguments.k} rows, got {int(allowed.sum())}")
     options: dict[str, Any] = {"metric": arguments.metric, "allowed": allowed}
     if queries.numel():
         found = nearest_neighbors(vocabulary.embedding, arguments.k, queries=queries, **options)
@@ -101,7 +113,7 @@ def _print_table(vocabulary: Vocabulary, queries: Tensor, found: NearestNeighbor
     for query, ids, scores in zip(queries.tolist(), found.ids.tolist(), found.scores.tolist(), strict=True):
         print(f"\n{vocabulary.names[query]!r} ({query})")
         for i, score in zip(ids, scores, strict=True):
-            note = "  special" if vocabulary.special[i] else "  unused" if vocabulary.unused[i] else ""
+            note = next((f"  {kind}" for kind in _EXCLUDED if getattr(vocabulary, kind)[i]), "")
             print(f"    {score:9.4f}  {vocabulary.names[i]!r} ({i}){note}")
 
 
@@ -124,7 +136,7 @@ def _draw(arguments: argparse.Namespace, vocabulary: Vocabulary, rows: Tensor, f
     for rank in sorted({0, min(1, k - 1), k - 1}):
         scores = found.scores[:, rank].tolist()
         axes.hist(scores, bins=edges, histtype="step", linewidth=1.8, label=f"neighbor {rank + 1}")
-    left_out = f", without {' and '.join(arguments.exclude)} rows" if arguments.exclude else ""
+    left_out = f", without {', '.join(arguments.exclude)} rows" if arguments.exclude else ""
     axes.set_xlabel(f"{arguments.metric} similarity of a row and its neighbor")
     axes.set_ylabel(f"rows (of {len(rows):,} looked at, {vocabulary.embedding.shape[0]:,} in all)")
     axes.set_title(f"{arguments.model}{left_out}", fontsize=10)

@@ -19,6 +19,8 @@ from torch import Tensor
 from .config import shown
 from .files import FileError, read_json, require_file
 from .ops._checks import require_embedding
+from .ops.nearest_neighbors.equal_rows import equal_rows, row_hashes
+from .tokens import is_reserved
 
 # How the input embedding is named in checkpoints: the Llama family, GPT-2, GPT-NeoX, BLOOM, OPT and BERT alike.
 _NAMES = (
@@ -31,9 +33,6 @@ _NAMES = (
     "shared.weight",
 )
 
-# Tokens that hold a place for later use: of BERT, Gemma, Llama 3, Qwen.
-_RESERVED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|reserved_special_token_\d+\|>|<\|extra_\d+\|>")
-
 _PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # no folder, no "..", no hidden file
 
 
@@ -42,13 +41,15 @@ class Vocabulary:
     """An input table and the names of its rows.
 
     embedding [V, d]; names: V strings, special tokens as they are written, rows without a token as "<unused ID>";
-    special, unused: bool [V]; unused are rows without a token, and those of tokens that only hold a place.
+    special, unused, equal: bool [V]; unused are rows without a token, and those of tokens that only hold a place; equal
+    are rows with the values of another row. `excluded_token_ids` "special" leaves out all three.
     """
 
     embedding: Tensor
     names: list[str]
     special: Tensor
     unused: Tensor
+    equal: Tensor
     tokenizer: Any
 
     def id_of(self, text: str) -> int:
@@ -106,14 +107,12 @@ def _vocabulary(embedding: Tensor, tokenizer: Any) -> Vocabulary:
     tokens = dict.fromkeys(range(rows)) | {i: token for token, i in tokenizer.get_vocab().items() if i < rows}
     special = torch.zeros(rows, dtype=torch.bool, device="cpu")
     special[[i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special and i < rows]] = True
-    unused = torch.tensor(
-        [token is None or bool(_RESERVED.fullmatch(token)) for token in tokens.values()], device="cpu"
-    )
+    unused = torch.tensor([token is None or is_reserved(token) for token in tokens.values()], device="cpu")
     names = [
         f"<unused {i}>" if token is None else token if special[i] else tokenizer.decode([i]) or token
         for i, token in tokens.items()
     ]
-    return Vocabulary(embedding, names, special, unused, tokenizer)
+    return Vocabulary(embedding, names, special, unused, equal_rows(row_hashes(embedding)), tokenizer)
 
 
 @contextmanager

@@ -97,7 +97,8 @@ def _advice(value: Any) -> str:
 
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its help and what it may hold: range, choices, integers (in words, and as a range) or token_ids."""
+    """A field with its help and what it may hold: range, choices, integers (in words, and as a range), or token_ids
+    and words that stand for a list of them."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -201,6 +202,14 @@ class MixingConfig:
         "Tokens that may be neighbors. None: the whole table.",
         token_ids=True,
     )
+    excluded_token_ids: Sequence[int] | Literal["special"] | None = _field(
+        None,
+        "Tokens that may not be neighbors, also where they are allowed. 'special': what stands for no text: rows "
+        "beyond the tokenizer, special and reserved tokens, and rows equal to another row, which were never trained. "
+        "None: no token.",
+        token_ids=True,
+        words=("special",),
+    )
     loss_on_mixed_steps: bool = _field(
         True,
         "Whether the tokens of mixed steps enter the loss. A forced anchor is not a draw from the policy. The paper "
@@ -255,6 +264,9 @@ class MixingConfig:
         """
         if value is None and one.default is None:
             return None
+        words = one.metadata.get("words", ())
+        if isinstance(value, str) and value in words:
+            return str.__str__(value)
         choices, allowed = one.metadata.get("choices"), one.metadata.get("range")
         found: Any = None
         if choices is not None:
@@ -264,7 +276,8 @@ class MixingConfig:
             expected, number = str(allowed), plain_number(value)
             found = number if number is not None and number in allowed else None
         elif one.metadata.get("token_ids"):
-            expected, found = "a list of token ids, integers in [0, 2^31)", plain_ids(value)
+            expected = "".join(f"{word!r} or " for word in words) + "a list of token ids, integers in [0, 2^31)"
+            found = plain_ids(value)
         elif isinstance(one.default, bool):
             expected, found = "True or False", bool(value) if isinstance(value, (bool, np.bool_)) else None
         elif one.metadata.get("integers"):
@@ -278,16 +291,17 @@ class MixingConfig:
         return found
 
     def _check_allowed(self, strategy: Strategy) -> None:
+        for name in ("allowed_token_ids", "excluded_token_ids"):
+            if isinstance(getattr(self, name), tuple) and not strategy.reads_neighbors:
+                raise ValueError(f"{name} is read by strategies with neighbors alone, got strategy {self.strategy!r}")
         if self.allowed_token_ids is None:
             return
-        if not strategy.reads_neighbors:
-            raise ValueError(
-                f"allowed_token_ids is read by strategies with neighbors alone, got strategy {self.strategy!r}"
-            )
         if len(set(self.allowed_token_ids)) < self.k:
             raise ValueError(
                 f"allowed_token_ids must name at least k = {self.k} tokens, got {shown(self.allowed_token_ids)}"
             )
+        if isinstance(self.excluded_token_ids, tuple):
+            require_candidates(self, len(set(self.allowed_token_ids) - set(self.excluded_token_ids)))
 
     def _check_effect(self) -> None:
         """Refuses settings under which nothing would be mixed, or nothing trained. A rate of 0 is meant: it is GRPO.
@@ -327,7 +341,8 @@ class MixingConfig:
         if self.k > size:
             raise ValueError(f"k must be at most the vocabulary size {size}, got {self.k}")
         for name in TOKEN_ID_FIELDS:
-            beyond = [token for token in getattr(self, name) or () if token >= size]
+            tokens = getattr(self, name)
+            beyond = [token for token in tokens if token >= size] if isinstance(tokens, tuple) else []
             if beyond:
                 raise ValueError(f"{name} must be below the vocabulary size {size}, got {shown(beyond)}")
         threshold = self.entropy_threshold
@@ -341,6 +356,20 @@ class MixingConfig:
 
 TOKEN_ID_FIELDS = tuple(one.name for one in fields(MixingConfig) if one.metadata.get("token_ids"))
 """The fields of `MixingConfig` that hold lists of token ids."""
+
+
+def require_candidates(config: MixingConfig, count: int) -> None:
+    """
+    Args:
+        count: the tokens that allowed_token_ids and excluded_token_ids leave.
+
+    Raises:
+        ValueError: fewer than the candidates of a mix.
+    """
+    if count < config.k:
+        raise ValueError(
+            f"allowed_token_ids without excluded_token_ids must leave at least k = {config.k} tokens, got {count}"
+        )
 
 
 def described(name: str, default: Any = MISSING, note: str = "") -> Any:

@@ -2,33 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .config import MixingConfig
+from .config import MixingConfig, require_candidates
 from .ops.decode_step.api import decode_step, mixing_candidates
 from .ops.gaussian_noise import gaussian_noise
 from .ops.mix_embeddings import mix_embeddings
-from .ops.nearest_neighbors.table import NeighborTable
+from .ops.nearest_neighbors.search import Progress
+from .ops.nearest_neighbors.table import NeighborTable, RefreshReport
 from .random import gates
 from .strategies import get_strategy
+from .tokens import SpecialRows, special_rows
+
+logger = logging.getLogger(__name__)
 
 # The neighbor table -----------------------------------------------------------------------------------------------
 
 
-def make_table(config: MixingConfig, vocabulary: int) -> NeighborTable | None:
-    """The table that rollouts of this configuration read, to be refreshed; None if they read none."""
-    if not get_strategy(config.strategy).reads_neighbors or config.k == 1 or config.mixing_rate == 0:
+class RolloutTable(NeighborTable):
+    """The table that rollouts read, without the rows that `excluded_token_ids` leaves out.
+
+    Args:
+        config: how the rollouts mix.
+        vocabulary: V, the rows of the input table.
+        special: the rows that the tokenizer says "special" leaves out; None: `excluded_token_ids` says something else.
+        log: called once, after the first refresh, with how many rows "special" leaves out.
+    """
+
+    _excludes_equal_rows = "excluded_token_ids='special'"
+
+    def __init__(
+        self, config: MixingConfig, vocabulary: int, special: SpecialRows | None, log: Callable[[str], None]
+    ) -> None:
+        allowed = _allowed(config, vocabulary, special)
+        super().__init__(config.k - 1, metric=config.metric, allowed=allowed, exclude_equal_rows=special is not None)
+        self._unsaid, self._log = special, log
+
+    def refresh(
+        self, embedding: Tensor, *, group: ProcessGroup | None = None, progress: Progress | None = None
+    ) -> RefreshReport:
+        report = super().refresh(embedding, group=group, progress=progress)
+        if self._unsaid is not None:
+            assert self.equal_rows is not None
+            self._log(_left_out(self._unsaid, self.equal_rows.cpu()))
+            self._unsaid = None
+        return report
+
+
+def reads_table(config: MixingConfig) -> bool:
+    """Whether rollouts of this configuration read a neighbor table."""
+    return get_strategy(config.strategy).reads_neighbors and config.k > 1 and config.mixing_rate > 0
+
+
+def make_table(
+    config: MixingConfig, vocabulary: int, tokenizer: Any = None, log: Callable[[str], None] = logger.info
+) -> RolloutTable | None:
+    """The table that rollouts of this configuration read, to be refreshed; None if they read none.
+
+    Args:
+        tokenizer: the model's, which `excluded_token_ids` "special" asks.
+        log: called once, after the first refresh, with how many rows "special" leaves out.
+
+    Raises:
+        ValueError: "special" without a tokenizer, or fewer tokens left than a mix has candidates.
+    """
+    if not reads_table(config):
         return None
-    allowed = None
+    special = None
+    if config.excluded_token_ids == "special":
+        if tokenizer is None:
+            raise ValueError(
+                "excluded_token_ids='special' asks the tokenizer, and there is none: give one, or set "
+                "excluded_token_ids=None, which leaves no token out"
+            )
+        special = special_rows(tokenizer, vocabulary)
+    return RolloutTable(config, vocabulary, special, log)
+
+
+def _allowed(config: MixingConfig, vocabulary: int, special: SpecialRows | None) -> Tensor | None:
+    """bool [V], the rows that may be neighbors by the settings and the tokenizer; None: all."""
+    if config.allowed_token_ids is None and not config.excluded_token_ids:
+        return None
+    allowed = torch.ones(vocabulary, dtype=torch.bool, device="cpu")
     if config.allowed_token_ids is not None:
-        allowed = torch.zeros(vocabulary, dtype=torch.bool, device="cpu")
-        allowed[list(config.allowed_token_ids)] = True
-    return NeighborTable(config.k - 1, metric=config.metric, allowed=allowed)
+        allowed.zero_()[list(config.allowed_token_ids)] = True
+    if special is not None:
+        allowed &= ~(special.beyond | special.special)
+    elif config.excluded_token_ids:
+        allowed[list(config.excluded_token_ids)] = False
+    require_candidates(config, int(allowed.sum()))
+    return allowed
+
+
+def _left_out(special: SpecialRows, equal: Tensor) -> str:
+    """How many rows "special" leaves out. A row counts once, for the first of the reasons that it has."""
+    beyond, by_name = special.beyond, special.special & ~special.beyond
+    by_value = equal & ~(beyond | by_name)
+    count = int((beyond | by_name | by_value).sum())
+    return (
+        f"{count:,} of {len(beyond):,} token embeddings are no neighbors (excluded_token_ids='special'): "
+        f"{int(beyond.sum()):,} beyond the tokenizer, {int(by_name.sum()):,} of special or reserved tokens, "
+        f"{int(by_value.sum()):,} equal to another"
+    )
 
 
 def neighbor_ids(

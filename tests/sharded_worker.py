@@ -77,6 +77,30 @@ for _ in range(2):
     report = neighbors.refresh(spread)
     assert (report.recomputed, report.reason) == (211, "searched in shards")
     same(neighbors, nearest_neighbors(table, 3, metric="l2"))
+# Rows equal to another, on whatever rank, are left out, also after they were trained apart.
+with_copies = table.clone()
+with_copies[[0, 80, 200, 209]] = with_copies[100].clone()
+left = ~torch.isin(torch.arange(211), torch.tensor([0, 7, *range(40, 75), 80, 100, 120, 150, 200, 209]))
+for shares in ([5, 120, 86], [211, 0, 0], [70, 70, 71]):
+    counts = shares if ranks == 3 else [shares[0], shares[1] + shares[2]]
+    for allowed in (None, torch.arange(211) % 4 > 0):
+        neighbors = NeighborTable(3, allowed=allowed, exclude_equal_rows=True)
+        for trained in (with_copies, with_copies + torch.randn(211, 24, generator=generator)):
+            neighbors.refresh(trained.split(counts)[rank], group=group)
+            assert torch.equal(neighbors.equal_rows, ~left)
+            same(neighbors, nearest_neighbors(trained, 3, allowed=left if allowed is None else left & allowed))
+neighbors = NeighborTable(3, exclude_equal_rows=True)
+neighbors.refresh(distribute_tensor(with_copies, mesh, [Shard(0)]))
+same(neighbors, nearest_neighbors(with_copies, 3, allowed=left))
+same_rows = NeighborTable(3, exclude_equal_rows=True)
+try:
+    same_rows.refresh(torch.ones(20, 4), group=group)
+except ValueError as error:
+    assert f"got 0: {20 * ranks} of {20 * ranks} rows are equal" in str(error), error
+else:
+    raise AssertionError("not refused: equal rows alone")
+
+neighbors = NeighborTable(3, metric="l2")
 neighbors.refresh(table)
 assert neighbors.refresh(table).recomputed < 211
 

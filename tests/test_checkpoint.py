@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ngrpo_ops import checkpoint, nearest_neighbors
 from ngrpo_ops.__main__ import main
+from ngrpo_ops.tokens import is_reserved
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gpt2", "sharded"])
@@ -66,8 +67,10 @@ def test_the_table_names_neighbors_and_scores(folder, capsys):
     assert main(["neighbors", "--model", str(folder), "--tokens", "w5", "--ids", "9", "--k", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = torch.load(folder / "expected.pt")
-    found = nearest_neighbors(table, 3, queries=torch.tensor([5, 9]))
-    assert f"{VOCABULARY + 3} rows of {table.shape[1]}" in lines[0] and "3 unused" in lines[0]
+    allowed = (torch.arange(VOCABULARY + 3) > 2) & (torch.arange(VOCABULARY + 3) < VOCABULARY)
+    found = nearest_neighbors(table, 3, queries=torch.tensor([5, 9]), allowed=allowed)
+    assert f"{VOCABULARY + 3} rows of {table.shape[1]}" in lines[0]
+    assert lines[0].endswith("3 special, 3 unused, 0 equal to another")
     assert lines[2] == "'w5' (5)" and lines[7] == "'w9' (9)"
     for line, i, score in zip(lines[3:6], found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
         assert f"{score:.4f}" in line and f"({i})" in line
@@ -75,12 +78,27 @@ def test_the_table_names_neighbors_and_scores(folder, capsys):
 
 def test_excluded_rows_are_never_neighbors(folder, capsys):
     k = str(VOCABULARY - 4)  # all that are left
-    main(["neighbors", "--model", str(folder), "--ids", "5", "--k", k, "--exclude", "special", "unused"])
-    printed = capsys.readouterr().out
-    assert "<unused" not in printed and " special\n" not in printed.split("\n", 1)[1]
-    main(["neighbors", "--model", str(folder), "--ids", "5", "--k", str(VOCABULARY)])
+    for chosen in ([], ["--exclude", "special", "unused"]):
+        main(["neighbors", "--model", str(folder), "--ids", "5", "--k", k, *chosen])
+        printed = capsys.readouterr().out
+        assert "<unused" not in printed and " special\n" not in printed.split("\n", 1)[1]
+    main(["neighbors", "--model", str(folder), "--ids", "5", "--k", str(VOCABULARY), "--exclude", "none"])
     printed = capsys.readouterr().out
     assert "<unused" in printed and "  special" in printed
+
+
+def test_rows_equal_to_another_are_left_out_unless_asked_for(tmp_path, capsys):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[9, 30, 31]] = model.get_input_embeddings().weight[9].clone()
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    main(["neighbors", "--model", str(tmp_path), "--ids", "9"])
+    printed = capsys.readouterr().out
+    assert "3 equal to another" in printed and "(30)" not in printed and "(31)" not in printed
+    main(["neighbors", "--model", str(tmp_path), "--ids", "9", "--exclude", "special"])
+    printed = capsys.readouterr().out
+    assert "'w30' (30)  equal\n" in printed and "'w31' (31)  equal\n" in printed
 
 
 def test_the_picture_is_drawn(folder, tmp_path, capsys):
@@ -95,6 +113,7 @@ def test_the_picture_is_drawn(folder, tmp_path, capsys):
         (["--tokens", "w5 w6"], r"'w5 w6' must be a single token, got 2: 'w5', 'w6'"),
         (["--ids", "1000"], r"--ids must be within \[0, 70\), got 1000"),
         (["--ids", "5", "--k", "70"], "k must be"),
+        (["--ids", "5", "--k", "69"], "--exclude must leave more than --k = 69 rows, got 64"),
         ([], "give --tokens, --ids or --plot"),
         (["--ids", "5", "--metric", "manhattan"], "invalid choice"),
     ],
@@ -117,7 +136,7 @@ def test_bad_input_is_named(folder, arguments, message, capsys):
     ],
 )
 def test_tokens_that_hold_a_place_count_as_unused(token, reserved):
-    assert bool(checkpoint._RESERVED.fullmatch(token)) == reserved
+    assert is_reserved(token) == reserved
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):

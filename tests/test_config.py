@@ -16,7 +16,7 @@ def test_defaults_are_the_papers():
     config = MixingConfig()
     assert (config.k, config.mixing_rate, config.metric, config.strategy) == (3, 0.1, "cosine", "neighbor")
     assert (config.variant, config.temperature, config.loss_on_mixed_steps) == ("paper", None, True)
-    assert (config.stop_token_ids, config.allowed_token_ids) == ((), None)
+    assert (config.stop_token_ids, config.allowed_token_ids, config.excluded_token_ids) == ((), None, None)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,8 @@ def test_defaults_are_the_papers():
         {"strategy": "moi", "moi_beta": 0.0, "k": 9},
         {"strategy": "multiplex", "k": 2},
         {"stop_token_ids": [3, 4], "allowed_token_ids": range(3)},
+        {"excluded_token_ids": [3, 4], "allowed_token_ids": range(5)},
+        {"excluded_token_ids": []},
         {"seed": -(2**63)},
         {"seed": 2**63 - 1},
     ],
@@ -65,6 +67,10 @@ def test_frozen():
         ("allowed_token_ids", [5, -1, 2]),
         ("allowed_token_ids", [1, 2]),
         ("allowed_token_ids", []),
+        ("excluded_token_ids", [5, -1]),
+        ("excluded_token_ids", ["5"]),
+        ("excluded_token_ids", "all"),
+        ("excluded_token_ids", 5),
         ("moi_beta", 1.0),
         ("seed", 2**63),
         ("seed", -(2**63) - 1),

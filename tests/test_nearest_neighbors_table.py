@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ngrpo_ops import NeighborTable, nearest_neighbors
 from ngrpo_ops.ops.nearest_neighbors import bounds, scores, table
+from ngrpo_ops.ops.nearest_neighbors.equal_rows import row_hashes
 from ngrpo_ops.testing import DEVICE, METRICS, for_backend, generators, metrics, tables
 
 
@@ -354,3 +355,125 @@ def test_bad_arguments_are_named(arguments, name):
 def test_bad_refreshes_are_named(embedding, allowed, error, name):
     with pytest.raises(error, match=name):
         NeighborTable(2, allowed=allowed).refresh(embedding)
+
+
+# Equal rows -------------------------------------------------------------------------------------------------------
+
+
+def equal_by_pairs(embedding: Tensor) -> Tensor:
+    """bool [V]: rows of which another one has the values, each pair by itself."""
+    rows = embedding.float()
+    return torch.tensor([any(i != j and bool((a == b).all()) for j, b in enumerate(rows)) for i, a in enumerate(rows)])
+
+
+def table_with_equal_rows(dtype: torch.dtype = torch.float32) -> Tensor:
+    embedding = torch.randn(60, 6, generator=torch.Generator().manual_seed(2)).to(dtype)
+    embedding[[3, 20, 41]] = embedding[7].clone()
+    embedding[[11, 12]] = 0.0
+    embedding[12, 2] = -0.0  # the same value
+    embedding[30], embedding[31] = embedding[29], embedding[29]
+    embedding[31, 5] = -embedding[31, 5]  # one sign off: another row
+    embedding[33] = embedding[32]
+    embedding[33, 0] = torch.nextafter(embedding[32, 0].float(), torch.tensor(9e9)) if dtype == torch.float32 else 3.0
+    return embedding
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_rows_are_left_out(metric, dtype, masked):
+    embedding = table_with_equal_rows(dtype)
+    equal = equal_by_pairs(embedding)
+    assert equal.nonzero().flatten().tolist() == [3, 7, 11, 12, 20, 29, 30, 41]
+    allowed = torch.arange(60) % 5 != 1 if masked else None
+    neighbors = NeighborTable(3, metric=metric, allowed=allowed, exclude_equal_rows=True)
+    with pytest.raises(RuntimeError, match="refresh"):
+        _ = neighbors.equal_rows
+    neighbors.refresh(embedding)
+    assert torch.equal(neighbors.equal_rows, equal)
+    left = ~equal if allowed is None else ~equal & allowed
+    want = nearest_neighbors(embedding, 3, metric=metric, allowed=left)
+    assert torch.equal(neighbors.ids, want.ids) and torch.equal(neighbors.scores, want.scores)
+    plain = NeighborTable(3, metric=metric, allowed=allowed)
+    plain.refresh(embedding)
+    assert plain.equal_rows is None and torch.isin(plain.ids, equal.nonzero()).any()
+
+
+@pytest.mark.parametrize("step", [1e-4, 0.05, 10.0])
+def test_a_row_left_out_stays_out_when_training_moves_it(step):
+    embedding = table_with_equal_rows()
+    neighbors = NeighborTable(3, exclude_equal_rows=True)
+    neighbors.refresh(embedding)
+    equal = neighbors.equal_rows.clone()
+    for seed in range(3):
+        embedding = embedding + step * torch.randn(60, 6, generator=torch.Generator().manual_seed(seed))
+        neighbors.refresh(embedding)
+        assert torch.equal(neighbors.equal_rows, equal) and not equal_by_pairs(embedding).any()
+        want = nearest_neighbors(embedding, 3, allowed=~equal)
+        assert torch.equal(neighbors.ids, want.ids) and torch.equal(neighbors.scores, want.scores)
+
+
+def test_equal_rows_of_weights_that_replace_placeholders_are_left_out():
+    """As in an engine that starts with random weights and is sent the trainer's."""
+    neighbors = NeighborTable(3, exclude_equal_rows=True)
+    neighbors.refresh(torch.randn(60, 6, generator=torch.Generator().manual_seed(9)))
+    assert not neighbors.equal_rows.any()
+    embedding = table_with_equal_rows()
+    neighbors.refresh(embedding)
+    assert torch.equal(neighbors.equal_rows, equal_by_pairs(embedding))
+    want = nearest_neighbors(embedding, 3, allowed=~neighbors.equal_rows)
+    assert torch.equal(neighbors.ids, want.ids)
+
+
+def test_too_few_rows_that_are_not_equal():
+    neighbors = NeighborTable(2, exclude_equal_rows=True)
+    message = "exclude_equal_rows=True must leave at least 3 rows .*, got 2: 28 of 30 rows are equal to another row"
+    embedding = torch.ones(30, 4)
+    embedding[:2] = torch.randn(2, 4)
+    with pytest.raises(ValueError, match=message):
+        neighbors.refresh(embedding)
+    embedding[2] = 3.0
+    neighbors.refresh(embedding)
+    assert neighbors.ids[:3].tolist() == [
+        [*sorted({0, 1, 2} - {i}, key=neighbors.ids[i].tolist().index)] for i in (0, 1, 2)
+    ]
+    with pytest.raises(ValueError, match="k must be below"):
+        NeighborTable(30, exclude_equal_rows=True).refresh(embedding)
+
+
+def test_the_state_of_a_table_without_equal_rows(tmp_path):
+    embedding = table_with_equal_rows()
+    neighbors = NeighborTable(3, exclude_equal_rows=True)
+    neighbors.refresh(embedding)
+    torch.save(neighbors.state_dict(), tmp_path / "table.pt")
+    again = NeighborTable(3, exclude_equal_rows=True)
+    again.load_state_dict(torch.load(tmp_path / "table.pt", weights_only=True))
+    moved = embedding + 1e-4 * torch.randn(60, 6, generator=torch.Generator().manual_seed(3))
+    assert again.refresh(moved) == neighbors.refresh(moved)
+    assert torch.equal(again.ids, neighbors.ids) and torch.equal(again.equal_rows, equal_by_pairs(embedding))
+    with pytest.raises(ValueError, match="exclude_equal_rows = False"):
+        NeighborTable(3).load_state_dict(neighbors.state_dict())
+    older = {name: value for name, value in neighbors.state_dict().items() if name != "equal_rows"}
+    with pytest.raises(ValueError, match="exclude_equal_rows = True"):
+        NeighborTable(3, exclude_equal_rows=True).load_state_dict(older)
+    plain = NeighborTable(3)
+    plain.load_state_dict(older)
+    assert plain.nbytes + 2 * 60 == neighbors.nbytes
+
+
+def test_hashes_tell_rows_apart_that_differ_little():
+    """Rows of a power of two's multiples, as bfloat16 has them: one bit of one or two elements apart."""
+    base = torch.randn(1, 16, generator=torch.Generator().manual_seed(5)).bfloat16()
+    rows = [base[0]]
+    for i in range(16):
+        for bit in (0, 6, 7, 14, 15):
+            changed = base.clone().view(torch.int16)
+            changed[0, i] ^= (
+                torch.tensor(1 << bit).to(torch.int16) if bit < 15 else torch.tensor(-(2**15)).to(torch.int16)
+            )
+            rows.append(changed.view(torch.bfloat16)[0])
+    swapped = base[0].clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    table_of = torch.stack([*rows, swapped])
+    for half in range(2):
+        assert len(row_hashes(table_of)[:, half].unique()) == len(table_of)

@@ -18,7 +18,7 @@ from models import EOS, VOCABULARY, tiny_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processes import assert_same_training, two_processes
 from transformers import HfArgumentParser
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from ngrpo_ops import MixingConfig, MixRecord, NeighborTable, group_advantages, nearest_neighbors, strategies
 from ngrpo_ops.integrations.transformers import NeighborMixing
@@ -585,7 +585,7 @@ def test_a_plain_config_is_refused_and_none_makes_our_own(train: Any, checkpoint
 
 
 def test_fields_are_those_of_the_mixing_config() -> None:
-    """Their names, defaults and help; two defaults are the trainer's."""
+    """Their names, defaults and help; three defaults are the trainer's."""
     ours = {f.name: f for f in fields(NGRPOConfig)}
     added = ours.keys() - {f.name for f in fields(GRPOConfig)}
     theirs = {
@@ -593,9 +593,14 @@ def test_fields_are_those_of_the_mixing_config() -> None:
         for f in fields(MixingConfig)
     }
     assert added == theirs.keys()
-    notes = {"mixing_seed": " None: the trainer's `seed`.", "mixing_stop_token_ids": " None: no token."}
+    notes = {
+        "mixing_seed": " None: the trainer's `seed`.",
+        "mixing_stop_token_ids": " None: no token.",
+        "mixing_excluded_token_ids": " On a command line: special, none, or ids.",
+    }
+    defaults = {"mixing_seed": None, "mixing_stop_token_ids": None, "mixing_excluded_token_ids": "special"}
     for name in added:
-        assert ours[name].default == (None if name in notes else theirs[name].default), name
+        assert ours[name].default == defaults.get(name, theirs[name].default), name
         assert ours[name].metadata["help"] == theirs[name].metadata["help"] + notes.get(name, ""), name
 
 
@@ -604,13 +609,13 @@ def test_every_field_reaches_the_mixing_config(tmp_path: Path) -> None:
         "mixing_k": 5, "mixing_rate": 0.2, "mixing_temperature": 0.7, "mixing_metric": "dot",
         "mixing_strategy": "neighbor", "mixing_variant": "released", "mixing_entropy_threshold": 0.5,
         "mixing_sampler": "counter_based", "mixing_seed": 7, "mixing_stop_token_ids": [3, 4],
-        "mixing_allowed_token_ids": [5, 6, 7, 8, 9], "loss_on_mixed_steps": False,
+        "mixing_allowed_token_ids": [5, 6, 7, 8, 9], "mixing_excluded_token_ids": [2, 3], "loss_on_mixed_steps": False,
     }  # fmt: skip
     mixing = NGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **given).mixing()
     assert mixing == MixingConfig(
         k=5, mixing_rate=0.2, temperature=0.7, metric="dot", strategy="neighbor", variant="released",
         entropy_threshold=0.5, sampler="counter_based", seed=7, stop_token_ids=[3, 4],
-        allowed_token_ids=[5, 6, 7, 8, 9], loss_on_mixed_steps=False,
+        allowed_token_ids=[5, 6, 7, 8, 9], excluded_token_ids=[2, 3], loss_on_mixed_steps=False,
     )  # fmt: skip
     options = {"mixing_noise_scale": ("gaussian", 0.5), "mixing_moi_beta": ("moi", 2.0)}
     for name, (strategy, value) in options.items():
@@ -634,14 +639,60 @@ def test_every_field_reaches_the_mixing_config(tmp_path: Path) -> None:
         ("--mixing_strategy gaussian --mixing_noise_scale 0.5", {"strategy": "gaussian", "noise_scale": 0.5}),
         ("--mixing_strategy moi --mixing_moi_beta 0.5", {"strategy": "moi", "moi_beta": 0.5}),
         ("--mixing_allowed_token_ids 5 6 7", {"allowed_token_ids": (5, 6, 7)}),
+        ("--mixing_rate 0.2", {"excluded_token_ids": "special"}),
+        ("--mixing_excluded_token_ids special", {"excluded_token_ids": "special"}),
+        ("--mixing_excluded_token_ids none", {"excluded_token_ids": None}),
+        ("--mixing_excluded_token_ids 5 6 7", {"excluded_token_ids": (5, 6, 7)}),
     ],
-    ids=["most", "gaussian", "moi", "allowed"],
+    ids=["most", "gaussian", "moi", "allowed", "default", "special", "none", "excluded"],
 )  # fmt: skip
 def test_fields_are_flags_of_a_command_line(tmp_path: Path, user_strategy: str, flags: str, expected: dict) -> None:
     words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", *flags.split()]
     (parsed,) = HfArgumentParser(NGRPOConfig).parse_args_into_dataclasses(words)
     mixing = parsed.mixing()
     assert {name: getattr(mixing, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("special", "special"), ("none", None), ("null", None), ("[5, 6]", (5, 6)), ("5", (5,)), ("['5']", (5,))],
+)
+def test_excluded_token_ids_are_read_from_yaml(tmp_path: Path, written: str, expected: object) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nmixing_excluded_token_ids: {written}\n")
+    (by_trl,) = TrlParser(NGRPOConfig).parse_args_and_config(["--config", str(file)])
+    (by_transformers,) = HfArgumentParser(NGRPOConfig).parse_yaml_file(str(file))
+    for parsed in (by_trl, by_transformers):
+        assert parsed.mixing().excluded_token_ids == expected
+        assert parsed.mixing_excluded_token_ids == (list(expected) if isinstance(expected, tuple) else expected)
+
+
+def test_rows_that_no_token_stands_for_are_not_mixed_by_default(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that leans one way, with 8 rows that a resize has added: near to everything, and no token's."""
+    shares = {}
+    for setting in ("special", None):
+        model = tiny_model()
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(4 * torch.randn(32, generator=torch.Generator().manual_seed(1)))
+            mean = model.get_input_embeddings().weight.mean(0)
+            model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+            model.get_input_embeddings().weight[VOCABULARY:] = mean
+            model.get_input_embeddings().weight[VOCABULARY:] += 1e-3 * torch.randn(8, 32)
+        seen: list[torch.Tensor] = []
+        log = NGRPOTrainer._log_rollout
+
+        def note(self: Any, record: Any, lengths: Any, seen: list = seen, log: Any = log) -> None:
+            seen.append(record.ids[record.gate][:, 1:])
+            log(self, record, lengths)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(NGRPOTrainer, "_log_rollout", note)
+            chosen = {} if setting == "special" else {"mixing_excluded_token_ids": setting}
+            train(model=model, steps=1, mixing_rate=0.9, **chosen)
+        neighbors = torch.cat(seen)
+        assert len(neighbors)
+        shares[setting] = float((neighbors >= VOCABULARY).any(1).double().mean())
+    assert shares["special"] == 0 and shares[None] > 0.5
 
 
 def test_the_samplers_old_name_works_and_warns_once(tmp_path: Path) -> None:

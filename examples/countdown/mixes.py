@@ -41,7 +41,8 @@ def collect(checkpoint: Path, task: Task, strategy: str, rollouts: int) -> Mixes
     stream = task.training([], "mixes")
     batch = tokenizer([next(stream)[0].prompt for _ in range(rollouts)], return_tensors="pt")
     batch.pop("token_type_ids", None)
-    mixing = NeighborMixing(model, MixingConfig(k=3, mixing_rate=1.0, strategy=strategy))  # type: ignore[arg-type]
+    config = MixingConfig(k=3, mixing_rate=1.0, strategy=strategy, excluded_token_ids="special")
+    mixing = NeighborMixing(model, config, tokenizer=tokenizer)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         _, record = mixing.generate(**batch, do_sample=True, top_k=0, max_new_tokens=task.max_tokens)

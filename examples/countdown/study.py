@@ -190,7 +190,7 @@ def emitted_entropy(checkpoint: Path, task: Task, config: MixingConfig, temperat
     stream = task.training([], "entropy")
     prompts = [next(stream)[0].prompt for _ in range(rollouts)]
     batch = tokenizer(prompts, return_tensors="pt", return_token_type_ids=False)
-    mixing = NeighborMixing(model, config)
+    mixing = NeighborMixing(model, config, tokenizer=tokenizer)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         sequences, record = mixing.generate(

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, refuse, replaced
+from ngrpo_ops.tokens import read_excluded
 
 from .checks import check_openrlhf
 from .dry_run import dry_run, strongly_mixed
@@ -124,6 +125,9 @@ def _option(field: Field, hint: Any) -> dict[str, Any]:
         return option | {"metavar": f"{{{','.join(field.metadata['choices'])}}}"}
     if hint is bool:
         return option | {"type": _boolean, "metavar": "{true,false}"}
+    if field.name == "excluded_token_ids":  # words too, which read_excluded reads
+        text = f"{option['help']} On a command line: special, none, or ids. Default: special."
+        return {"default": "special", "help": text, "nargs": "*"}
     if any(get_origin(kind) is Sequence for kind in kinds):
         return option | {"type": int, "nargs": "*"}
     return option | {"type": next(kind for kind in (float, int, str) if kind in kinds)}
@@ -140,6 +144,7 @@ def _read_config(parser: argparse.ArgumentParser, values: dict[str, Any]) -> Mix
     mixing = {field.name: values[f"ngrpo.{field.name}"] for field in fields(MixingConfig)}
     if mixing["seed"] is None:
         mixing["seed"] = values["train.seed"]
+    mixing["excluded_token_ids"] = read_excluded(mixing["excluded_token_ids"])
     # The messages of MixingConfig begin with the name of the field.
     with _usage_errors(parser, "--ngrpo."), warnings.catch_warnings():
         warnings.filterwarnings("default", "sampler", DeprecationWarning)  # Python hides it outside the main module

@@ -37,6 +37,7 @@ def write_settings(config: MixingConfig, reward_url: str) -> None:
     """
     settings = json.dumps({"mixing": asdict(config), "reward_url": reward_url})
     if len(settings) > _LONGEST:
+        # "special" travels as that word.
         counts = {name: len(getattr(config, name) or ()) for name in TOKEN_ID_FIELDS}
         most = max(counts, key=counts.__getitem__)
         raise ValueError(

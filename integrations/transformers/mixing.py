@@ -34,6 +34,8 @@ from .hooks import EmbeddingMixer
 from .rollout import RolloutProcessor
 from .table import input_table, vocabulary_size
 
+logger = logging.get_logger(__name__)
+
 # With the sampler "counter_based" the tokens are decided before generate samples: it finds one token alone.
 _GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 
@@ -47,6 +49,7 @@ class NeighborMixing:
     Args:
         model: a decoder-only model with an input-embedding module, plain or wrapped by PEFT.
         config: how rollouts mix; None: `MixingConfig()`.
+        tokenizer: the model's, or a processor with it; read where `excluded_token_ids` is "special".
 
     Attributes:
         model, config: as given.
@@ -57,7 +60,8 @@ class NeighborMixing:
 
     Raises:
         TypeError: `model` is no model of transformers, or `config` no MixingConfig.
-        ValueError: an encoder-decoder, PEFT prompt learning, or token ids beyond the vocabulary.
+        ValueError: an encoder-decoder, PEFT prompt learning, token ids beyond the vocabulary, `excluded_token_ids`
+            "special" without a tokenizer, or too few tokens left.
 
     Example:
         >>> import torch
@@ -78,17 +82,17 @@ class NeighborMixing:
         True
     """
 
-    def __init__(self, model: Any, config: MixingConfig | None = None) -> None:
+    def __init__(self, model: Any, config: MixingConfig | None = None, tokenizer: Any = None) -> None:
         self.config = MixingConfig() if config is None else config
         if not isinstance(self.config, MixingConfig):
             raise TypeError(f"config must be a MixingConfig, got {type(config).__name__}")
         self.model = model
         self._inner = supported_model(model)
-        self._mixers: dict[nn.Module, EmbeddingMixer] = {}
-        self.mixer = self.attach(model)
         self.vocabulary = vocabulary_size(model)
         self.config.require_vocabulary(self.vocabulary)
-        self.table = make_table(self.config, self.vocabulary)
+        self.table = make_table(self.config, self.vocabulary, tokenizer, logger.warning)
+        self._mixers: dict[nn.Module, EmbeddingMixer] = {}
+        self.mixer = self.attach(model)
         self.next_row = 0
         if self.config.mixing_rate > 0:
             refuse_second_tables(model)

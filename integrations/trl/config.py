@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops.config import TOKEN_ID_FIELDS, described
+from ngrpo_ops.tokens import read_excluded
 
 TRAINER_FIELDS = {
     f.name: f.name if f.name in ("mixing_rate", "loss_on_mixed_steps") else f"mixing_{f.name}"
@@ -24,7 +25,8 @@ class NGRPOConfig(GRPOConfig):
     """`GRPOConfig` with the fields of N-GRPO. The help of `MixingConfig` explains each of them.
 
     The other fields and their defaults are TRL's. The mixing fields that are not None hold the resolved values
-    afterwards, as plain Python data: `mixing_k` and `mixing_sampler`, and what was numpy's.
+    afterwards, as plain Python data: `mixing_k`, `mixing_sampler` and `mixing_excluded_token_ids`, which may also be
+    "none", and its ids strings, as a command line has them.
 
     On a command line and in a YAML file of TrlParser a number may be written in every way that Python reads it, as in
     ``1e-3``, which is a text to YAML. From Python a text is refused where a number is meant.
@@ -59,10 +61,14 @@ class NGRPOConfig(GRPOConfig):
     mixing_seed: int | None = described("seed", None, "None: the trainer's `seed`.")
     mixing_stop_token_ids: list[int] | None = described("stop_token_ids", None, "None: no token.")
     mixing_allowed_token_ids: list[int] | None = described("allowed_token_ids")
+    mixing_excluded_token_ids: list[str] | None = described(
+        "excluded_token_ids", "special", "On a command line: special, none, or ids."
+    )
     loss_on_mixed_steps: bool = described("loss_on_mixed_steps")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.mixing_excluded_token_ids = read_excluded(self.mixing_excluded_token_ids)
         mixing = self.mixing()
         for name, ours in TRAINER_FIELDS.items():
             if name == "k" or getattr(self, ours) is not None:  # None still means the trainer's seed, or no token

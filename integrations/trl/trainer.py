@@ -151,7 +151,8 @@ class NGRPOTrainer(GRPOTrainer):
     @functools.cached_property
     def mixing(self) -> NeighborMixing:
         """The `NeighborMixing` of the policy. At a rate of 0 nothing reads it, and it is made where it is asked for."""
-        return NeighborMixing(self.accelerator.unwrap_model(self.model), self._mixing_config)
+        model = self.accelerator.unwrap_model(self.model)
+        return NeighborMixing(model, self._mixing_config, tokenizer=self.processing_class)
 
     # Rollout ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from ngrpo_ops import MixingConfig, MixRecord, raise_faults, selective_log_softmax
 from ngrpo_ops._patching import wrap
@@ -25,6 +27,8 @@ from .plugin import config_of, row_id_of, settings_of
 from .pool import EntryPool
 from .records import pack
 from .sampler import filters, penalized_logits
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers below its own
 
 
 class MixingModelState:
@@ -81,7 +85,8 @@ class EngineMixer:
         requests: the host's state of the mixed requests.
         pool: the entries of their tokens, on the device.
         embedding: the model's input embedding.
-        table: the neighbor table of the input embedding; None: the strategy reads no neighbors.
+        table: the neighbor table of the input embedding; None: the strategy reads no neighbors. What is no neighbor is
+            asked of the engine's own tokenizer.
     """
 
     def __init__(self, config: MixingConfig, vllm_config: Any, model: Any, device: torch.device) -> None:
@@ -94,7 +99,8 @@ class EngineMixer:
         self.pool = EntryPool(config.k, device)
         self.requests = MixedRequests(config, scheduler.max_num_seqs, engine.max_model_len, self.pool)
         self.embedding = InputEmbedding(model, self.vocabulary)
-        self.table = make_table(config, self.vocabulary)
+        tokenizer = cached_tokenizer_from_config(engine) if config.excluded_token_ids == "special" else None
+        self.table = make_table(config, self.vocabulary, tokenizer, logger.info_once)
         self._slots = scheduler.max_num_seqs
         self._batch: Any = None  # the batch under way; None in a warm-up
 

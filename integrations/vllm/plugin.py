@@ -16,6 +16,7 @@ from torch import nn
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, refuse, wrap
+from ngrpo_ops.rollout import reads_table
 from ngrpo_ops.versions import TESTED, is_tested
 
 from .client import KEY, TAKE, request_kwargs
@@ -28,7 +29,8 @@ def register() -> None:
     An engine that was started without `engine_kwargs` stays as it is. An engine that was started with them is rejected
     when it is configured, if one of these is set: an untested vLLM version, Model Runner V1, pipeline parallelism,
     speculative decoding, batch-sharded sampling, context parallelism, data parallelism within the engine, KV
-    connectors, trace replay, prompt embeddings, LoRA on the embedding, multi-modal models.
+    connectors, trace replay, prompt embeddings, LoRA on the embedding, multi-modal models, `skip_tokenizer_init` where
+    `excluded_token_ids` is "special".
 
     A request with `request_kwargs` is rejected by an engine without `engine_kwargs`. It is also rejected if prefix
     caching is on and its prompt has no `cache_salt` of its own: vLLM finds cached blocks by token ids alone and would
@@ -158,6 +160,11 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
             "the trace's tokens take the place of the anchors after these were mixed",
         ),
         Refusal("enable_prompt_embeds", model.enable_prompt_embeds, "a prompt of embeddings has no ids to mix among"),
+        Refusal(
+            "skip_tokenizer_init",
+            config.excluded_token_ids == "special" and reads_table(config) and model.skip_tokenizer_init,
+            "excluded_token_ids='special' asks the tokenizer; excluded_token_ids=None leaves no token out",
+        ),
         Refusal("multi-modal models", model.is_multimodal_model, "their input embeddings are not the token table's"),
     ]
     refuse(refusals)

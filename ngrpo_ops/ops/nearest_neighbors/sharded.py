@@ -96,6 +96,13 @@ def search_shards(
     return _all_gather_rows(ids, counts, group), _all_gather_rows(scores, counts, group)
 
 
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[V, n]: the rows [V_rank, n] of all ranks of the group, in the order of the ranks; the same on every rank."""
+    counts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, rows.shape[0], group=group)
+    return _all_gather_rows(rows, counts, group)
+
+
 def _prepare_local_rows(
     shard: Tensor, metric: Metric, backend: str, first_id: int, group: dist.ProcessGroup, check: Callable[[], None]
 ) -> ScoredRows | None:

@@ -19,13 +19,16 @@ from .._checks import (
     require_ids_in_range,
     require_mask,
     require_same_device,
+    require_table,
 )
 from .._library import choose_backend
 from .._ties import ranked
 from .api import nearest_neighbors, require_enough_allowed
 from .drift import Drift
+from .equal_rows import equal_rows, row_hashes
 from .scores import ScoredRows
 from .search import Progress, default_num_candidates, rescore, search, update_neighbors
+from .sharded import gather_rows, local_rows
 
 # Above this fraction, searching the rows one by one is no cheaper than a rebuild, which also renews the certificates.
 _REBUILD_FRACTION = 0.5
@@ -67,12 +70,14 @@ class _Build:
         candidates: int32 [V, c], -1 where there are fewer; the first k + 1 are the nearest.
         next_scores: float32 [V]: no row outside the first k scored above it (-inf: there is no such row).
         bounds: float32 [V]: no row outside the candidates scored above it (-inf: there is no such row).
+        eligible: bool [V], the rows that may be neighbors; None: all.
     """
 
     snapshot: ScoredRows
     candidates: Tensor
     next_scores: Tensor
     bounds: Tensor
+    eligible: Tensor | None
 
 
 class NeighborTable:
@@ -89,13 +94,18 @@ class NeighborTable:
     few rows that moved far are scored against every row. The remaining rows are searched, with their k-th score as a
     threshold to start from.
 
-    `nbytes` is the memory that the table keeps: the snapshot of the embedding and 12 k + 4 candidates + 16 bytes a row.
+    `nbytes` is the memory that the table keeps: the snapshot of the embedding and 12 k + 4 candidates + 16 bytes a row,
+    and 2 more with `exclude_equal_rows`.
 
     Args:
         k: neighbors a row, at least 1.
         metric: "cosine", "dot", "l2" or "l1", as in `nearest_neighbors`.
         candidates: rows kept for the certificate, more than k; default 8 + 4 k.
         allowed: bool [V], rows that may be returned; None: all.
+        exclude_equal_rows: whether rows with the values of another row are never returned, none of such a group. A
+            table of tokens has such rows where they were never trained. They are looked for in every full search, and
+            a row that was left out once stays out while the shape of the embedding stays. They have neighbors
+            themselves. `equal_rows` says which they are.
 
     Raises:
         ValueError, TypeError: k < 1, candidates <= k, an unknown metric, an unusable mask.
@@ -109,8 +119,16 @@ class NeighborTable:
         [[1], [0], [3], [2]]
     """
 
+    _excludes_equal_rows = "exclude_equal_rows=True"  # the setting's name in messages
+
     def __init__(
-        self, k: int, *, metric: Metric = "cosine", candidates: int | None = None, allowed: Tensor | None = None
+        self,
+        k: int,
+        *,
+        metric: Metric = "cosine",
+        candidates: int | None = None,
+        allowed: Tensor | None = None,
+        exclude_equal_rows: bool = False,
     ) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be an integer of at least 1, got {k!r}")
@@ -123,6 +141,8 @@ class NeighborTable:
         self.metric = metric
         self.candidates = candidates
         self.allowed = allowed
+        self.exclude_equal_rows = exclude_equal_rows
+        self._equal_rows: Tensor | None = None
         self._ids: Tensor | None = None
         self._scores: Tensor | None = None
         self._build: _Build | None = None
@@ -138,12 +158,21 @@ class NeighborTable:
         return self._filled(self._scores)
 
     @property
+    def equal_rows(self) -> Tensor | None:
+        """bool [V], rows left out since another row has had their values; None: without `exclude_equal_rows`.
+
+        Raises RuntimeError before the first `refresh`.
+        """
+        return self._filled(self._equal_rows) if self.exclude_equal_rows else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory the table keeps, the snapshot of the embedding included."""
-        stored = [self._ids, self._scores]
+        stored = [self._ids, self._scores, self._equal_rows]
         if (build := self._build) is not None:
             rows = build.snapshot
             stored += [rows.embedding, rows.norms, rows.inverse_norms]
+            stored += [build.eligible] if build.eligible is not self.allowed else []
             stored += [build.candidates, build.next_scores, build.bounds]
         return sum(x.numel() * x.element_size() for x in stored if x is not None)
 
@@ -198,7 +227,7 @@ class NeighborTable:
             A report of the rows that were certified, scored again and searched.
 
         Raises:
-            TypeError, ValueError: as `nearest_neighbors`, k >= V among them.
+            TypeError, ValueError: as `nearest_neighbors`, k >= V among them, and too few rows not equal to another.
 
         Example:
             >>> import torch
@@ -211,10 +240,20 @@ class NeighborTable:
             4
         """
         if group is not None or isinstance(embedding, DTensor):
+            if isinstance(embedding, DTensor):
+                embedding, group = local_rows(embedding)
+            if isinstance(self.allowed, Tensor):
+                self.allowed = self.allowed.to(embedding.device)
+            equal = self._find_equal_rows(embedding, group)
             found = nearest_neighbors(
-                embedding, self.k, metric=self.metric, allowed=self.allowed, group=group, progress=progress
+                embedding,
+                self.k,
+                metric=self.metric,
+                allowed=self._eligible(equal),
+                group=group,
+                progress=progress,
             )
-            self._ids, self._scores, self._build = found.ids, found.scores, None
+            self._ids, self._scores, self._build, self._equal_rows = found.ids, found.scores, None, equal
             return RefreshReport(0, 0, len(found.ids), 0, "searched in shards")
         require_embedding(embedding)
         if embedding.is_meta:
@@ -257,8 +296,8 @@ class NeighborTable:
             proven = torch.ones_like(all_rows, dtype=torch.bool).index_fill_(0, uncertified, False)
             proven = proven.nonzero().squeeze(1)
             is_mover = torch.zeros_like(all_rows, dtype=torch.bool).index_fill_(0, movers, True)
-            if self.allowed is not None:
-                is_mover &= self.allowed
+            if build.eligible is not None:
+                is_mover &= build.eligible
             ids[proven], scores[proven] = update_neighbors(rows, proven, ids[proven], scores[proven], new=is_mover)
         if count:
             found = search(
@@ -266,7 +305,7 @@ class NeighborTable:
                 self.k,
                 self.candidates,
                 queries=uncertified,
-                allowed=self.allowed,
+                allowed=build.eligible,
                 floor=scores[uncertified, -1],
                 progress=progress,
             )
@@ -280,20 +319,51 @@ class NeighborTable:
 
     def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
         snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose_backend(None, embedding))
-        available = len(snapshot) if self.allowed is None else int(self.allowed.sum())
+        equal = self._find_equal_rows(embedding, None)
+        eligible = self._eligible(equal)
+        available = len(snapshot) if eligible is None else int(eligible.sum())
         # One neighbor more than asked for: its score bounds all rows after the k-th.
         wanted = min(self.k + 1, available - 1)
-        found = search(snapshot, wanted, self.candidates, allowed=self.allowed, progress=progress)
+        found = search(snapshot, wanted, self.candidates, allowed=eligible, progress=progress)
         if wanted > self.k:
             next_scores = found.scores[:, self.k].clone()
-        elif self.allowed is None:
+        elif eligible is None:
             next_scores = torch.full_like(found.bounds, -torch.inf)
         else:  # a row that is not allowed itself has one neighbor more than the others
-            next_scores = torch.where(self.allowed, -torch.inf, found.scores[:, -1])
+            next_scores = torch.where(eligible, -torch.inf, found.scores[:, -1])
         # Set together, after the search: an interrupted search leaves the table as it was.
-        self._build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds)
+        self._build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds, eligible)
+        self._equal_rows = equal
         self._ids, self._scores = found.ids[:, : self.k].contiguous(), found.scores[:, : self.k].contiguous()
         return RefreshReport(0, 0, embedding.shape[0], 0, reason)
+
+    def _find_equal_rows(self, embedding: Tensor, group: ProcessGroup | None) -> Tensor | None:
+        """bool [V], the rows equal to another row, now or in an earlier search; None: they are not to be left out."""
+        if not self.exclude_equal_rows:
+            return None
+        require_table(embedding)  # nearest_neighbors checks the rest
+        hashes = row_hashes(embedding.detach())
+        equal = equal_rows(hashes if group is None else gather_rows(hashes, group))
+        before = self._equal_rows
+        # What trains some rows of a group alone must not bring the others back. An engine may also begin with
+        # placeholder weights, so the first search is not the last.
+        return equal if before is None or before.shape != equal.shape else equal | before.to(equal.device)
+
+    def _eligible(self, equal: Tensor | None) -> Tensor | None:
+        """bool [V], the rows that may be neighbors; None: all."""
+        if equal is None:
+            return self.allowed
+        if self.allowed is None:
+            eligible = ~equal
+        else:
+            require_mask(self.allowed, tuple(equal.shape), "allowed", "[V]")
+            eligible = self.allowed.to(equal.device) & ~equal
+        if (left := int(eligible.sum())) <= self.k < len(equal):
+            raise ValueError(
+                f"{self._excludes_equal_rows} must leave at least {self.k + 1} rows that may be neighbors, got {left}: "
+                f"{int(equal.sum())} of {len(equal)} rows are equal to another row"
+            )
+        return eligible
 
     def state_dict(self) -> dict[str, Any]:
         """The table as tensors and plain values, for `torch.save`. A table that loads them needs no first build.
@@ -307,7 +377,7 @@ class NeighborTable:
             >>> table = NeighborTable(1)
             >>> report = table.refresh(torch.eye(3))
             >>> sorted(table.state_dict())
-            ['allowed', 'bounds', 'candidates', 'ids', 'k', 'metric', 'nexts', 'scores', 'snapshot']
+            ['allowed', 'bounds', 'candidates', 'equal_rows', 'ids', 'k', 'metric', 'nexts', 'scores', 'snapshot']
         """
         build = self._build
         if build is None:
@@ -323,13 +393,14 @@ class NeighborTable:
             "ids": self.ids,
             "scores": self.scores,
             "allowed": self.allowed,
+            "equal_rows": self._equal_rows,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what `state_dict` returned for a table of the same k, metric and allowed rows.
 
         Raises:
-            ValueError: another k, metric or mask, entries missing, shapes that do not fit.
+            ValueError: another k, metric, mask or `exclude_equal_rows`, entries missing, shapes that do not fit.
 
         Example:
             >>> import torch
@@ -351,6 +422,9 @@ class NeighborTable:
             same = torch.equal(self.allowed.cpu(), state["allowed"].cpu())
         if not same:
             raise ValueError("state must be of a table with the same allowed rows")
+        equal = state.get("equal_rows")  # states of older versions have none
+        if self.exclude_equal_rows != (equal is not None):
+            raise ValueError(f"state must be of a table with exclude_equal_rows = {self.exclude_equal_rows}")
         v = state["snapshot"].shape[0]
         tails = {"candidates": None, "nexts": (), "bounds": (), "ids": (self.k,), "scores": (self.k,)}
         for name, tail in tails.items():
@@ -359,5 +433,6 @@ class NeighborTable:
                 raise ValueError(f"state[{name!r}] must be of {v} rows like the snapshot, got shape {shape}")
         self.candidates = state["candidates"].shape[1]
         snapshot = ScoredRows(state["snapshot"], self.metric, backend=choose_backend(None, state["snapshot"]))
-        self._build = _Build(snapshot, state["candidates"], state["nexts"], state["bounds"])
+        self._equal_rows = equal
+        self._build = _Build(snapshot, state["candidates"], state["nexts"], state["bounds"], self._eligible(equal))
         self._ids, self._scores = state["ids"], state["scores"]
