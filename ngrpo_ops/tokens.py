@@ -77,11 +77,11 @@ def _mask(ids: set[int], vocabulary: int) -> Tensor:
     return mask
 
 
-def read_excluded(words: str | Sequence[str | int] | None) -> Any:
+def read_excluded(words: str | int | Sequence[str | int] | None) -> Any:
     """A value of `MixingConfig.excluded_token_ids` as a command line or a file has it.
 
     Args:
-        words: "special" or "none", alone or in a list, or token ids.
+        words: "special" or "none", or token ids; alone or in a list.
 
     Returns:
         "special", None or a list of ids. What is none of them is returned as it is, for `MixingConfig` to refuse.
@@ -91,7 +91,7 @@ def read_excluded(words: str | Sequence[str | int] | None) -> Any:
         >>> read_excluded(["special"]), read_excluded("none"), read_excluded(["5", "6"])
         ('special', None, [5, 6])
     """
-    listed = [words] if isinstance(words, str) else words
+    listed = [words] if isinstance(words, str | int) else words
     if not isinstance(listed, list | tuple):
         return words
     if len(listed) == 1 and isinstance(listed[0], str) and listed[0].lower() in ("special", "none"):

@@ -48,7 +48,7 @@ def test_what_was_written_is_read_without_a_word(path, config, row):
 OTHER = {
     "k": 4, "mixing_rate": 0.2, "temperature": 0.5, "metric": "dot", "variant": "released", "entropy_threshold": 1.0,
     "sampler": "counter_based", "stop_token_ids": (5,), "allowed_token_ids": (1, 2, 3), "loss_on_mixed_steps": False,
-    "seed": 1, "strategy": "topk", "noise_scale": 0.5, "moi_beta": 0.5,
+    "seed": 1, "strategy": "topk", "excluded_token_ids": "special", "noise_scale": 0.5, "moi_beta": 0.5,
 }  # fmt: skip
 NEEDS = {"noise_scale": {"strategy": "gaussian"}, "moi_beta": {"strategy": "moi"}}
 

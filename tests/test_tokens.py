@@ -75,16 +75,16 @@ def test_a_tokenizer_with_more_tokens_than_rows_and_no_tokenizer() -> None:
     ("words", "value"),
     [
         ("special", "special"), (["special"], "special"), ("none", None), (["None"], None), (None, None),
-        (["5", "6"], [5, 6]), ([5, 6], [5, 6]), ("7", [7]), ([], []),
+        (["5", "6"], [5, 6]), ([5, 6], [5, 6]), ("7", [7]), (7, [7]), ([], []),
     ],
 )  # fmt: skip
 def test_words_of_a_command_line_are_read(words: object, value: object) -> None:
     assert read_excluded(words) == value  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("words", ["all", ["special", "5"], ["-1"], 7, ["1.5"]])
+@pytest.mark.parametrize("words", ["all", ["special", "5"], ["-1"], -7, ["1.5"], 0.5])
 def test_other_words_are_refused(words: object) -> None:
-    with pytest.raises(ValueError, match="excluded_token_ids must be 'special', None or a list of token ids"):
+    with pytest.raises(ValueError, match="excluded_token_ids must be 'special' or a list of token ids"):
         MixingConfig(excluded_token_ids=read_excluded(words))  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer, checks
 from ngrpo_ops.integrations.trl import trainer as trainer_module
 
 PARITY = 1e-5
+WORDS = torch.arange(VOCABULARY) > 2  # that may be neighbors by default: all tokens but the special ones
 
 
 def distinct(completions: list[str], **kwargs: Any) -> list[float]:
@@ -334,8 +335,8 @@ def test_a_whole_embedding_that_peft_trains_is_searched_and_replayed(train: Any)
         for name, module in trainer.model.get_input_embeddings().named_modules()
         if isinstance(module, torch.nn.Embedding)
     )
-    assert torch.equal(trainer.mixing.table.ids, nearest_neighbors(trained, 2).ids)
-    assert not torch.equal(trainer.mixing.table.ids, nearest_neighbors(base, 2).ids)
+    assert torch.equal(trainer.mixing.table.ids, nearest_neighbors(trained, 2, allowed=WORDS).ids)
+    assert not torch.equal(trainer.mixing.table.ids, nearest_neighbors(base, 2, allowed=WORDS).ids)
 
 
 def test_lora_of_the_embedding_is_searched_merged(train: Any) -> None:
@@ -344,7 +345,7 @@ def test_lora_of_the_embedding_is_searched_merged(train: Any) -> None:
     assert max(logged(trainer, "mix/replay_error")) <= PARITY
     trainer.mixing.refresh()
     merged = trainer.model.merge_and_unload().get_input_embeddings().weight.detach()
-    assert torch.equal(trainer.mixing.table.ids, nearest_neighbors(merged, 2).ids)
+    assert torch.equal(trainer.mixing.table.ids, nearest_neighbors(merged, 2, allowed=WORDS).ids)
 
 
 def test_rate_zero_samples_with_our_sampler_too(train: Any) -> None:
@@ -596,9 +597,10 @@ def test_fields_are_those_of_the_mixing_config() -> None:
     notes = {
         "mixing_seed": " None: the trainer's `seed`.",
         "mixing_stop_token_ids": " None: no token.",
-        "mixing_excluded_token_ids": " On a command line: special, none, or ids.",
+        "mixing_excluded_token_ids": " Here 'special' by default; 'none' is None.",
     }
-    defaults = {"mixing_seed": None, "mixing_stop_token_ids": None, "mixing_excluded_token_ids": "special"}
+    defaults = {"mixing_seed": None, "mixing_stop_token_ids": None, "mixing_excluded_token_ids": MISSING}
+    assert NGRPOConfig("unused", use_cpu=True, bf16=False).mixing_excluded_token_ids == "special"  # by a factory
     for name in added:
         assert ours[name].default == defaults.get(name, theirs[name].default), name
         assert ours[name].metadata["help"] == theirs[name].metadata["help"] + notes.get(name, ""), name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
@@ -61,8 +61,9 @@ class NGRPOConfig(GRPOConfig):
     mixing_seed: int | None = described("seed", None, "None: the trainer's `seed`.")
     mixing_stop_token_ids: list[int] | None = described("stop_token_ids", None, "None: no token.")
     mixing_allowed_token_ids: list[int] | None = described("allowed_token_ids")
-    mixing_excluded_token_ids: list[str] | None = described(
-        "excluded_token_ids", "special", "On a command line: special, none, or ids."
+    mixing_excluded_token_ids: list[str] | None = field(
+        default_factory=lambda: ["special"],  # HfArgumentParser overlooks the default of a list without a factory
+        metadata=described("excluded_token_ids", note="Here 'special' by default; 'none' is None.").metadata,
     )
     loss_on_mixed_steps: bool = described("loss_on_mixed_steps")
 

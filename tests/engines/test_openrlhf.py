@@ -547,20 +547,28 @@ def test_the_arguments_are_the_fields_of_mixing_config(inputs: Path, monkeypatch
     assert load_class(runtime["worker_process_setup_hook"]) is adapter.install  # as Ray's workers look for it
     assert "TOKENIZERS_PARALLELISM" in runtime["env_vars"]
     monkeypatch.setenv(VARIABLE, runtime["env_vars"][VARIABLE])
-    assert read_settings() == (MixingConfig(seed=5), "http://localhost/score")
+    assert read_settings() == (MixingConfig(seed=5, excluded_token_ids="special"), "http://localhost/score")
 
     words = (
         "--ngrpo.k 2 --ngrpo.mixing_rate 0.25 --ngrpo.temperature 0.7 --ngrpo.metric l2 --ngrpo.variant released "
         "--ngrpo.entropy_threshold 0.5 --ngrpo.sampler counter_based --ngrpo.stop_token_ids 7 8 --ngrpo.seed 3 "
-        "--ngrpo.allowed_token_ids 4 5 6 --ngrpo.loss_on_mixed_steps false --reward.remote_url a.py"
+        "--ngrpo.allowed_token_ids 4 5 6 --ngrpo.excluded_token_ids 4 9 --ngrpo.loss_on_mixed_steps false "
+        "--reward.remote_url a.py"
     )
     runtime = launch(monkeypatch, inputs, *words.split())["runtime_env"]
     monkeypatch.setenv(VARIABLE, runtime["env_vars"][VARIABLE])
     expected = MixingConfig(
         k=2, mixing_rate=0.25, temperature=0.7, metric="l2", variant="released", entropy_threshold=0.5,
-        sampler="counter_based", stop_token_ids=(7, 8), seed=3, allowed_token_ids=(4, 5, 6), loss_on_mixed_steps=False,
+        sampler="counter_based", stop_token_ids=(7, 8), seed=3, allowed_token_ids=(4, 5, 6), excluded_token_ids=(4, 9),
+        loss_on_mixed_steps=False,
     )  # fmt: skip
     assert read_settings() == (expected, "a.py")
+
+
+def test_excluded_tokens_travel_as_the_word(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, expected in (("special", "special"), ("none", None), ("4 9", [4, 9])):
+        runtime = launch(monkeypatch, inputs, "--ngrpo.excluded_token_ids", *words.split())["runtime_env"]
+        assert json.loads(runtime["env_vars"][VARIABLE])["mixing"]["excluded_token_ids"] == expected
 
 
 def test_the_old_name_of_a_sampler_is_taken_with_a_warning(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -657,6 +665,11 @@ def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pyt
             "--ngrpo.allowed_token_ids " + "10 11 12 " * 10_000,
             "--ngrpo.allowed_token_ids: 30000 token ids are too many",
         ),
+        (
+            "--ngrpo.excluded_token_ids " + "10 11 12 " * 10_000,
+            "--ngrpo.excluded_token_ids: 30000 token ids are too many",
+        ),
+        ("--ngrpo.excluded_token_ids all", "--ngrpo.excluded_token_ids must be 'special', None or a list of token ids"),
         (
             "--algo.advantage.estimator gae",
             "--algo.advantage.estimator gae is not supported with N-GRPO: its critic would value plain tokens",
