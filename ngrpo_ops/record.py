@@ -12,6 +12,7 @@ from torch import Tensor
 from .ops._checks import (
     require_floating,
     require_ids,
+    require_integer,
     require_mask,
     require_same_device,
     require_shape,
@@ -69,8 +70,7 @@ class MixRecord:
             raise ValueError(f"ids must be [B, T, k] over gate {tuple(self.gate.shape)}, got {tuple(self.ids.shape)}")
         require_floating(self.weights, "weights")
         require_shape(self.weights, tuple(self.ids.shape), "weights", "that of ids")
-        if self.prompt_length < 0:
-            raise ValueError(f"prompt_length must not be negative, got {self.prompt_length}")
+        require_integer(self.prompt_length, "prompt_length", least=0)
         if self.logprobs is not None:
             require_floating(self.logprobs, "logprobs")
             require_shape(self.logprobs, tuple(self.gate.shape), "logprobs", "that of gate")

@@ -95,8 +95,13 @@ def require_integer(value: Any, name: str, *, least: int = -(2**63), optional: b
 def require_number(value: Any, name: str, *, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not least <= value < math.inf:
+    if not least <= value < math.inf or _is_huge(value):
         raise ValueError(f"{name} must be finite and at least {least}, got {value!r}")
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether a number is an int that torch does not take for one."""
+    return isinstance(value, int) and value >= 2**63
 
 
 def require_flag(value: Any, name: str) -> None:
@@ -112,7 +117,9 @@ def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 def require_positive(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not LEAST_POSITIVE <= value < math.inf:  # math.isfinite would break a compiled graph with a symbolic float
+    if not LEAST_POSITIVE <= value < math.inf or _is_huge(
+        value
+    ):  # math.isfinite would break a compiled graph with a symbolic float
         raise ValueError(f"{name} must be positive and finite, at least {LEAST_POSITIVE}, got {value!r}")
 
 

@@ -140,7 +140,9 @@ class NeighborTable:
         self.k = k
         self.metric = metric
         self.candidates = candidates
-        self.allowed = allowed
+        if isinstance(allowed, Tensor) and allowed.is_meta:
+            raise ValueError("allowed must have values, got a tensor on device meta")
+        self.allowed = allowed.clone() if isinstance(allowed, Tensor) else allowed  # the caller may change it
         self.exclude_equal_rows = exclude_equal_rows
         self._equal_rows: Tensor | None = None
         self._ids: Tensor | None = None
@@ -431,6 +433,9 @@ class NeighborTable:
             shape = tuple(state[name].shape)
             if shape[:1] != (v,) or (shape[1:] != tail if tail is not None else len(shape) != 2):
                 raise ValueError(f"state[{name!r}] must be of {v} rows like the snapshot, got shape {shape}")
+        # The certificates hold for these values, whatever the caller does with the state later.
+        state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        equal = state.get("equal_rows")
         self.candidates = state["candidates"].shape[1]
         snapshot = ScoredRows(state["snapshot"], self.metric, backend=choose_backend(None, state["snapshot"]))
         self._equal_rows = equal
