@@ -50,13 +50,13 @@ class Range:
 
 
 def plain_number(value: Any) -> float | None:
-    """A real number, numpy's too, as a float, infinite where that is too small; None for anything else, True too."""
+    """A real number, numpy's too, as a float, infinite where it is too large; None for anything else, True too."""
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
         return None
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def plain_integer(value: Any) -> int | None:

@@ -158,7 +158,8 @@ def other_bytes(content: object) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [b"", MixRecord(**good()).to_bytes()[:-100], MixRecord(**good()).to_bytes()[:7], b"\0" * 64, b"null",
-     pickle.dumps(print), other_bytes([1]), other_bytes({}), other_bytes({"gate": 1}), other_bytes(good() | {"more": 1}),
+     pickle.dumps(print), other_bytes([1]), other_bytes({}), other_bytes({"gate": 1}),
+     other_bytes(good() | {"more": 1}),
      other_bytes(good() | {"ids": torch.zeros(1)}), other_bytes(good() | {"prompt_length": "1"}), 5, None],
 )  # fmt: skip
 def test_damaged_bytes_are_named(content):
