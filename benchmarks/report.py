@@ -7,6 +7,7 @@ It only reads: a figure that no file has is "not yet measured". The files are th
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import re
@@ -80,7 +81,7 @@ def write(folder: Path) -> Path:
     """The report of a folder's files.
 
     Raises:
-        ValueError: a CSV of unknown columns.
+        ValueError: a CSV of unknown columns, or one that is damaged; the message names the file.
     """
     measured, scaling, resources = _read(folder)
     for old in folder.glob("report_*.png"):
@@ -122,22 +123,40 @@ def _read(folder: Path) -> tuple[Measured, Scaling, list[dict[str, str]]]:
     scaling: Scaling = {}
     resources: list[dict[str, str]] = []
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            table = csv.DictReader(file)
-            columns, rows = set(table.fieldnames or ()), list(table)
-        if {"op", "who", "median_s"} <= columns:
-            of_devices = [(d, path.name, [_row(row) for row in rows if row["device"] == d]) for d in DEVICES]
-            measured += [part for part in of_devices if part[2]]
-        elif {"V", "d", "who", "seconds"} <= columns:
-            for row in rows:
-                if (seconds := _number(row["seconds"])) is not None:
-                    figures = {"V": int(row["V"]), "d": int(row["d"]), "seconds": seconds}
-                    scaling.setdefault(row["device"], []).append({**row, **figures})
-        elif {"kernel", "target", "registers"} <= columns:
-            resources += rows
-        else:
-            raise ValueError(f"{path.name}: a CSV of unknown columns {sorted(columns)}")
+        try:
+            columns, rows = _table_of(path)
+            if {"op", "who", "median_s"} <= columns:
+                of_devices = [(d, path.name, [_row(row) for row in rows if row["device"] == d]) for d in DEVICES]
+                measured += [part for part in of_devices if part[2]]
+            elif {"V", "d", "who", "seconds"} <= columns:
+                for row in rows:
+                    if (seconds := _number(row["seconds"])) is not None:
+                        figures = {"V": int(row["V"]), "d": int(row["d"]), "seconds": seconds}
+                        scaling.setdefault(row["device"], []).append({**row, **figures})
+            elif {"kernel", "target", "registers"} <= columns:
+                resources += rows
+            else:
+                raise ValueError(f"a CSV of unknown columns {sorted(columns)}")
+        except KeyError as error:
+            raise ValueError(f"{path.name}: lacks the column {error}") from error
+        except (OSError, ValueError, csv.Error) as error:  # a folder, not UTF-8, not a number, zero bytes
+            raise ValueError(f"{path.name}: {error}") from error
     return measured, scaling, resources
+
+
+def _table_of(path: Path) -> tuple[set[str], list[dict[str, str]]]:
+    """The columns and rows of a CSV.
+
+    Raises:
+        ValueError: a file that was cut off, which would else lose rows or digits without a word.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    columns, rows = set(table.fieldnames or ()), list(table)
+    if not text.endswith("\n") or not rows or any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"a CSV that is empty or cut off, of columns {sorted(columns)}")
+    return columns, rows
 
 
 def _row(row: dict[str, str]) -> Row:

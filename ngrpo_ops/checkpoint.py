@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import shown
+from ._messages import shown
 from .files import FileError, read_json, require_file
 from .ops._checks import require_embedding
 from .ops.nearest_neighbors.equal_rows import equal_rows, row_hashes

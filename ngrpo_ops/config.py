@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from ._messages import shown
 from .ops._checks import LEAST_POSITIVE
 from .random import drawn_words
 from .strategies import Strategy, get_strategy, load_strategy
@@ -28,7 +29,6 @@ _LARGEST = 1e30  # what float32 divides logits by without underflow
 _SURE = 1e-6  # nats: a policy of less entropy has one token, whose gradient is nothing
 _HIGHEST = math.log(2**31)  # the entropy that no policy exceeds, as token ids are below 2^31
 _ALL_SAMPLE = 1e6  # a larger moi_beta leaves the rest of the mix no weight that bfloat16 or float32 would see
-_LONGEST = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,8 @@ class Range:
         return "positive and finite" if not self.includes_least else f"a finite number of at least {self.least:g}"
 
 
-def shown(value: Any) -> str:
-    """A value as a message has it: cut where it is long, and never an error of its own."""
-    try:
-        text = repr(value)
-    except Exception:  # an integer of more digits than Python prints, or whatever a class of the user's raises
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
 def plain_number(value: Any) -> float | None:
-    """A real number, numpy's too, as a float, infinite where that is too small; None for anything else, True too."""
+    """A real number, numpy's too, as a float, infinite where it is too large; None for anything else, True too."""
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
         return None
     try:

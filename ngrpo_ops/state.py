@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from .config import MixingConfig, plain_integer, shown
+from ._messages import shown
+from .config import MixingConfig, plain_integer
 from .files import FileError, read_json, write_json
 
 VERSION = 1

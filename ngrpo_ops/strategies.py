@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._messages import shown
 from .ops._checks import require_number
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def load_strategy(name: Any) -> Strategy:
         return _registry[name]
     module, separator, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not (module and separator and path):
-        raise ValueError(f"strategy must be one of {strategy_names()}, or 'package.module:function', got {name!r}")
+        raise ValueError(f"strategy must be one of {strategy_names()}, or 'package.module:function', got {shown(name)}")
     try:
         function: Any = importlib.import_module(module)
         for part in path.split("."):

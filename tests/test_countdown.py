@@ -8,9 +8,12 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -395,6 +398,31 @@ def test_intervals_are_paired_and_cover_the_difference(tmp_path: Path) -> None:
     twins = {"supervised": arms["supervised"], "one": arms["ngrpo"], "other": arms["ngrpo"]}
     assert study_report.compare(twins, "one", "other")["cost"] == (0, 0, 0)  # the same draws for both
     assert np.std(draws.means(both - both + 0.1)) < 1e-12 and np.std(draws.means(both)) > 0.04
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"samples": 16, "corr', "[1]", "null", "{}", '{"samples": "16"}', "\0" * 20, None]
+)
+@pytest.mark.parametrize("name", ["settings", "supervised", "ngrpo/1", "matched"])
+def test_a_damaged_file_of_a_study_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str | None
+) -> None:
+    """Also by a study that goes on: before it runs anything."""
+    preset = dataclasses.replace(study.PRESETS["quick"], arms={"equation": ("ngrpo", "grpo_matched")})
+    folder = tmp_path / "equation"
+    runs(folder, np.random.default_rng(0), {"ngrpo": (0.5, 0.1)}, seeds=2)
+    study.check_settings(preset, tmp_path)
+    path = tmp_path / "settings.json" if name == "settings" else folder / f"{name}.json"
+    path.unlink(missing_ok=True)
+    path.mkdir() if text is None else path.write_text(text)
+    monkeypatch.setattr(study, "prepare", lambda task, preset, out: out)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **k: nullcontext(mock.Mock()))
+    with pytest.raises(SystemExit, match=re.escape(f"{path}: ")):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--out", str(tmp_path), "--workers", "1"])
+        monkeypatch.setitem(study.PRESETS, "quick", preset)
+        if name == "supervised":  # read by the report
+            monkeypatch.setattr(study, "run", lambda *arguments: None)
+        study.main()
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -144,3 +147,21 @@ def test_records_that_do_not_fit_together(change):
 def test_the_bytes_of_a_slice_are_of_the_slice_alone():
     record = MixRecord(torch.ones(64, 50).bool(), torch.ones(64, 50, 3).long(), torch.ones(64, 50, 3), prompt_length=4)
     assert len(record[:1].to_bytes()) < len(record.to_bytes()) / 16
+
+
+def other_bytes(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", MixRecord(**good()).to_bytes()[:-100], MixRecord(**good()).to_bytes()[:7], b"\0" * 64, b"null",
+     pickle.dumps(print), other_bytes([1]), other_bytes({}), other_bytes({"gate": 1}),
+     other_bytes(good() | {"more": 1}),
+     other_bytes(good() | {"ids": torch.zeros(1)}), other_bytes(good() | {"prompt_length": "1"}), 5, None],
+)  # fmt: skip
+def test_damaged_bytes_are_named(content):
+    with pytest.raises(ValueError, match=r"^content must be what MixRecord\.to_bytes returned: "):
+        MixRecord.from_bytes(content)

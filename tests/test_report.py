@@ -207,3 +207,36 @@ def test_the_page_in_the_repository_is_that_of_its_files(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert report.write(tmp_path).read_text() == (results / "report.md").read_text()
     assert {path.name for path in tmp_path.glob("report_*.png")} == {path.name for path in results.glob("report_*.png")}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [CPU, [{"device": "cpu", "V": 10, "d": 896, "who": "ours", "seconds": 1.0}],
+     [{"kernel": "x", "target": "cuda:90", "registers": 64, "stack": 0, "spills": 8, "shared": 1024}]],
+    ids=["measured", "scaling", "resources"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "how", ["empty", "header alone", "cut off", "cut off by one", "another type", "zeros", "a folder"]
+)
+def test_a_damaged_file_is_named(tmp_path, rows, how):
+    keep(tmp_path, "a.csv", rows)
+    path = tmp_path / "a.csv"
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    else:
+        ways = {"empty": b"", "header alone": content.splitlines(keepends=True)[0], "cut off": content[:-7],
+                "cut off by one": content.rstrip(), "another type": b"\x89PNG\r\n\xff" * 9,
+                "zeros": bytes(99)}  # fmt: skip
+        path.write_bytes(ways[how])
+    with pytest.raises(ValueError, match=r"^a\.csv: "):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize(("column", "value"), [("median_s", "fast"), ("seconds", "x"), ("V", "1.5")])
+def test_a_value_that_is_no_number_is_named(tmp_path, column, value):
+    rows = {"median_s": CPU[0]}.get(column, {"device": "cpu", "V": 10, "d": 896, "who": "ours", "seconds": 1.0})
+    keep(tmp_path, "a.csv", [rows | {column: value}])
+    with pytest.raises(ValueError, match=rf"^a\.csv: .*{value}"):
+        report.write(tmp_path)

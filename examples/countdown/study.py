@@ -52,8 +52,10 @@ import torch
 from tqdm import tqdm
 
 from examples.countdown.arms import ARMS
+from examples.countdown.runs import read_matched, read_run
 from examples.countdown.task import TASKS, Problem, Task
 from ngrpo_ops import MixingConfig, selective_log_softmax
+from ngrpo_ops.files import FileError, read_json, write_json
 
 PRIMARY = ("grpo", "anchor", "ngrpo")
 TEMPERATURE_TOLERANCE = 0.002  # of matched entropies, relative
@@ -132,9 +134,7 @@ def _quiet(threads: int) -> None:
 def _write(path: Path, value: Any) -> None:
     """All of it or nothing, should the study be stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
+    write_json(path, value)
 
 
 def _evaluated(model: Any, task: Any, held_out: list[Problem], samples: int, seed: int) -> dict[str, Any]:
@@ -275,7 +275,9 @@ def check_settings(preset: Preset, out: Path) -> None:
     del now["seeds"], now["primary_seeds"]
     now = json.loads(json.dumps(now))
     path = out / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else now
+    before = read_json(path) if path.exists() else now
+    if not isinstance(before.get("arms"), dict):
+        raise FileError(f"{path}: must hold the settings of a study with its arms")
     changed = [name for name in now if name != "arms" and now[name] != before.get(name)]
     both = now["arms"].keys() & before["arms"].keys()
     changed += sorted(f"arm {name}" for name in both if now["arms"][name] != before["arms"][name])
@@ -291,6 +293,8 @@ def run(preset: Preset, out: Path, workers: int) -> None:
     jobs = jobs_of(preset)
     paths = {job: out / job.task / job.arm / f"{job.seed}.json" for job in jobs}
     open_jobs = [job for job in jobs if not paths[job].exists()]
+    for path in (path for path in paths.values() if path.exists()):
+        read_run(path)  # now, and not after the hours of the others
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
     # A fresh interpreter for each worker: forked ones would share the threads of torch.
     context = multiprocessing.get_context("spawn")
@@ -302,7 +306,7 @@ def run(preset: Preset, out: Path, workers: int) -> None:
         for job in open_jobs:
             temperature = 1.0
             if ARMS[job.arm].matched:
-                temperature = json.loads((out / job.task / "matched.json").read_text())["temperature"]
+                temperature = read_matched(out / job.task / "matched.json")["temperature"]
             futures[pool.submit(run_job, job, checkpoints[job.task], preset, temperature, paths[job])] = job
         try:
             for future in as_completed(futures):
@@ -329,9 +333,16 @@ def main() -> None:
     out = arguments.out or Path("runs") / f"study-{arguments.preset}"
     preset = PRESETS[arguments.preset]
     _quiet(threads=arguments.workers)
+    try:
+        _study(arguments, preset, out)
+    except FileError as error:
+        sys.exit(f"{error}\nDelete it, and the same command makes it again.")
+
+
+def _study(arguments: argparse.Namespace, preset: Preset, out: Path) -> None:
     if arguments.report_only:
         if not (out / "settings.json").exists():
-            parser.error(f"--report-only: there are no runs in {out}")
+            raise SystemExit(f"--report-only: there are no runs in {out}")
         check_settings(preset, out)
     else:
         run(preset, out, arguments.workers)

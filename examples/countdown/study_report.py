@@ -4,7 +4,6 @@ samples of a run solve each held-out problem, so that anyone can ask something e
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from .arms import ARMS
 from .evaluate import pass_at_k
 from .mixes import STRATEGIES, draw_mixes
 from .report import COLORS
+from .runs import read_matched, read_run
 from .task import TASKS
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load(folder: Path, arms: Mapping[str, Sequence[int]], top: int) -> dict[str,
     places = {name: {seed: folder / name / f"{seed}.json" for seed in seeds} for name, seeds in arms.items()}
     for name, where in ({"supervised": {0: folder / "supervised.json"}} | places).items():
         where = {seed: path for seed, path in where.items() if path.exists()}
-        runs = [json.loads(path.read_text()) for path in where.values()]
+        runs = [read_run(path) for path in where.values()]
         if runs:
             samples = runs[0]["samples"]
             correct = [np.array(run["correct"]) for run in runs]
@@ -334,7 +334,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         matched = out / task / "matched.json"
         lines += [f"## {task}", "", TASKS_SAY[task], ""]
         if matched.exists():
-            found = json.loads(matched.read_text())
+            found = read_matched(matched)
             lines += [
                 f"On the checkpoint N-GRPO's rollouts have {found['ngrpo_entropy']:.3f} nats a token, forced anchors "
                 f"counted as 0; GRPO's have {found['entropy']:.3f} at temperature {found['temperature']:.3f}, which is "

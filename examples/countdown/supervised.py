@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ngrpo_ops.files import write_json
+
 from .model import build_model, build_tokenizer
 from .task import Problem, Task
 
@@ -68,5 +70,5 @@ def cached_checkpoint(
         print(f"supervised checkpoint from the cache: {place}")
     else:
         supervised_checkpoint(place, task, held_out, steps=steps, tied=tied, seed=seed)
-        done.write_text(json.dumps(settings, indent=1))
+        write_json(done, settings, indent=1)
     return place, settings

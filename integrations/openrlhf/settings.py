@@ -7,7 +7,8 @@ import os
 from dataclasses import asdict, fields
 
 from ngrpo_ops import MixingConfig
-from ngrpo_ops.config import TOKEN_ID_FIELDS, shown
+from ngrpo_ops._messages import shown
+from ngrpo_ops.config import TOKEN_ID_FIELDS
 
 VARIABLE = "NGRPO_OPS_OPENRLHF"
 
