@@ -6,6 +6,7 @@ import doctest
 import functools
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import snippets
 import torch
 from cpu_engine import SETTINGS, SHAPE, mixer_of, on_two_ranks
-from models import EOS, PAD, VOCABULARY, tiny_model
+from models import EOS, PAD, VOCABULARY, tiny_model, tokenizer
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.worker_base import WorkerBase
@@ -178,6 +179,7 @@ STRATEGIES = [
     {"strategy": "anchor", "entropy_threshold": 3.0},
     {"stop_token_ids": [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]},
     {"allowed_token_ids": [5, 6, 7, 8, 9]},
+    {"excluded_token_ids": [5, 6, 7, 8, 9]},
 ]
 
 
@@ -349,6 +351,37 @@ def test_weights_that_come_in_are_searched(engine: Any, model: Any, folder: str)
     assert torch.equal(mixer.table.ids, expected) and not torch.equal(first, expected)
 
 
+def test_rows_that_no_token_stands_for_are_told_by_the_engines_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five rows beyond the tokenizer, three special tokens, three rows of one value. The word alone is sent."""
+    changed = tiny_model(**SHAPE, vocab_size=VOCABULARY + 5)
+    with torch.no_grad():
+        weight = changed.get_input_embeddings().weight
+        weight[[20, 33, 34]] = weight[20].clone()
+    changed.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    ours = engine_kwargs(MixingConfig(mixing_rate=0.5, excluded_token_ids="special"))
+    assert ours["additional_config"]["ngrpo_ops"]["excluded_token_ids"] == "special"
+    given = {**SETTINGS, "skip_tokenizer_init": False, "max_model_len": 64, "max_num_seqs": 8, **ours}
+    caplog.set_level(logging.INFO, "vllm.ngrpo_ops.integrations.vllm.engine")
+    llm = LLM(str(tmp_path), **given)
+    try:
+        words = torch.ones(VOCABULARY + 5, dtype=torch.bool)
+        words[[0, 1, 2, 20, 33, 34, *range(VOCABULARY, VOCABULARY + 5)]] = False
+        outputs = llm.generate(prompts(4), [params(row) for row in range(4)], use_tqdm=False)
+        assert torch.equal(mixer_of(llm).table.ids, nearest_neighbors(weight.detach(), 2, allowed=words).ids)
+        record = taken(llm, outputs, list(range(4)))
+        assert words[record.ids[record.gate][:, 1:]].all()
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    said = [entry.getMessage() for entry in caplog.records if "no neighbors" in entry.getMessage()]
+    assert said == [
+        f"11 of {VOCABULARY + 5} token embeddings are no neighbors (excluded_token_ids='special'): 5 beyond the "
+        "tokenizer, 3 of special or reserved tokens, 3 equal to another"
+    ]
+
+
 @pytest.mark.parametrize("way", ["load_weights", "reload_weights"])
 def test_weights_that_come_in_between_the_steps_of_a_request_are_searched(engine: Any, way: str) -> None:
     """Also where no request is new, and where they do not go through the model's `load_weights`."""
@@ -454,6 +487,7 @@ def test_records_are_taken_once_and_only_of_what_was_asked(engine: Any) -> None:
         ({"additional_config": {"ngrpo_ops": {"k": 0}}}, "k must be"),
         ({"additional_config": {"ngrpo_ops": {"k": VOCABULARY + 1}}}, "vocabulary size"),
         ({"additional_config": {"ngrpo_ops": {"stop_token_ids": [VOCABULARY]}}}, "stop_token_ids"),
+        ({"additional_config": {"ngrpo_ops": {"excluded_token_ids": "special"}}}, "skip_tokenizer_init"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
