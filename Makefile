@@ -1,15 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES := .venv-engines/bin
+SECONDS ?= 600
+SEED ?= 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo study docs test test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
+.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
 	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (some 5 minutes on 2 cores)"
 	@echo "make study      arms, controls and seeds of two such tasks: some two hours on 2 cores, can be interrupted"
 	@echo "make docs       write what is generated of docs/, follow every link and run every snippet"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
+	@echo "make fuzz       public calls with hostile arguments, for SECONDS=600 from SEED=0"
 	@echo "make test-full  lint, types and every test but those with engines"
 	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines"
 	@echo "make test-engines-fast  the same without OpenRLHF's loops"
@@ -58,6 +61,9 @@ docs: venv
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+fuzz: venv
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 test-full: lint test
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -315,7 +315,8 @@ def decode_step(d: Draw) -> tuple[dict, Callable]:
     def check(found: Any, logits: Tensor, embedding: Tensor, strategy: str, temperature: float, **rest: Any) -> None:
         x, table = logits.double(), embedding.double()
         top = x.amax(1)
-        top = torch.where(top / (temperature or 1.0) > 3.4e38, math.inf, top)  # what float32 makes of it
+        if logits.dtype != torch.float64:  # what float32 makes of it
+            top = torch.where(top / (temperature or 1.0) > 3.4e38, math.inf, top)
         bad = x.isnan().any(1) | (top == math.inf) | (top == -math.inf)
         if not torch.equal(found.fault != 0, bad):
             raise Wrong(f"faults {found.fault.tolist()}, bad rows {bad.tolist()}")
