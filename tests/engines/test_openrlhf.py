@@ -609,7 +609,7 @@ def test_a_strategy_of_the_users_reaches_engine_and_workers(
     del sys.modules["user_strategies"]
     monkeypatch.setattr("ngrpo_ops.strategies._registry", dict(registry))
     made = executor(settings["reward_url"], **settings["mixing"])
-    assert made.config == MixingConfig(strategy=name, k=2, seed=42)  # OpenRLHF's own seed
+    assert made.config == MixingConfig(strategy=name, k=2, excluded_token_ids="special", seed=42)  # OpenRLHF's own seed
     assert get_strategy(name).function is sys.modules["user_strategies"].pair
     arguments = vllm.AsyncEngineArgs(str(inputs / "model"))
     assert arguments.additional_config["ngrpo_ops"]["strategy"] == name
@@ -641,7 +641,7 @@ def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pyt
     assert words[:3] == ["python", "-m", OURS] and words[-1] == "$@"
     runtime = launch(monkeypatch, inputs, *words[3:-1])["runtime_env"]
     monkeypatch.setenv(VARIABLE, runtime["env_vars"][VARIABLE])
-    assert read_settings()[0] == MixingConfig(k=3, mixing_rate=0.1, seed=42)
+    assert read_settings()[0] == MixingConfig(k=3, mixing_rate=0.1, excluded_token_ids="special", seed=42)
     scope: dict[str, Any] = {}
     exec(reward, scope)
     queries = ["ask: so \\boxed{1/2}", "ask: so \\boxed{2}", "ask: I do not know"]
@@ -669,7 +669,7 @@ def test_the_example_starts_and_its_reward_grades(inputs: Path, monkeypatch: pyt
             "--ngrpo.excluded_token_ids " + "10 11 12 " * 10_000,
             "--ngrpo.excluded_token_ids: 30000 token ids are too many",
         ),
-        ("--ngrpo.excluded_token_ids all", "--ngrpo.excluded_token_ids must be 'special', None or a list of token ids"),
+        ("--ngrpo.excluded_token_ids all", "--ngrpo.excluded_token_ids must be 'special' or a list of token ids"),
         (
             "--algo.advantage.estimator gae",
             "--algo.advantage.estimator gae is not supported with N-GRPO: its critic would value plain tokens",
