@@ -477,3 +477,23 @@ def test_hashes_tell_rows_apart_that_differ_little():
     table_of = torch.stack([*rows, swapped])
     for half in range(2):
         assert len(row_hashes(table_of)[:, half].unique()) == len(table_of)
+
+
+def test_a_table_does_not_see_what_the_caller_changes_later() -> None:
+    """Its mask, the embedding and a state that it has loaded: a certificate is of the values that were there."""
+    generator = torch.Generator().manual_seed(4)
+    embedding, allowed = torch.randn(300, 8, generator=generator), torch.rand(300, generator=generator) < 0.9
+    kept, mask = embedding.clone(), allowed.clone()
+    table = NeighborTable(3, allowed=allowed)
+    allowed[:] = True
+    table.refresh(embedding)
+    assert torch.equal(table.ids, nearest_neighbors(kept, 3, allowed=mask).ids)
+    embedding.mul_(-1).add_(torch.randn(300, 8, generator=generator))
+    assert table.refresh(kept).certified == 300
+    state = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in table.state_dict().items()}
+    restored = NeighborTable(3, allowed=mask)
+    restored.load_state_dict(state)
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    assert restored.refresh(kept).certified == 300 and torch.equal(restored.ids, table.ids)
