@@ -125,6 +125,8 @@ def test_dropout_in_training_mode_is_refused() -> None:
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is not touched"
     mixing.model.eval()
     assert rollout(mixing) < PARITY
+    plain = NeighborMixing(endless(tiny_model(attention_dropout=0.3)).train(), MixingConfig(mixing_rate=0))
+    assert not plain.generate(**left_padded(), max_new_tokens=3)[1].gate.any()
     without = NeighborMixing(endless(tiny_model()).train(), HALF)
     assert rollout(without) < PARITY and without.model.training
 

@@ -251,7 +251,8 @@ class NeighborMixing:
             >>> torch.equal(record.ids[..., 0], sequences[:, 2:])  # a mixed step emits its anchor
             True
         """
-        require_repeatable(self._inner)
+        if self.config.mixing_rate > 0:
+            require_repeatable(self._inner)
         return self._generate(self.model.generate, row_ids, input_ids=input_ids, **kwargs)
 
     def _generate(self, generate: Callable[..., Any], row_ids: Tensor | None, **kwargs: Any) -> tuple[Any, MixRecord]:
