@@ -51,7 +51,7 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     ),
     # The width is the size of a group.
     "group_advantages_kernel": (
-        (16, _config(4, registers=64, BLOCK_G=32, BLOCK_R=16)),
+        (16, _config(4, registers=80, BLOCK_G=32, BLOCK_R=16)),
         (128, _config(4, registers=64, BLOCK_G=4, BLOCK_R=128)),
         (2**31, _config(8, registers=64, BLOCK_G=1, BLOCK_R=2048)),
     ),

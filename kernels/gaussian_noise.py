@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LEAST_UNIT, launch, launcher, power_of_two, random_words, widen
+from .primitives import LEAST_UNIT, inverse_of_power, launch, launcher, power_of_two, random_words, widen
 
 
 @triton.jit
@@ -59,7 +59,8 @@ def normal(seed, step, row_id, index):
 def add_squares(unit, squares, value):
     """A sum of squares in squares of `unit`, a power of two that grows: no square overflows or vanishes."""
     larger = tl.maximum(unit, power_of_two(tl.max(tl.abs(value), axis=0)))
-    shrink, scaled = unit / larger, value / larger
+    inverse = inverse_of_power(larger)
+    shrink, scaled = unit * inverse, value * inverse
     return larger, squares * shrink * shrink + tl.sum(scaled * scaled, axis=0)
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, launcher, power_of_two, widen
+from .primitives import inverse_of_power, launch, launcher, power_of_two, widen
 
 # The constants of the kernels for the values of the settings.
 _BASELINES = {"mean": 0, "leave_one_out": 1, "none": 2}
@@ -72,7 +72,6 @@ def _statistics(
     """Of each group: largest reward, mean of (reward - largest), scale, divisor (0: no advantages), sum of the weights,
     number of rows."""
     max_reward = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    min_reward = tl.full([BLOCK_G], float("inf"), tl.float32)
     weight = tl.zeros([BLOCK_G], tl.float32)
     members = tl.zeros([BLOCK_G], tl.int32)
     for start in range(0, longest, BLOCK_R):
@@ -80,8 +79,6 @@ def _statistics(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         max_reward = tl.maximum(max_reward, tl.max(tl.where(w != 0.0, x, float("-inf")), axis=1))
-        if SCALE == 0:
-            min_reward = tl.minimum(min_reward, tl.min(tl.where(w != 0.0, x, float("inf")), axis=1))
         weight += tl.sum(w, axis=1)
         members += tl.sum((w != 0.0).to(tl.int32), axis=1)
     # Rewards are measured from the largest of the group, so that equal rewards are centered to exactly 0.
@@ -95,9 +92,9 @@ def _statistics(
     shifted_mean = shifted_sum / tl.maximum(weight, 1.0)
     scale = tl.full([BLOCK_G], 1.0, tl.float32)
     if SCALE == 0:
-        # A power of two near the largest deviation: its squares neither overflow nor vanish, and no bit changes.
-        unit = power_of_two(tl.where(members > 0, max_reward - min_reward, 0.0))
-        inverse_unit = 1.0 / unit
+        # A power of two: at most the largest deviation, and no less than it over the number of rows. In this unit the
+        # squares neither overflow nor vanish, and no bit changes.
+        inverse_unit = inverse_of_power(power_of_two(shifted_mean))
         squares = tl.zeros([BLOCK_G], tl.float32)
         for start in range(0, longest, BLOCK_R):
             _, _, x, w = _rows(
@@ -106,7 +103,7 @@ def _statistics(
             centered = ((x - max_reward[:, None]) - shifted_mean[:, None]) * inverse_unit[:, None]
             squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)
         # An approximate square root would flush small deviations to 0.
-        scale = unit * tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))
+        scale = inverse_of_power(inverse_unit) * tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))
     if SCALE == 1:
         scale = max_reward + shifted_mean
     divisor = scale

@@ -38,6 +38,12 @@ def power_of_two(x):
 
 
 @triton.jit
+def inverse_of_power(unit):
+    """1 / unit of a power of two, exactly: a division would be approximate."""
+    return (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale(z, inverse, residual):
     """z / temperature, to the last bit or so, without a division: 1 / temperature is inverse + residual. -inf stays."""
     scaled = z * inverse

@@ -153,13 +153,6 @@ class _Groups:
         index = self.group_of_row[:, None].expand(x.shape)
         return x.new_full((self.count, x.shape[1]), -torch.inf).scatter_reduce_(0, index, x, "amax")
 
-    def min(self, x: Tensor) -> Tensor:
-        """The smallest of x <= 0; 0 of no rows."""
-        if self.equal_sizes:
-            return x.amin(1, keepdim=True)
-        index = self.group_of_row[:, None].expand(x.shape)
-        return x.new_zeros(self.count, x.shape[1]).scatter_reduce_(0, index, x, "amin")
-
     def to_rows(self, of_groups: Tensor) -> Tensor:
         """For each row the value of its group."""
         return of_groups if self.equal_sizes else of_groups[self.group_of_row]
@@ -199,8 +192,9 @@ def _statistics(groups: _Groups, rewards: Tensor, settings: GroupSettings) -> _S
     shifted_mean = groups.sum(w * shifted) / total_weight.clamp(min=1)
     centered = torch.where(counted, shifted - groups.to_rows(shifted_mean), 0)
     if scale_by == "std":
-        # A power of two near the largest deviation: its squares neither overflow nor vanish, and no bit changes.
-        unit = power_of_two(groups.min(shifted))
+        # A power of two: at most the largest deviation, and no less than it over the number of rows. In this unit the
+        # squares neither overflow nor vanish, and no bit changes.
+        unit = power_of_two(shifted_mean)
         squares = groups.sum(w * (centered / groups.to_rows(unit)).square())
         scale = unit * (squares / (total_weight - settings.ddof).clamp(min=1)).sqrt()
     else:
