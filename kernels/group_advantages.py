@@ -92,8 +92,8 @@ def _statistics(
     shifted_mean = shifted_sum / tl.maximum(weight, 1.0)
     scale = tl.full([BLOCK_G], 1.0, tl.float32)
     if SCALE == 0:
-        # A power of two: at most the largest deviation, and no less than it over the number of rows. In this unit the
-        # squares neither overflow nor vanish, and no bit changes.
+        # A power of two. The mean is measured from the largest reward: it is that reward's own deviation, and the
+        # largest deviation is at most W times it. In this unit no square overflows or vanishes, and no bit changes.
         inverse_unit = inverse_of_power(power_of_two(shifted_mean))
         squares = tl.zeros([BLOCK_G], tl.float32)
         for start in range(0, longest, BLOCK_R):

@@ -35,18 +35,14 @@ _ALL_SAMPLE = 1e6  # a larger moi_beta leaves the rest of the mix no weight that
 class Range:
     """The numbers that a field may have."""
 
-    least: float = -math.inf
-    most: float = math.inf
-    includes_least: bool = True
+    least: float
+    most: float
 
     def __contains__(self, value: float) -> bool:
-        above = self.least <= value if self.includes_least else self.least < value
-        return above and value <= self.most and math.isfinite(value)
+        return self.least <= value <= self.most
 
     def __str__(self) -> str:
-        if self.most != math.inf:
-            return f"within {'[' if self.includes_least else '('}{self.least:g}, {self.most:g}]"
-        return "positive and finite" if not self.includes_least else f"a finite number of at least {self.least:g}"
+        return f"within [{self.least:g}, {self.most:g}]"
 
 
 def plain_number(value: Any) -> float | None:

@@ -197,6 +197,10 @@ def test_a_model_with_per_layer_inputs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"reads token ids elsewhere .*embed_tokens_per_layer"):
         NeighborMixing(Gemma4(config), HALF)
     NeighborMixing(Gemma4(config), MixingConfig(mixing_rate=0))  # nothing is mixed
+    refused = Gemma4(config)
+    with pytest.raises(ValueError, match="elsewhere"):
+        NeighborMixing(refused, HALF)
+    assert not refused.get_input_embeddings()._forward_hooks
 
 
 def test_a_second_table_that_no_module_shows_is_refused() -> None:
@@ -333,6 +337,19 @@ def test_what_cannot_be_shared_is_refused() -> None:
     with pytest.raises(RuntimeError, match="a replay cannot begin within a replay"), mixing.replay(record):
         replay()
     assert rollout(mixing) < PARITY, "nothing stays armed"
+
+
+def test_a_forward_that_autograd_repeats_in_its_own_thread_is_told() -> None:
+    """On a GPU a checkpoint of the whole model is recomputed in another thread, where it would embed plain ids."""
+    model = endless(tiny_model())
+    mixing = NeighborMixing(model, HALF)
+    sequences, record = mixing.generate(**left_padded(), max_new_tokens=4)
+    with pytest.raises(RuntimeError, match="another thread ran a forward of the model"), mixing.replay(record):
+        model(input_ids=sequences)
+        in_threads(lambda: model(input_ids=sequences))
+    with mixing.replay(record):
+        model(input_ids=sequences)
+        in_threads(lambda: model.generate(**left_padded(), max_new_tokens=2))  # without gradients: no matter
 
 
 # The record of other sequences --------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def test_rate_zero_reads_no_mixing_at_all(train: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(NeighborMixing, "__init__", refuse)
     trainer = train(steps=1, mixing_rate=0.0, save_strategy="steps", save_steps=1)
     saved = trainer.args.output_dir + "/checkpoint-1"
-    train(steps=2, mixing_rate=0.0, resume_from_checkpoint=saved)
+    resumed = train(steps=2, mixing_rate=0.0, resume_from_checkpoint=saved)
+    assert resumed.state.global_step == 2 and "mixing" not in vars(resumed)
     train.make(mixing_rate=0.0, rollout_func=lambda prompts, trainer: {})
 
 
@@ -99,7 +100,8 @@ def test_rate_zero_reads_no_mixing_at_all(train: Any, monkeypatch: pytest.Monkey
 def test_settings_of_the_trainers_own_value_pass(train: Any, harmless: dict) -> None:  # noqa: F811
     model = tiny_model()
     model.generation_config.eos_token_id = EOS
-    train.make(mixing_rate=0.5, model=model, generation_kwargs=harmless)
+    trainer = train.make(mixing_rate=0.5, model=model, generation_kwargs=harmless)
+    assert trainer.mixing.config.mixing_rate == 0.5
 
 
 @pytest.mark.parametrize(

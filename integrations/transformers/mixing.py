@@ -91,11 +91,12 @@ class NeighborMixing:
         self.vocabulary = vocabulary_size(model)
         self.config.require_vocabulary(self.vocabulary)
         self.table = make_table(self.config, self.vocabulary, tokenizer, logger.warning)
+        if self.config.mixing_rate > 0:
+            refuse_second_tables(model)
+        # Last: a model that is refused is left without hooks.
         self._mixers: dict[nn.Module, EmbeddingMixer] = {}
         self.mixer = self.attach(model)
         self.next_row = 0
-        if self.config.mixing_rate > 0:
-            refuse_second_tables(model)
         self._tried = self.config.mixing_rate == 0  # whether the model was seen to read mixes as it should
 
     def attach(self, model: Any) -> EmbeddingMixer:

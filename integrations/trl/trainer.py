@@ -141,7 +141,7 @@ class NGRPOTrainer(GRPOTrainer):
             super().__init__(*bound.args[1:], **bound.kwargs)
         if self._mixes:
             refuse_loaded(self, config)
-            mixing = self.mixing
+            mixing = self.mixing  # made here, so that what it refuses is refused at the start
             if self.ref_model is not None:
                 mixing.attach(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_record: MixRecord | None = None  # of the generation under way

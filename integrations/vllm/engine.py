@@ -18,7 +18,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from ngrpo_ops import MixingConfig, MixRecord, raise_faults, selective_log_softmax
 from ngrpo_ops._patching import wrap
-from ngrpo_ops.rollout import Noise, Overlay, decide, make_table, neighbor_ids
+from ngrpo_ops.rollout import Noise, Overlay, decide, make_table, neighbor_ids, reads_table
 from ngrpo_ops.strategies import get_strategy
 
 from .embedding import InputEmbedding
@@ -99,7 +99,8 @@ class EngineMixer:
         self.pool = EntryPool(config.k, device)
         self.requests = MixedRequests(config, scheduler.max_num_seqs, engine.max_model_len, self.pool)
         self.embedding = InputEmbedding(model, self.vocabulary)
-        tokenizer = cached_tokenizer_from_config(engine) if config.excluded_token_ids == "special" else None
+        asks = config.excluded_token_ids == "special" and reads_table(config)
+        tokenizer = cached_tokenizer_from_config(engine) if asks else None
         self.table = make_table(config, self.vocabulary, tokenizer, logger.info_once)
         self._slots = scheduler.max_num_seqs
         self._batch: Any = None  # the batch under way; None in a warm-up

@@ -117,9 +117,8 @@ def require_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 def require_positive(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not LEAST_POSITIVE <= value < math.inf or _is_huge(
-        value
-    ):  # math.isfinite would break a compiled graph with a symbolic float
+    # math.isfinite would break a compiled graph with a symbolic float.
+    if not LEAST_POSITIVE <= value < math.inf or _is_huge(value):
         raise ValueError(f"{name} must be positive and finite, at least {LEAST_POSITIVE}, got {value!r}")
 
 

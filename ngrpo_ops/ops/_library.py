@@ -72,6 +72,8 @@ class Operation:
 
 def _carries_tangents(args: tuple[Any, ...]) -> bool:
     """Whether one of the arguments is a dual tensor, of torch.func.jvp or torch.autograd.forward_ad."""
+    if getattr(forward_ad, "_current_level", 0) < 0:  # outside of forward mode, as nearly always: no tensor is dual
+        return False
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
 
 

@@ -192,8 +192,8 @@ def _statistics(groups: _Groups, rewards: Tensor, settings: GroupSettings) -> _S
     shifted_mean = groups.sum(w * shifted) / total_weight.clamp(min=1)
     centered = torch.where(counted, shifted - groups.to_rows(shifted_mean), 0)
     if scale_by == "std":
-        # A power of two: at most the largest deviation, and no less than it over the number of rows. In this unit the
-        # squares neither overflow nor vanish, and no bit changes.
+        # A power of two. The mean is measured from the largest reward: it is that reward's own deviation, and the
+        # largest deviation is at most W times it. In this unit no square overflows or vanishes, and no bit changes.
         unit = power_of_two(shifted_mean)
         squares = groups.sum(w * (centered / groups.to_rows(unit)).square())
         scale = unit * (squares / (total_weight - settings.ddof).clamp(min=1)).sqrt()
