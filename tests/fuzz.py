@@ -211,6 +211,8 @@ def group_advantages(d: Draw) -> tuple[dict, Callable]:
                 continue
             alone = len(rows) == 1
             if alone and (baseline != "none" or scale == "std"):
+                if scale == "batch_std" and bool(whole.isnan()):
+                    right[rows] = math.nan  # 0 over a scale that is NaN
                 continue
             for i, row in enumerate(rows.tolist()):
                 others = torch.cat([values[:i], values[i + 1 :]])
@@ -221,8 +223,10 @@ def group_advantages(d: Draw) -> tuple[dict, Callable]:
                 if baseline != "none" and bool((values == values[0]).all()):
                     top = torch.tensor(0.0)
                 right[row] = 0.0 if divisor == 0 else top / divisor
-                # What rounding of the rewards' own size makes of a difference, over the divisor.
+                # What rounding of the rewards' own size makes of a difference, over the divisor. A mean is rounded too.
                 sizes[row] = 1 + float(values.abs().max() / divisor.abs()) if divisor != 0 else math.inf
+                if scale == "mean":
+                    sizes[row] *= 1 + right[row].abs()
         dtype = rewards.dtype
         fine = (sizes < 1e6) | right.isnan()
         near(found[fine], right[fine], dtype, "advantages", sizes[fine].nan_to_num(1.0))
@@ -473,15 +477,17 @@ def run(name: str, number: int, seed: int) -> str:
     return "right"
 
 
-def fuzz(seconds: float, seed: int, only: int | None = None, progress: bool = False) -> Counter:
-    """Calls until the time is over.
+def fuzz(
+    seconds: float, seed: int, only: int | None = None, progress: bool = False, calls: int | None = None
+) -> Counter:
+    """Calls until the time is over, or `calls` of them.
 
     Raises:
         SystemExit: a finding, with what to run to see it again.
     """
     ends: Counter = Counter()
     start = time.monotonic()
-    numbers = itertools.count() if only is None else [only]
+    numbers = (itertools.count() if calls is None else range(calls)) if only is None else [only]
     for number in numbers:
         if time.monotonic() - start > seconds:
             break

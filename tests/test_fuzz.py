@@ -14,7 +14,7 @@ def test_two_minutes_of_public_calls() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ends = fuzz.fuzz(seconds=120, seed=20)
+        ends = fuzz.fuzz(seconds=120, seed=20, calls=25_000)  # no more on a faster machine: the same calls everywhere
     finally:
         torch.set_num_threads(threads)
     assert ends["right"] > 1000 and ends["refused"] > 100

@@ -87,11 +87,13 @@ def group_advantages(
         reward_weights: [R], floating point, one for each reward function. None: 1 for each.
         aggregation: for several reward functions, "sum_then_normalize", or "normalize_then_sum" (GDPO), which
             normalizes each function by itself.
-        nan_policy: "propagate" makes every advantage of a group with a NaN reward NaN. "omit" leaves NaN rewards out
-            of every statistic and out of the sum over functions; a row whose rewards are all NaN gets 0.
-        singleton_groups: what a group of one row gets. "zero" is 0. "keep" is its reward over 1 + eps, as in verl, and
-            its reward over the batch's scale with "batch_std". It is not used where neither baseline nor scale comes
-            from the group: baseline "none" with scale "none", "mean" or "batch_std".
+        nan_policy: "propagate" makes every advantage of a group with a NaN reward NaN, and every advantage of the
+            batch with "batch_std" or a whitening. "omit" leaves NaN rewards out of every statistic and out of the sum
+            over functions; a row whose rewards are all NaN gets 0.
+        singleton_groups: what a group of one row gets. "zero" is 0, and NaN only where the batch's own scale is NaN.
+            "keep" is its reward over 1 + eps, as in verl, and its reward over the batch's scale with "batch_std". It
+            is not used where neither baseline nor scale comes from the group: baseline "none" with scale "none",
+            "mean" or "batch_std".
         whitening: a `Whitening` of the advantages over the whole batch. Rows without an advantage are left out: masked
             rows, rows without a reward under "omit", and rows that are alone in their group where the baseline is the
             mean of the others.
