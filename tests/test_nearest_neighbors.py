@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngrpo_ops import nearest_neighbors
-from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, search
+from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, search
 from ngrpo_ops.ops.nearest_neighbors import scores as scores_module
 from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
 from ngrpo_ops.ops.nearest_neighbors.oracle import brute_force_scores
@@ -94,9 +94,10 @@ def every_row(table: Tensor, queries: Tensor | None = None) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _kernels_for_few_rows(monkeypatch):
-    """A search of few rows would score pairs with the kernels, and scan without them."""
+def _few_rows_as_many(monkeypatch):
+    """A search of few rows would score pairs with the kernels, and scan without them, equal rows each for itself."""
     monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
+    monkeypatch.setattr(search, "_SHARED_FROM", 0)
 
 
 @pytest.fixture
@@ -180,6 +181,10 @@ def test_tiles_do_not_show(data, metric, limit, backend):
         patch.setattr(scores_module, "_COLUMN_TILE", limit)
         patch.setattr(scores_module, "_TILE_ELEMENTS", limit * table.shape[1])
         patch.setattr(scores_module, "_CAST_ELEMENTS", limit)
+        patch.setattr(search, "_WORKSPACE_BYTES", 64 * limit * k)  # too few bytes for the triangle, or enough
+        patch.setattr(search, "_SHARED_FROM", 0 if limit == 7 else 2**60)
+        patch.setattr(candidates, "_MAX_GROUPS", limit)
+        patch.setattr(equal_rows, "_EXPANDED_PAIRS", limit)
         tiled = nearest_neighbors(table, k, **options)
     assert torch.equal(whole.ids, tiled.ids) and torch.equal(whole.scores, tiled.scores)
 
@@ -195,7 +200,7 @@ def test_small_tiles_are_exact_too(metric, data, backend):
             patch.setattr(search, name, value)
         for name, value in (("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
             patch.setattr(scores_module, name, value)
-        patch.setattr(candidates, "_MAX_HITS", 40)
+        patch.setattr(candidates, "_MAX_GROUPS", 3)
         got = nearest_neighbors(table, k, metric=metric, queries=queries, allowed=allowed, backend=backend)
     ids, scores = ranked(brute_force(table, metric)[0], k, every_row(table, queries), allowed)
     assert torch.equal(got.ids, ids) and torch.equal(got.scores, scores.float())
@@ -231,17 +236,31 @@ def test_scores_that_underflow(metric, scale, backend):
     assert torch.equal(got.ids, ids)
 
 
+@pytest.fixture
+def drops(monkeypatch) -> list[int]:
+    """The pairs each time that more were held than fit, and all but the best were dropped. Few fit."""
+    monkeypatch.setattr(search, "_TRIANGLE_PAIRS", 0)
+    monkeypatch.setattr(candidates, "_MAX_PAIRS", 0)
+    held: list[int] = []
+    original = candidates.Candidates._drop_all_but_the_best
+    monkeypatch.setattr(
+        candidates.Candidates,
+        "_drop_all_but_the_best",
+        lambda self: held.append(self._pairs.rows.numel()) or original(self),
+    )
+    return held
+
+
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("metric", METRICS)
-def test_thousands_of_equal_rows(metric, backend, monkeypatch):
-    """More equal rows than candidates: only the exhaustive pass can find the lowest ids, and it must have run."""
-    calls = []
-    original = search._Search.exhaustive_search
-    monkeypatch.setattr(search._Search, "exhaustive_search", lambda *a: calls.append(a[1].numel()) or original(*a))
+def test_thousands_of_equal_rows(metric, shared, backend, monkeypatch, drops):
+    """More equal rows than can be held: the lowest ids are found whether they share a search or not."""
+    monkeypatch.setattr(search, "_SHARED_FROM", 0 if shared else 2**60)
     table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     table[500:2900] = table[2950].clone()
     queries = torch.tensor([2950, 500, 501, 2899, 3, 0], device=DEVICE)
     got = nearest_neighbors(table, 4, metric=metric, queries=queries, backend=backend)
-    assert sum(calls) >= 4
+    assert shared or drops
     assert got.ids[0].tolist() == [500, 501, 502, 503]
     assert got.ids[1].tolist() == [501, 502, 503, 504]
     assert got.ids[2].tolist() == [500, 502, 503, 504]

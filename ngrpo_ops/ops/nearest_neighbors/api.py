@@ -22,7 +22,7 @@ from .._checks import (
 )
 from .._library import HostReadingOperation, choose_backend
 from .scores import ScoredRows
-from .search import Progress, default_num_candidates, search
+from .search import Progress, search
 from .sharded import local_rows, search_shards
 
 
@@ -66,7 +66,7 @@ def _search_table(embedding: Tensor, request: _Request, progress: Progress | Non
     if allowed is not None:
         require_enough_allowed(allowed, k)
     rows = ScoredRows(embedding, metric, backend=backend)  # type: ignore[arg-type]
-    found = search(rows, k, default_num_candidates(k), queries=queries, allowed=allowed, progress=progress)
+    found = search(rows, k, queries=queries, allowed=allowed, progress=progress)
     return found.ids, found.scores
 
 

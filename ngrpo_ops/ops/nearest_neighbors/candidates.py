@@ -1,6 +1,8 @@
-"""The best candidates of every row that a scan has seen so far, and the memory of one tile of scores."""
+"""The pairs that a scan keeps of each query, and the memory of one tile of scores."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,32 +10,314 @@ from torch import Tensor
 from .bounds import OptimisticScores
 
 GROUP_SIZE = 16  # scores of which the maximum is compared first
-_MAX_HITS = 2**16  # groups that are looked into at a time
+_MAX_GROUPS = 2**15  # groups that are looked into at a time
+_MAX_PAIRS = 2**20  # pairs that are held before all of them are scored, and all but the best dropped; 64 bytes each
 
 
-class RunningBest:
-    """The c highest scores seen so far of each of n rows, and the ids of their columns.
+class Pairs(NamedTuple):
+    """Pairs of a query and a column.
 
-    Scores at or below a row's floor are not kept. No score that was seen and is not kept is above `thresholds`.
-
-    Args:
-        n, c: rows, and scores kept of each.
-        floor: [n], in the dtype of the scores; None: no floor.
-        like: a tensor of the dtype and device of the scores.
+    Attributes:
+        rows: int32 [n], positions among the queries.
+        columns: int32 [n], ids of columns.
+        upper: float32 [n], at least the score.
+        lower: float32 [n], at most the score. Where both are equal they are the score.
     """
 
-    def __init__(self, n: int, c: int, floor: Tensor | None, *, like: Tensor) -> None:
-        self.values = like.new_full((n, c), -torch.inf)
-        self.ids = torch.full((n, c), -1, dtype=torch.int32, device=like.device)
-        self.floor = like.new_full((n,), -torch.inf) if floor is None else floor
-        self.dropped_bound = like.new_full((n,), -torch.inf)  # no score that a kernel left out of its tile is above it
+    rows: Tensor
+    columns: Tensor
+    upper: Tensor
+    lower: Tensor
 
-    def thresholds(self, rows: slice = slice(None)) -> Tensor:
-        """The values that a score must exceed to be kept."""
-        return torch.maximum(torch.maximum(self.values[rows, -1], self.floor[rows]), self.dropped_bound[rows])
+    def at(self, index: Tensor) -> Pairs:
+        """The pairs at int64 positions, or where a mask is True."""
+        index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+        return Pairs(*(field[index] for field in self))
+
+
+class Found(NamedTuple):
+    """What a scan found of n queries.
+
+    Attributes:
+        columns: int64 [n, c], the ids of the best columns, best first; -1 where there are fewer.
+        scores: float32 [n, c]; -inf where the id is -1, and where a pair was not scored. The first k always are.
+        bounds: float32 [n]: no other column scores above it. -inf: there is no other column.
+    """
+
+    columns: Tensor
+    scores: Tensor
+    bounds: Tensor
+
+
+class Candidates:
+    """The pairs of some queries that may be among the nearest, and the threshold that a new pair must reach.
+
+    A threshold is a proven lower bound of a score that is kept. It comes from lower bounds of scores: from
+    `upper_bound - error_bound`, or from the score itself where it is known. A pair is taken where its upper bound is at
+    least the threshold. So no pair of the k nearest is ever missed, and equal scores are told apart by their ids in the
+    end. Thresholds only rise, and a pair that was left out scores at most the threshold.
+
+    A search keeps k pairs of each query: the threshold is the k-th largest lower bound. A build keeps more, for the
+    certificates of later refreshes, and the bound that it needs is the threshold of the last. There are two cases.
+
+    - The last kept upper bound is below the k-th lower bound. Then it serves as the threshold itself. It is a bound of
+      all that is left out, fewer pairs are taken than with a lower bound, and only the pairs that may be among the k
+      nearest are scored in the end.
+    - Otherwise the threshold is the last kept lower bound, and all pairs are scored in the end. The bound is then
+      exact, so that a later refresh certifies the query if it can be certified at all.
+
+    Both thresholds are at most the k-th lower bound. Where more than `capacity` pairs reach the thresholds, as among
+    thousands of nearly equal rows, all are scored and all but the best are dropped.
+
+    Args:
+        scores: the upper bounds.
+        queries: row ids int64 [n].
+        k: the nearest columns that are wanted of each query.
+        kept: the columns that are kept of each query, at least k.
+        floor: float32 [n], scores that k columns are known to reach; None: nothing is known.
+        capacity: pairs that are held, at least twice those that are kept; None: a million.
+    """
+
+    def __init__(
+        self,
+        scores: OptimisticScores,
+        queries: Tensor,
+        k: int,
+        kept: int,
+        floor: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        self.scores, self.queries, self.k, self.kept = scores, queries, k, kept
+        n, device = queries.numel(), queries.device
+        self.capacity = max(_MAX_PAIRS if capacity is None else min(_MAX_PAIRS, capacity), 2 * kept * n)
+        self.thresholds = torch.full((n,), -torch.inf, device=device) if floor is None else floor.clone()
+        self._kth = self.thresholds  # the k-th lower bounds; no pair below is among the k nearest
+        self._is_far = torch.zeros(n, dtype=torch.bool, device=device)  # the first of the two cases
+        none, no_scores = torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(0, device=device)
+        self._pairs = Pairs(none, none, no_scores, no_scores)
+        self._new: list[Pairs] = []
+        self._pending = 0
+        self._is_fresh = floor is None or bool((floor == -torch.inf).any())  # no tile was seen yet
+
+    def __len__(self) -> int:
+        return self.queries.numel()
+
+    def add(self, ids: Tensor, scores: Tensor) -> None:
+        """Takes in known pairs: columns int64 [n, m], -1 where there is none, and their scores float32 [n, m]."""
+        rows = torch.arange(len(self), device=ids.device)[:, None].expand_as(ids)
+        known = ids >= 0
+        self._append(Pairs(rows[known].int(), ids[known].int(), scores[known], scores[known]))
+
+    def take(self, tile: Tensor, ids: Tensor, dim: int) -> None:
+        """Takes the pairs that reach the thresholds out of a tile of optimistic scores.
+
+        The maxima of groups of scores are cheap and tell where to look.
+
+        Args:
+            tile: the scores of the queries against the columns `ids`, padded to whole groups.
+            ids: int64, the ids of the columns.
+            dim: the dimension of the tile along which the columns lie.
+        """
+        groups = tile.shape[dim] // GROUP_SIZE
+        # Member m of group g is at m * groups + g, so that a maximum runs over rows of memory and not along them.
+        members = tile.unflatten(dim, (GROUP_SIZE, groups))
+        # Read as integers, bfloat16 numbers from 0 on keep their order and are above all negative ones. Integers
+        # compare faster.
+        least = self.scores.threshold_below(self.thresholds)
+        as_integers = tile.dtype == torch.bfloat16 and bool((least >= 0).all())
+        maxima = (members.view(torch.int16) if as_integers else members).amax(dim)
+        if self._is_fresh:
+            self._is_fresh = False
+            self._set_first_thresholds(members, maxima, ids, dim)
+            least = self.scores.threshold_below(self.thresholds)
+        hit = maxima > (least.view(torch.int16) if as_integers else least).unsqueeze(dim)
+        for part in parts(hit.sum(dim), _MAX_GROUPS):
+            self._take_groups(part, hit, members, least, ids, dim)
+            if self._pending > self.kept * len(self):
+                self.tighten()
+                least = self.scores.threshold_below(self.thresholds)
+
+    def _set_first_thresholds(self, members: Tensor, maxima: Tensor, ids: Tensor, dim: int) -> None:
+        """Thresholds from the first tile. The largest scores of `kept` groups belong to as many pairs."""
+        if maxima.shape[dim] < self.kept:
+            return
+        group = maxima.topk(self.kept, dim=dim, sorted=False).indices
+        group = group if dim == 1 else group.T
+        row = torch.arange(group.shape[0], device=group.device)[:, None]
+        each = torch.arange(GROUP_SIZE, device=group.device)
+        place = (row[:, :, None], each, group[:, :, None]) if dim == 1 else (each, group[:, :, None], row[:, :, None])
+        value, m = members[place].max(2)
+        column = ids[(group + maxima.shape[dim] * m).clamp(max=ids.numel() - 1)]  # padding is at -inf
+        upper = self.scores.upper_bound(value)
+        self.thresholds = torch.maximum(self.thresholds, self._lower_bound(upper, row, column).amin(1))
+
+    def _lower_bound(self, upper: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        lower = upper - self.scores.error_bound(upper, self.queries[rows].expand_as(columns), columns)
+        return torch.where(upper == -torch.inf, -torch.inf, lower)
+
+    def _take_groups(self, part: slice, hit: Tensor, members: Tensor, least: Tensor, ids: Tensor, dim: int) -> None:
+        """Takes the pairs of the queries `part` in the groups that were hit."""
+        least = least[part]
+        if dim == 1:
+            row, group = hit[part].nonzero(as_tuple=True)
+            values = members[part].transpose(1, 2)[row, group]
+            pair, m = (values > least[row, None]).nonzero(as_tuple=True)
+            values = values[pair, m]
+        else:
+            group, row = hit[:, part].nonzero(as_tuple=True)
+            values = members[:, :, part][:, group, row]  # in the order of the tile in memory
+            m, pair = (values > least[row]).nonzero(as_tuple=True)
+            values = values[m, pair]
+        if pair.numel():
+            rows = row[pair] + part.start
+            columns = ids[group[pair] + hit.shape[dim] * m]
+            upper = self.scores.upper_bound(values)
+            self._append(Pairs(rows.int(), columns.int(), upper, self._lower_bound(upper, rows, columns)))
+
+    def _append(self, pairs: Pairs) -> None:
+        self._new.append(pairs)
+        self._pending += pairs.rows.numel()
+
+    def tighten(self) -> None:
+        """Merges the new pairs, raises the thresholds, and drops the pairs that do not reach them."""
+        if not self._pending:
+            return
+        pairs = Pairs(*(torch.cat(field) for field in zip(self._pairs, *self._new, strict=True)))
+        self._new, self._pending = [], 0
+        pairs = pairs.at(pairs.upper >= self.thresholds[pairs.rows])
+        pairs = pairs.at(_sort_keys(pairs.rows, pairs.upper).argsort())  # the largest upper bounds of each query first
+        if pairs.rows.numel():
+            first, counts = self._spans(pairs)
+            place = torch.arange(self.kept, device=counts.device)
+            is_there = place < counts[:, None]
+            place = (first[:, None] + place).clamp(max=pairs.rows.numel() - 1)
+            lower = torch.where(is_there, pairs.lower[place], -torch.inf)
+            # The least lower bound of k pairs, which are the k with the largest upper bounds.
+            self._kth = torch.maximum(self._kth, lower[:, : self.k].amin(1))
+            last = lower.amin(1)
+            if self.kept > self.k:
+                upper = torch.where(is_there[:, -1], pairs.upper[place[:, -1]], -torch.inf)
+                self._is_far = self._kth > upper
+                last = torch.where(self._is_far, upper, torch.minimum(last, self._kth))
+            self.thresholds = torch.maximum(self.thresholds, last)
+            pairs = pairs.at(pairs.upper >= self.thresholds[pairs.rows])
+        self._pairs = pairs
+        if pairs.rows.numel() > self.capacity:
+            self._drop_all_but_the_best()
+
+    def _drop_all_but_the_best(self) -> None:
+        pairs = self._ranked(torch.ones_like(self._is_far))
+        first, counts = self._spans(pairs)
+        place = torch.arange(pairs.rows.numel(), device=first.device) - first[pairs.rows]
+        for count, thresholds in ((self.k, self._kth), (self.kept, self.thresholds)):
+            reached = (counts >= count).nonzero().squeeze(1)
+            thresholds[reached] = torch.maximum(thresholds[reached], pairs.upper[first[reached] + count - 1])
+        self._pairs = pairs.at(place < self.kept)
+
+    def _spans(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Where the pairs of each query begin, and how many there are, int64 [n] each."""
+        counts = torch.bincount(pairs.rows, minlength=len(self))
+        return counts.cumsum(0) - counts, counts
+
+    def _ranked(self, all_of: Tensor) -> Pairs:
+        """The pairs query after query, the highest scores first, equal scores by the lower column.
+
+        Pairs that may be among the k nearest are scored. Pairs that are not scored come last, by their upper bounds.
+
+        Args:
+            all_of: bool [n], queries of which every pair is scored.
+        """
+        pairs, scores = self._pairs, self.scores
+        unknown = (pairs.lower < pairs.upper) & (all_of[pairs.rows] | (pairs.upper >= self._kth[pairs.rows]))
+        unknown = unknown.nonzero().squeeze(1)
+        exact = scores.queries.pair_scores(
+            self.queries[pairs.rows[unknown]], scores.columns, pairs.columns[unknown].long()
+        )
+        upper, lower = pairs.upper.index_copy(0, unknown, exact), pairs.lower.index_copy(0, unknown, exact)
+        pairs = Pairs(pairs.rows, pairs.columns, upper, lower)
+        return pairs.at(in_order(2 * pairs.rows + (pairs.lower < pairs.upper), pairs.columns, pairs.upper))
+
+    def finish(self, is_shared: Tensor | None = None, has_copies: Tensor | None = None) -> Found:
+        """Ends the scan.
+
+        Args:
+            is_shared: bool [n]: all columns of these queries are scored. None: of no query.
+            has_copies: bool [C]: all columns of a query that has such a column are scored. None: no column is such.
+        """
+        self.tighten()
+        all_of = ~self._is_far if self.kept > self.k else torch.ones_like(self._is_far)
+        if is_shared is not None:
+            all_of |= is_shared
+        if has_copies is not None:
+            all_of[self._pairs.rows[has_copies[self._pairs.columns]]] = True
+        pairs = self._ranked(all_of)
+        first, _ = self._spans(pairs)
+        place = torch.arange(pairs.rows.numel(), device=first.device) - first[pairs.rows]
+        n, is_kept = len(self), place < self.kept
+        columns = torch.full((n, self.kept), -1, dtype=torch.int64, device=first.device)
+        scores = torch.full((n, self.kept), -torch.inf, device=first.device)
+        where = (pairs.rows[is_kept], place[is_kept])
+        columns[where] = pairs.columns[is_kept].long()
+        scores[where] = torch.where(pairs.lower == pairs.upper, pairs.upper, -torch.inf)[is_kept]
+        bounds = self.thresholds.scatter_reduce(0, pairs.rows[~is_kept].long(), pairs.upper[~is_kept], "amax")
+        return Found(columns, scores, bounds)
+
+
+def _sort_keys(rows: Tensor, values: Tensor) -> Tensor:
+    """int64 [n]: in their order rows rise, and within a row float32 values fall."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (rows.long() << 32) - rising.long()
+
+
+def in_order(rows: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
+    """int64 [n]: the order of pairs in which rows rise, float32 scores fall, and columns of equal scores rise."""
+    order = columns.argsort()
+    return order[_sort_keys(rows[order], scores[order]).argsort(stable=True)]
+
+
+def parts(counts: Tensor, limit: int) -> list[slice]:
+    """Consecutive queries, in parts with about `limit` counts. One query may have more."""
+    sums = counts.cumsum(0)
+    if not counts.numel() or int(sums[-1]) <= limit:
+        return [slice(0, counts.numel())]
+    sizes = ((sums - 1).clamp(min=0) // limit).unique_consecutive(return_counts=True)[1].tolist()
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(slice(start, start + size))
+        start += size
+    return parts
+
+
+class RunningBest(NamedTuple):
+    """The c highest scores that kernels have found so far of each of n rows, and the ids of their columns.
+
+    No score that was seen and is not kept is above `thresholds`.
+
+    Attributes:
+        values, ids: float32 and int32 [n, c], best first; -inf and -1 where there are fewer.
+        floor: float32 [n]: scores at or below it need not be kept.
+        dropped_bound: float32 [n]: no score that a kernel left out of its tiles is above it.
+    """
+
+    values: Tensor
+    ids: Tensor
+    floor: Tensor
+    dropped_bound: Tensor
+
+    @staticmethod
+    def empty(n: int, c: int, floor: Tensor | None, device: torch.device) -> RunningBest:
+        lowest = torch.full((n,), -torch.inf, device=device)
+        values = torch.full((n, c), -torch.inf, device=device)
+        ids = torch.full((n, c), -1, dtype=torch.int32, device=device)
+        return RunningBest(values, ids, lowest if floor is None else floor, lowest.clone())
+
+    def thresholds(self) -> Tensor:
+        """float32 [n], the values that a score must exceed to be kept."""
+        return torch.maximum(torch.maximum(self.values[:, -1], self.floor), self.dropped_bound)
 
     def merge_tile_best(self, rows: slice, values: Tensor, places: Tensor, ids: Tensor) -> None:
-        """Takes in the best T scores of each tile.
+        """Takes in the best T scores of each tile, in place.
 
         Args:
             rows: consecutive rows.
@@ -47,70 +331,6 @@ class RunningBest:
         all_values = torch.cat([self.values[rows], values.flatten(1)], dim=1)
         self.values[rows], order = all_values.topk(self.values.shape[1], dim=1)
         self.ids[rows] = all_ids.gather(1, order)
-
-    def update(self, rows: slice, tile: Tensor, ids: Tensor, dim: int) -> None:
-        """Takes in a tile of scores.
-
-        The maxima of groups of scores are cheap and tell where to look. The c best scores of a row lie in the c groups
-        with the highest maxima, and only in groups whose maximum exceeds the row's threshold.
-
-        Args:
-            rows: consecutive rows.
-            tile: their scores against the columns `ids`, padded to whole groups.
-            ids: the ids of the columns.
-            dim: the dimension of the tile along which the columns lie.
-        """
-        size = max(1, _MAX_HITS // self.values.shape[1])
-        for start in range(rows.start, rows.stop, size):
-            block = slice(start, min(start + size, rows.stop))
-            in_tile = slice(block.start - rows.start, block.stop - rows.start)
-            self._update_block(block, tile[in_tile] if dim == 1 else tile[:, in_tile], ids, dim)
-
-    def _update_block(self, rows: slice, tile: Tensor, ids: Tensor, dim: int) -> None:
-        c = self.values.shape[1]
-        threshold = self.thresholds(rows)
-        n, groups = threshold.numel(), tile.shape[dim] // GROUP_SIZE
-        # Read as integers, bfloat16 numbers from 0 on keep their order and are above all negative ones. Integers
-        # compare faster.
-        as_integers = tile.dtype == torch.bfloat16 and bool((threshold >= 0).all())
-        keys, least = (tile.view(torch.int16), threshold.view(torch.int16)) if as_integers else (tile, threshold)
-        # Member m of group g is at m * groups + g, so that a maximum runs over rows of memory and not along them.
-        maxima = keys.unflatten(dim, (GROUP_SIZE, groups)).amax(dim)
-        hit = maxima > least.unsqueeze(dim)
-        hits = hit.sum(dim)
-        if int(hits.max()) > 4 * c or int(hits.sum()) > n * c:
-            top = maxima.topk(min(c, groups), dim=dim, sorted=False).indices
-            hit &= torch.zeros_like(hit).scatter_(dim, top, True)
-        members = tile.unflatten(dim, (GROUP_SIZE, groups))
-        if dim == 1:
-            row, group = hit.nonzero(as_tuple=True)
-            scores = members.transpose(1, 2)[row, group]
-            pair, m = (scores > threshold[row, None]).nonzero(as_tuple=True)
-            scores = scores[pair, m]
-        else:
-            group, row = hit.nonzero(as_tuple=True)
-            scores = members[:, group, row]  # in the order of the tile in memory
-            m, pair = (scores > threshold[row]).nonzero(as_tuple=True)
-            scores = scores[m, pair]
-        row, place = row[pair], group[pair] + groups * m
-        if not row.numel():
-            return
-        if dim == 0:
-            row, order = row.sort(stable=True)
-            place, scores = place[order], scores[order]
-        # A matrix of the rows that have new scores: on the left what was kept before, on the right the new scores.
-        counts = torch.bincount(row, minlength=n)
-        updated = counts.nonzero().squeeze(1)
-        slot = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
-        line = ((counts > 0).cumsum(0) - 1)[row]
-        width = int(counts.max())
-        all_values = scores.new_full((updated.numel(), c + width), -torch.inf)
-        all_ids = self.ids.new_full((updated.numel(), c + width), -1)
-        updated = updated + rows.start
-        all_values[:, :c], all_ids[:, :c] = self.values[updated], self.ids[updated]
-        all_values[line, c + slot], all_ids[line, c + slot] = scores, ids[place].int()
-        self.values[updated], order = all_values.topk(c, dim=1)
-        self.ids[updated] = all_ids.gather(1, order)
 
 
 class ScoreTile:

@@ -1,13 +1,18 @@
-"""Which rows of a table have the values of another row. No pair is compared: rows are equal where their hashes are."""
+"""Which rows of a table have the values of another row, and a search in which equal rows share their work."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...random import philox
+from .candidates import Found, in_order, parts
 
 _HASHED_ELEMENTS = 2**22  # elements of the table hashed together
+_SAMPLED_COLUMNS = 16  # of every row; only rows that agree in them are hashed
+_EXPANDED_PAIRS = 2**18  # pairs with the copies of columns that are ranked together
 _MULTIPLIER = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing
 _SEED = 20  # of the hash's constants, which must be the same on every rank
 
@@ -38,8 +43,168 @@ def row_hashes(rows: Tensor) -> Tensor:
 
 def equal_rows(hashes: Tensor) -> Tensor:
     """bool [V]: the rows whose hash another row has too. All rows of such a group are among them."""
-    _, group, count = torch.unique(hashes, dim=0, return_inverse=True, return_counts=True)
-    return count[group] > 1
+    group = _groups(hashes)
+    return (torch.bincount(group) > 1)[group]
+
+
+def _groups(hashes: Tensor) -> Tensor:
+    """int64 [n]: a number for each hash [n, 2], the same for equal ones. Many times faster than unique with a dim."""
+    order = hashes[:, 1].argsort()
+    order = order[hashes[order, 0].argsort(stable=True)]
+    is_new = (hashes[order[1:]] != hashes[order[:-1]]).any(1)
+    number = torch.nn.functional.pad(is_new.long().cumsum(0), (1, 0))
+    return torch.empty_like(order).index_copy_(0, order, number)
+
+
+def first_equal_rows(rows: Tensor) -> Tensor | None:
+    """int64 [n]: the first row with the values of each row; None: no two rows are equal.
+
+    A few columns tell most rows apart. The others are hashed, and compared with the row that they seem equal to.
+
+    Args:
+        rows: [n, d], floating point.
+    """
+    n, d = rows.shape
+    chosen = torch.arange(_SAMPLED_COLUMNS, device=rows.device) * d // _SAMPLED_COLUMNS
+    suspects = equal_rows(row_hashes(rows[:, chosen]))
+    suspects = suspects.nonzero().squeeze(1)
+    if not suspects.numel():
+        return None
+    group = _groups(row_hashes(rows[suspects]))
+    first = torch.full((suspects.numel(),), n, device=rows.device).scatter_reduce(0, group, suspects, "amin")[group]
+    is_equal = first != suspects
+    for part in is_equal.nonzero().squeeze(1).split(max(1, _HASHED_ELEMENTS // max(1, d))):
+        is_equal[part] = (rows[suspects[part]].float() == rows[first[part]].float()).all(1)
+    if not bool(is_equal.any()):
+        return None
+    return torch.arange(n, device=rows.device).index_copy(0, suspects, torch.where(is_equal, first, suspects))
+
+
+def has_equal_row(rows: Tensor) -> Tensor:
+    """bool [n]: the rows with the values of another row."""
+    first = first_equal_rows(rows)
+    if first is None:
+        return torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+    return (torch.bincount(first, minlength=rows.shape[0]) > 1)[first]
+
+
+class Classes(NamedTuple):
+    """Equal rows as one query and one column of a scan.
+
+    Among equal columns, and among columns of equal scores, the lower id comes first. So the k best columns of a query
+    are columns of the k best classes, ordered by their first columns, and the classes' first columns are all that is
+    scanned.
+
+    Attributes:
+        queries: int64 [Q], the rows whose neighbors are wanted.
+        offset: row i is column i + offset.
+        scanned: int64 [n], ascending, the rows that are scanned.
+        is_shared: bool [n], whether several rows are equal to it. Such a query is not excluded from its own columns.
+        place: int64 [Q], which of them stands for each query.
+        columns: int64, ascending, the columns that are scanned.
+        has_copies: bool [C], columns that stand for others too.
+        members: int64, the columns that may be returned, class after class and ascending within a class.
+        starts, counts: int64 [C], where the members of the class of a scanned column begin, and how many there are.
+        equal_to: int64 [V], the first row equal to each row.
+    """
+
+    queries: Tensor
+    offset: int
+    scanned: Tensor
+    is_shared: Tensor
+    place: Tensor
+    columns: Tensor
+    has_copies: Tensor
+    members: Tensor
+    starts: Tensor
+    counts: Tensor
+    equal_to: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, columns: Tensor, queries: Tensor, offset: int, allowed: Tensor | None) -> Classes | None:
+        """The classes of a search, whose arguments `search` explains; None: all rows differ, and all columns."""
+        same = rows is columns
+        of_rows = first_equal_rows(rows)
+        of_columns = of_rows if same else first_equal_rows(columns)
+        if of_rows is None and of_columns is None:
+            return None
+        device, total = rows.device, columns.shape[0]
+        of_rows = torch.arange(rows.shape[0], device=device) if of_rows is None else of_rows
+        of_columns = torch.arange(total, device=device) if of_columns is None else of_columns
+        members = torch.arange(total, device=device) if allowed is None else allowed.nonzero().squeeze(1)
+        first = torch.full((total,), total, device=device).scatter_reduce(0, of_columns[members], members, "amin")
+        stands_for = first[of_columns[members]]
+        members = members[stands_for.argsort(stable=True)]
+        count = torch.bincount(stands_for, minlength=total)
+        # A class is scanned for the columns and as a query by the same row.
+        query = of_rows[queries]
+        if same:
+            query = torch.where(first[query] < total, first[query], query)
+        scanned, place = torch.unique(query, return_inverse=True)
+        is_shared = (torch.bincount(of_rows, minlength=rows.shape[0]) > 1)[of_rows[scanned]]
+        return Classes(
+            queries, offset, scanned, is_shared, place, (count > 0).nonzero().squeeze(1), count > 1,
+            members, count.cumsum(0) - count, count, of_rows,
+        )  # fmt: skip
+
+    def lowest(self, values: Tensor) -> Tensor:
+        """For each scanned row the lowest value [Q] of the queries that it stands for."""
+        lowest = torch.full(self.scanned.shape, torch.inf, device=values.device)
+        return lowest.scatter_reduce(0, self.place, values, "amin")
+
+    def expanded(self, found: Found, k: int, kept: int) -> tuple[Found, Tensor]:
+        """What was found of the scanned rows as columns of each query: `kept` of them, without the query itself.
+
+        Also float32 [Q], bounds that leave out the columns equal to k of those that are returned. As long as these
+        columns stay equal, none of them can be among the k nearest but the k that are returned.
+        """
+        columns, scores, bounds = (x[self.place] for x in found)
+        has_copies = (self.has_copies[columns.clamp(min=0)] & (columns >= 0)).any(1) | self.is_shared[self.place]
+        class_bounds = bounds.clone()
+        out = Found(columns[:, :kept].clone(), scores[:, :kept].clone(), bounds)
+        if columns.shape[1] > kept:
+            for out_bounds in (out.bounds, class_bounds):
+                torch.where(has_copies, out_bounds, torch.maximum(out_bounds, scores[:, kept]), out=out_bounds)
+        queries = has_copies.nonzero().squeeze(1)
+        counts = torch.where(columns >= 0, self.counts[columns.clamp(min=0)], 0)[queries]
+        cut = torch.where(counts > kept + 1, scores[queries], -torch.inf).amax(1)  # columns that are not even ranked
+        out.bounds[queries] = torch.maximum(out.bounds[queries], cut)
+        counts.clamp_(max=kept + 1)
+        for part in parts(counts.sum(1), _EXPANDED_PAIRS):
+            some = queries[part]
+            self._expand(out, class_bounds, k, some, columns[some], scores[some], counts[part])
+        return out, class_bounds
+
+    def _expand(
+        self, out: Found, class_bounds: Tensor, k: int, queries: Tensor, columns: Tensor, scores: Tensor, counts: Tensor
+    ) -> None:
+        """Writes the best members of classes [q, c], with their scores, to some queries of `out`."""
+        kept = out.columns.shape[1]
+        each = counts.flatten()
+        pair = torch.arange(each.numel(), device=each.device).repeat_interleave(each)
+        number = torch.arange(pair.numel(), device=each.device) - (each.cumsum(0) - each)[pair]
+        start = self.starts[columns.clamp(min=0)].flatten()[pair]
+        member, score, row = self.members[start + number], scores.flatten()[pair], pair // columns.shape[1]
+        own = self.queries[queries][row] + self.offset
+        # Among the members of its class, the number of each without the query itself.
+        own_number = torch.full_like(each, kept + 2)
+        own_number[pair[member == own]] = number[member == own]
+        number = number - (number > own_number[pair]).long()
+        other = (member != own).nonzero().squeeze(1)
+        row, member, score, number = row[other], member[other], score[other], number[other]
+        order = in_order(row, member, score)
+        row, member, score, number = row[order], member[order], score[order], number[order]
+        total = torch.bincount(row, minlength=len(queries))
+        position = torch.arange(row.numel(), device=row.device) - (total.cumsum(0) - total)[row]
+        is_kept = position < kept
+        ids = torch.full((len(queries), kept), -1, dtype=torch.int64, device=row.device)
+        values = torch.full((len(queries), kept), -torch.inf, device=row.device)
+        ids[row[is_kept], position[is_kept]] = member[is_kept]
+        values[row[is_kept], position[is_kept]] = score[is_kept]
+        out.columns[queries], out.scores[queries] = ids, values
+        for bounds, is_covered in ((out.bounds, ~is_kept), (class_bounds, ~is_kept & (number < k))):
+            cut = is_covered.nonzero().squeeze(1)
+            bounds[queries] = bounds[queries].scatter_reduce(0, row[cut], score[cut], "amax")
 
 
 def _keys(width: int) -> Tensor:

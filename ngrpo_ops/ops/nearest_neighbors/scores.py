@@ -63,7 +63,9 @@ class ScoredRows:
             )
         zero = norms < _ZERO_NORM
         self.inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float() if metric == "cosine" else None
-        self.norms = (~zero).float() if metric == "cosine" else norms.float()
+        # A norm of 0 is of a zero row alone.
+        least = torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps  # the smallest number above 0
+        self.norms = (~zero).float() if metric == "cosine" else norms.float().clamp(min=least) * (norms > 0)
 
     def __len__(self) -> int:
         return self.embedding.shape[0]
@@ -71,6 +73,20 @@ class ScoredRows:
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         x = self.embedding[rows].float()
         return x if self.inverse_norms is None else x * self.inverse_norms[rows, None]
+
+    def _gather(self, rows: Tensor, out: Tensor) -> None:
+        """Writes some rows to float32 [n, d]: the values of `self[rows]`."""
+        if self.embedding.dtype == torch.float32:
+            torch.index_select(self.embedding, 0, rows, out=out)
+        else:
+            out.copy_(self.embedding.index_select(0, rows))
+        if self.inverse_norms is not None:
+            out.mul_(self.inverse_norms[rows, None])
+
+    @property
+    def is_zero(self) -> Tensor:
+        """bool [n], rows that score 0 with every row; none for l1 and l2."""
+        return self.norms == 0 if self.metric in ("cosine", "dot") else torch.zeros_like(self.norms, dtype=torch.bool)
 
     @property
     def tile_size(self) -> int:
@@ -112,13 +128,17 @@ class ScoredRows:
             )
             return scores.view(shape)
         out = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
-        block = max(1, _PAIR_ELEMENTS // self.embedding.shape[1])
+        d = self.embedding.shape[1]
+        block = max(1, _PAIR_ELEMENTS // d)
+        # All blocks are padded to one shape, because a reduction may choose its order of summation by the shape. They
+        # are written to the same memory, because fresh memory takes longer than the arithmetic.
+        x, y = torch.empty(2, block, d, dtype=torch.float32, device=rows.device)
+        row_ids, column_ids = torch.zeros(2, block, dtype=torch.int64, device=rows.device)
         for start in range(0, rows.numel(), block):
             used = min(block, rows.numel() - start)
-            # All blocks are padded to one shape, because a reduction may choose its order of summation by the shape.
-            row_ids, column_ids = rows.new_zeros(block), rows.new_zeros(block)
             row_ids[:used], column_ids[:used] = rows[start : start + used], columns[start : start + used]
-            x, y = self[row_ids], others[column_ids]
+            self._gather(row_ids, x)
+            others._gather(column_ids, y)
             if self.metric == "l2":
                 scores = x.sub_(y).square_().sum(-1).neg_()
             elif self.metric == "l1":

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ...config import Metric
 from .._ties import ranked
 from .scores import ScoredRows
-from .search import Progress, default_num_candidates, search
+from .search import Progress, search
 
 _BROADCAST_ROWS = 2**14  # rows in one broadcast, at most
 _BROADCAST_ELEMENTS = 2**24
@@ -82,7 +82,6 @@ def search_shards(
                 found = search(
                     local,
                     k,
-                    default_num_candidates(k),
                     columns=ScoredRows(block, metric, backend=backend),
                     offset=first_ids[this_rank] - first_id,
                     allowed=None if allowed is None else allowed[first_id : first_id + len(block)],

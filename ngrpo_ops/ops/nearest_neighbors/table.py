@@ -25,9 +25,9 @@ from .._library import choose_backend
 from .._ties import ranked
 from .api import nearest_neighbors, require_enough_allowed
 from .drift import Drift
-from .equal_rows import equal_rows, row_hashes
+from .equal_rows import equal_rows, has_equal_row, row_hashes
 from .scores import ScoredRows
-from .search import Progress, default_num_candidates, rescore, search, update_neighbors
+from .search import Progress, SearchResult, default_num_candidates, rescore, search, update_neighbors
 from .sharded import gather_rows, local_rows
 
 # Above this fraction, searching the rows one by one is no cheaper than a rebuild, which also renews the certificates.
@@ -70,14 +70,40 @@ class _Build:
         candidates: int32 [V, c], -1 where there are fewer; the first k + 1 are the nearest.
         next_scores: float32 [V]: no row outside the first k scored above it (-inf: there is no such row).
         bounds: float32 [V]: no row outside the candidates scored above it (-inf: there is no such row).
+        class_next_scores, class_bounds: float32 [V]: likewise, but for rows equal to k of the first k and to k of the
+            candidates. As long as these stay equal, the k that were found are the first of them. None: no two rows
+            were equal.
         eligible: bool [V], the rows that may be neighbors; None: all.
+        equal_to: int32 [V], the first row equal to each row; None: no two rows were equal.
     """
 
     snapshot: ScoredRows
     candidates: Tensor
     next_scores: Tensor
     bounds: Tensor
+    class_next_scores: Tensor | None
+    class_bounds: Tensor | None
     eligible: Tensor | None
+    equal_to: Tensor | None
+
+    def present_bounds(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """`next_scores` and `bounds`, of classes where the rows equal to a candidate are equal in `embedding` too."""
+        if self.equal_to is None or self.class_bounds is None or self.class_next_scores is None:
+            return self.next_scores, self.bounds
+        first = self.equal_to.long()
+        copies = (first != torch.arange(len(first), device=first.device)).nonzero().squeeze(1)
+        differs = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+        for part in copies.split(self.snapshot.tile_size):
+            apart = (embedding[part].float() != embedding[first[part]].float()).any(1)
+            differs[first[part[apart]]] = True
+        if not bool(differs.any()):
+            return self.class_next_scores, self.class_bounds
+        of_candidates = differs[first[self.candidates.clamp(min=0)]] & (self.candidates >= 0)
+        differs = differs[first] | of_candidates.any(1)
+        return (
+            torch.where(differs, self.next_scores, self.class_next_scores),
+            torch.where(differs, self.bounds, self.class_bounds),
+        )
 
 
 class NeighborTable:
@@ -94,8 +120,13 @@ class NeighborTable:
     few rows that moved far are scored against every row. The remaining rows are searched, with their k-th score as a
     threshold to start from.
 
+    Rows that are equal share one search. A refresh certifies them too, and zero rows, as long as they stay so.
+
+    `ids` and `scores` stay where they are in memory while the shape of the embedding stays, so that a captured CUDA
+    graph goes on reading the present neighbors. Tensors that were handed out earlier therefore change in a refresh.
+
     `nbytes` is the memory that the table keeps: the snapshot of the embedding and 12 k + 4 candidates + 16 bytes a row,
-    and 2 more with `exclude_equal_rows`.
+    2 more with `exclude_equal_rows`, and 12 more where rows are equal.
 
     Args:
         k: neighbors a row, at least 1.
@@ -176,6 +207,7 @@ class NeighborTable:
             stored += [rows.embedding, rows.norms, rows.inverse_norms]
             stored += [build.eligible] if build.eligible is not self.allowed else []
             stored += [build.candidates, build.next_scores, build.bounds]
+            stored += [build.class_next_scores, build.class_bounds, build.equal_to]
         return sum(x.numel() * x.element_size() for x in stored if x is not None)
 
     def lookup(self, token_ids: Tensor) -> Tensor:
@@ -255,7 +287,8 @@ class NeighborTable:
                 group=group,
                 progress=progress,
             )
-            self._ids, self._scores, self._build, self._equal_rows = found.ids, found.scores, None, equal
+            self._build, self._equal_rows = None, equal
+            self._store(found.ids, found.scores)
             return RefreshReport(0, 0, len(found.ids), 0, "searched in shards")
         require_embedding(embedding)
         if embedding.is_meta:
@@ -284,13 +317,16 @@ class NeighborTable:
         ids, scores = ranked(stored, rows.pair_scores(all_rows[:, None].expand_as(stored), rows, stored))
         drift = Drift(build.snapshot, rows)
         # To choose the movers, a lower bound of the k-th score is enough, as the k neighbors alone give it.
-        max_movement, movers = drift.exclude_movers(drift.tolerance(scores[:, -1], build.bounds))
-        uncertified = (drift.tolerance(scores[:, -1], build.next_scores) <= max_movement).nonzero().squeeze(1)
+        next_scores, bounds = build.present_bounds(embedding)
+        max_movement, movers = drift.exclude_movers(drift.tolerance(scores[:, -1], bounds))
+        is_open = drift.tolerance(scores[:, -1], next_scores) <= max_movement
+        is_open &= ~(build.snapshot.is_zero & rows.is_zero)  # the first rows are still its neighbors
+        uncertified = is_open.nonzero().squeeze(1)
         certified = vocabulary - uncertified.numel()
         for part in uncertified.split(_RESCORED_ROWS) if uncertified.numel() else ():
             part_ids, part_scores = rescore(rows, part, build.candidates[part].long())
             ids[part], scores[part] = part_ids[:, : self.k], part_scores[:, : self.k]
-        uncertified = uncertified[drift.tolerance(scores[:, -1], build.bounds)[uncertified] <= max_movement]
+        uncertified = uncertified[drift.tolerance(scores[:, -1], bounds)[uncertified] <= max_movement]
         count = uncertified.numel()
         if count > _REBUILD_FRACTION * vocabulary:
             return self._rebuild(embedding, f"{count} rows moved too far to be certified", progress)
@@ -313,7 +349,7 @@ class NeighborTable:
             )
             # The candidates and bounds found here are not stored: they would be of another version than the snapshot.
             ids[uncertified], scores[uncertified] = found.ids, found.scores
-        self._ids, self._scores = ids, scores
+        self._store(ids, scores)
         reason = f"compared with the last build, rows moved by up to {max_movement:.2g}"
         if movers.numel():
             reason += f", and {movers.numel()} further"
@@ -334,18 +370,42 @@ class NeighborTable:
         else:  # a row that is not allowed itself has one neighbor more than the others
             next_scores = torch.where(eligible, -torch.inf, found.scores[:, -1])
         # Set together, after the search: an interrupted search leaves the table as it was.
-        self._build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds, eligible)
+        build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds, None, None, eligible, None)
+        if found.equal_to is not None:
+            build.class_next_scores = self._class_next_scores(found, found.equal_to, next_scores)
+            build.class_bounds, build.equal_to = found.class_bounds, found.equal_to.int()
+        self._build = build
         self._equal_rows = equal
-        self._ids, self._scores = found.ids[:, : self.k].contiguous(), found.scores[:, : self.k].contiguous()
+        self._store(found.ids[:, : self.k].contiguous(), found.scores[:, : self.k].contiguous())
         return RefreshReport(0, 0, embedding.shape[0], 0, reason)
+
+    def _class_next_scores(self, found: SearchResult, equal_to: Tensor, next_scores: Tensor) -> Tensor:
+        """float32 [V]: no row outside the first k scored above it, but rows equal to all of them."""
+        first = equal_to[found.candidates.clamp(min=0)]
+        has_copies = torch.bincount(equal_to, minlength=len(equal_to)) > 1
+        are_equal = has_copies[first[:, 0]] & (first[:, : self.k] == first[:, :1]).all(1)
+        of_others = torch.where(first != first[:, :1], found.candidate_scores, -torch.inf).amax(1)
+        return torch.where(are_equal, torch.maximum(of_others, found.class_bounds), next_scores)
+
+    def _store(self, ids: Tensor, scores: Tensor) -> None:
+        """Puts new neighbors in the place of the old ones."""
+        for name, new in (("_ids", ids), ("_scores", scores)):
+            old = getattr(self, name)
+            if old is None or (old.shape, old.device) != (new.shape, new.device):
+                setattr(self, name, new)
+            else:
+                with torch.inference_mode(old.is_inference()):
+                    old.copy_(new)
 
     def _find_equal_rows(self, embedding: Tensor, group: ProcessGroup | None) -> Tensor | None:
         """bool [V], the rows equal to another row, now or in an earlier search; None: they are not to be left out."""
         if not self.exclude_equal_rows:
             return None
         require_table(embedding)  # nearest_neighbors checks the rest
-        hashes = row_hashes(embedding.detach())
-        equal = equal_rows(hashes if group is None else gather_rows(hashes, group))
+        if group is None:
+            equal = has_equal_row(embedding.detach())
+        else:
+            equal = equal_rows(gather_rows(row_hashes(embedding.detach()), group))
         before = self._equal_rows
         # What trains some rows of a group alone must not bring the others back. An engine may also begin with
         # placeholder weights, so the first search is not the last.
@@ -378,8 +438,9 @@ class NeighborTable:
             >>> from ngrpo_ops import NeighborTable
             >>> table = NeighborTable(1)
             >>> report = table.refresh(torch.eye(3))
-            >>> sorted(table.state_dict())
-            ['allowed', 'bounds', 'candidates', 'equal_rows', 'ids', 'k', 'metric', 'nexts', 'scores', 'snapshot']
+            >>> sorted(table.state_dict())  # doctest: +NORMALIZE_WHITESPACE
+            ['allowed', 'bounds', 'candidates', 'class_bounds', 'class_nexts', 'equal_rows', 'equal_to', 'ids', 'k',
+             'metric', 'nexts', 'scores', 'snapshot']
         """
         build = self._build
         if build is None:
@@ -396,6 +457,9 @@ class NeighborTable:
             "scores": self.scores,
             "allowed": self.allowed,
             "equal_rows": self._equal_rows,
+            "equal_to": build.equal_to,
+            "class_nexts": build.class_next_scores,
+            "class_bounds": build.class_bounds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -429,6 +493,7 @@ class NeighborTable:
             raise ValueError(f"state must be of a table with exclude_equal_rows = {self.exclude_equal_rows}")
         v = state["snapshot"].shape[0]
         tails = {"candidates": None, "nexts": (), "bounds": (), "ids": (self.k,), "scores": (self.k,)}
+        tails |= {name: () for name in ("equal_to", "class_nexts", "class_bounds") if state.get(name) is not None}
         for name, tail in tails.items():
             shape = tuple(state[name].shape)
             if shape[:1] != (v,) or (shape[1:] != tail if tail is not None else len(shape) != 2):
@@ -439,5 +504,6 @@ class NeighborTable:
         self.candidates = state["candidates"].shape[1]
         snapshot = ScoredRows(state["snapshot"], self.metric, backend=choose_backend(None, state["snapshot"]))
         self._equal_rows = equal
-        self._build = _Build(snapshot, state["candidates"], state["nexts"], state["bounds"], self._eligible(equal))
+        classes = (state.get("class_nexts"), state.get("class_bounds"), self._eligible(equal), state.get("equal_to"))
+        self._build = _Build(snapshot, state["candidates"], state["nexts"], state["bounds"], *classes)
         self._ids, self._scores = state["ids"], state["scores"]
