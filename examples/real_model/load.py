@@ -81,6 +81,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ModelUnavailableError(f"{NAME} must be converted, which needs gguf: pip install gguf")
+    print(f"{NAME}: downloaded (93 MB) and converted, once, to {folder}", file=sys.stderr, flush=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}.", suffix=".partial", dir=cache) as temporary:
