@@ -287,8 +287,8 @@ def train(folder: Path, out: Path, trainer: type, config: type, table: RolloutTa
     dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]})
     arguments = config(
         output_dir=str(out), use_cpu=True, bf16=False, report_to="none", num_generations=2,
-        per_device_train_batch_size=4, max_completion_length=8, learning_rate=1e-5, logging_steps=1, max_steps=2,
-        save_strategy="no", disable_tqdm=True, temperature=0.7, seed=0, **settings,
+        per_device_train_batch_size=4, max_completion_length=8, learning_rate=1e-3, optim="sgd", logging_steps=1,
+        max_steps=2, save_strategy="no", disable_tqdm=True, temperature=0.7, seed=0, **settings,
     )  # fmt: skip
     made = trainer(
         model=model,

@@ -252,6 +252,18 @@ def test_a_chat_template_is_used_where_there_is_one(folder):
     assert written_out.notes == ["The tokenizer has no chat template: the prompt is read as it stands."]
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt", "reason"),
+    [("{{ raise_exception('a system message first') }}", "w5", "a system message first"), (None, "\ud800", "")],
+    ids=["template", "surrogate"],
+)
+def test_a_prompt_that_cannot_be_encoded_is_named(folder, template, prompt, reason):
+    model, words = load_checkpoint(str(folder))
+    words.chat_template = template
+    with pytest.raises(ValueError, match=rf"^prompt cannot be encoded by .*: \w+: .*{reason}"):
+        roll_out(model, words, prompt, {"plain": PLAIN}, name="x", max_new_tokens=1)
+
+
 def test_what_the_maker_of_a_checkpoint_notes_is_beside_the_figures(folder):
     model, words = load_checkpoint(str(folder))
     model.config.weights_note = "Dequantized."

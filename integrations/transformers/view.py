@@ -106,14 +106,19 @@ def roll_out(
 
 def _encode(tokenizer: Any, prompt: str) -> tuple[Tensor, list[str]]:
     """The ids [1, P] of a prompt, in the tokenizer's chat template, and what must be said of it."""
-    notes = []
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    else:
-        notes.append("The tokenizer has no chat template: the prompt is read as it stands.")
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    notes, text, options = [], prompt, {}
+    try:
+        if getattr(tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            options = {"add_special_tokens": False}  # which are in the template
+        else:
+            notes.append("The tokenizer has no chat template: the prompt is read as it stands.")
+        ids = tokenizer(text, return_tensors="pt", **options)["input_ids"]
+    except Exception as error:  # of the template's own, or a text that is no UTF-8
+        raise ValueError(
+            f"prompt cannot be encoded by the tokenizer and its chat template: {type(error).__name__}: {error}"
+        ) from error
     if not ids.numel():
         raise ValueError(f"prompt must hold at least one token, got {shown(prompt)}")
     return ids.long(), notes
