@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
-	@echo "make demo       train GRPO and N-GRPO on Countdown and compare them (some 5 minutes on 2 cores)"
+	@echo "make demo       rollouts of a real model, mixed; then GRPO and N-GRPO on Countdown (some 6 minutes on 2 cores)"
 	@echo "make study      arms, controls and seeds of two such tasks: some two hours on 2 cores, can be interrupted"
 	@echo "make docs       write what is generated of docs/, follow every link and run every snippet"
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
@@ -49,6 +49,7 @@ venv: .venv/installed
 	@touch $@
 
 demo: venv
+	$(BIN)/python -m examples.real_model
 	$(BIN)/python -m examples.countdown
 
 study: venv

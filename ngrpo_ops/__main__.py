@@ -1,8 +1,10 @@
-"""What this package shows in a terminal: `python -m ngrpo_ops neighbors` of a checkpoint, `env` of an installation."""
+"""What this package shows: `python -m ngrpo_ops rollout` and `neighbors` of a checkpoint, `env` of an installation."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Vocabulary, load_vocabulary
-from .config import Metric
-from .environment import report
+from .config import Metric, MixingConfig
+from .environment import load_adapter, report
+from .files import write_text
 from .ops.nearest_neighbors.api import NearestNeighbors, nearest_neighbors
+from .strategies import strategy_names
+from .view import page, print_rollouts
 
 _EXCLUDED = ("special", "unused", "equal")  # by default, as excluded_token_ids="special" does
 
@@ -21,6 +26,21 @@ _EPILOG = """examples:
   python -m ngrpo_ops neighbors --model Qwen/Qwen2.5-0.5B --tokens " seven" " therefore"
   python -m ngrpo_ops neighbors --model ./checkpoint --ids 220 --exclude none --plot neighbors.png
 """
+
+
+_ROLLOUT_EPILOG = """example:
+  python -m ngrpo_ops rollout --model ./checkpoint --prompt "What is 7 + 8?" --samples 2 --html rollout.html
+"""
+
+# What `MixingConfig` and the view call an option of this command.
+_OPTIONS = {
+    "mixing_rate": "--rate",
+    "k": "--k",
+    "strategy": "--strategy",
+    "seed": "--seed",
+    "prompt": "--prompt",
+    "model": "--model",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     look.add_argument("--plot", type=Path, help="draw how similarity is distributed over the vocabulary, to this file")
     look.add_argument("--sample", type=int, default=4096, help="rows that --plot looks at, drawn at random (0: all)")
+    rollout = _add_rollout(commands)
     env = commands.add_parser(
         "env",
         help="what is installed and what it will do here: the first thing to paste into a bug report",
@@ -56,6 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
         print(report(arguments.imports))
+        return 0
+    if arguments.command == "rollout":
+        try:
+            _rollout(arguments)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            rollout.error(_named(" ".join(str(error).split())))
         return 0
     if not arguments.tokens and not arguments.ids and arguments.plot is None:
         look.error("give --tokens, --ids or --plot")
@@ -68,6 +95,75 @@ def main(argv: list[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         look.error(" ".join(str(error).split()))  # one line, the hub's too
     return 0
+
+
+def _add_rollout(commands: Any) -> argparse.ArgumentParser:
+    rollout = commands.add_parser(
+        "rollout",
+        help="what a rollout of a checkpoint mixes: its text, the candidates and weights, beside plain sampling",
+        description="Samples a prompt plainly and with mixing, replays both, and shows what each mixed token was mixed "
+        "with. Both begin with the same random numbers: up to the first mix they say the same.",
+        epilog=_ROLLOUT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    rollout.add_argument("--model", required=True, help="a folder, or a name on the Hugging Face hub")
+    rollout.add_argument("--prompt", required=True, help="the user's words; in the chat template, where there is one")
+    names = ", ".join(strategy_names())
+    rollout.add_argument("--strategy", default="neighbor", help=f"{names}, or package.module:function")
+    rollout.add_argument("--rate", type=float, default=0.1, help="the probability that a step is mixed")
+    rollout.add_argument("--k", type=int, help="candidates of a mix, the anchor counted (3)")
+    rollout.add_argument("--temperature", type=float, default=0.7, help="of sampling and mixing")
+    rollout.add_argument("--max-new-tokens", type=int, default=64, help="the longest rollout")
+    rollout.add_argument("--samples", type=int, default=1, help="rollouts, each plain and mixed")
+    rollout.add_argument("--seed", type=int, default=0, help="of sampling, gates and noise")
+    rollout.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights"
+    )
+    rollout.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs"
+    )
+    rollout.add_argument("--html", type=Path, help="write a page too, to this file; it loads nothing")
+    return rollout
+
+
+def _rollout(arguments: argparse.Namespace) -> None:
+    for name, least in (("samples", 1), ("max_new_tokens", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    if not 0 < arguments.temperature < float("inf"):
+        raise ValueError(f"--temperature must be above 0 and finite, got {arguments.temperature}")
+    if arguments.html is not None:  # said before the model is loaded
+        _require_writable(arguments.html)
+    shared = {"seed": arguments.seed, "excluded_token_ids": "special"}
+    mixed = MixingConfig(strategy=arguments.strategy, mixing_rate=arguments.rate, k=arguments.k, **shared)
+    load_adapter("transformers")
+    adapter = importlib.import_module(".integrations.transformers.view", __package__)
+    model, tokenizer = adapter.load_checkpoint(
+        arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device
+    )
+    arms = {"plain sampling": MixingConfig(mixing_rate=0, **shared)}
+    arms[f"{mixed.strategy}, rate {mixed.mixing_rate:g}, k = {mixed.k}"] = mixed
+    path = Path(arguments.model)
+    shown = adapter.roll_out(
+        model, tokenizer, arguments.prompt, arms, name=path.resolve().name if path.is_dir() else arguments.model,
+        temperature=arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens, samples=arguments.samples, seed=arguments.seed,
+    )  # fmt: skip
+    print_rollouts(shown)
+    if arguments.html is not None:
+        write_text(arguments.html, page(shown))
+        print(f"written to {arguments.html}")
+
+
+def _require_writable(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--html must be a file in a folder that is there and can be written to, got {path}")
+
+
+def _named(message: str) -> str:
+    """A message that begins with the name of a field, with the option of this command in its place."""
+    field, _, rest = message.partition(" ")
+    return f"{_OPTIONS[field]} {rest}" if field in _OPTIONS else message
 
 
 def _neighbors(arguments: argparse.Namespace) -> None:

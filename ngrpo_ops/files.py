@@ -78,10 +78,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:
-    """Writes JSON to a new file in the same folder, which then takes the place of `path`.
-
-    A process that is killed in here, or a machine that goes down, leaves the old file or the new one, and at most a
-    file ``.NAME.*.partial`` beside it.
+    """Writes JSON as `write_text` writes a text.
 
     Args:
         path: in a folder that is there.
@@ -100,7 +97,31 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
         >>> [file.name for file in path.parent.iterdir()], path.read_text()
         (['state.json'], '[1, 2]')
     """
-    text = json.dumps(content, indent=indent)  # before anything is written
+    write_text(path, json.dumps(content, indent=indent))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text, as UTF-8, to a new file in the same folder, which then takes the place of `path`.
+
+    A process that is killed in here, or a machine that goes down, leaves the old file or the new one, and at most a
+    file ``.NAME.*.partial`` beside it.
+
+    Args:
+        path: in a folder that is there.
+        text: what the file will hold.
+
+    Raises:
+        OSError: the folder is not there, not writable or full; what was at `path` is still there.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ngrpo_ops.files import write_text
+        >>> path = Path(tempfile.mkdtemp()) / "page.html"
+        >>> write_text(path, "<p>")
+        >>> path.read_text()
+        '<p>'
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:

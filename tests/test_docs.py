@@ -130,10 +130,12 @@ def test_commands_exist(command: str) -> None:
     "command",
     [
         "-m examples.countdown",
+        "-m examples.real_model",
         "examples/countdown/study.py",
         "examples/train.py",
         "-m ngrpo_ops",
         "-m ngrpo_ops neighbors",
+        "-m ngrpo_ops rollout",
     ],
 )
 def test_commands_explain_themselves(command: str) -> None:

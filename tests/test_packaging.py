@@ -54,7 +54,7 @@ def imported(path: Path, package: str) -> set[str]:
 
 
 ABOVE_THE_OPERATIONS = (
-    "rollout", "record", "metrics", "checkpoint", "environment", "files", "state", "testing", "__main__",
+    "rollout", "record", "metrics", "checkpoint", "environment", "files", "state", "testing", "view", "__main__",
 )  # fmt: skip
 
 

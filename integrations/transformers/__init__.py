@@ -9,6 +9,7 @@ separate reference models each use their own table, and gradients reach every ca
     hooks.py     EmbeddingMixer: the hook pair
     table.py     the input table that the neighbors are of
     checks.py    what cannot be mixed
+    view.py      rollouts as they are shown (python -m ngrpo_ops rollout)
 """
 
 from __future__ import annotations
