@@ -21,8 +21,9 @@ generator = torch.Generator().manual_seed(0)
 sizes: list[tuple[int, int]] = []  # rows scored here against how many at once
 
 
-def noted(rows, *arguments, columns, **options):
-    sizes.append((len(rows), len(columns)))
+def noted(rows, *arguments, columns=None, **options):
+    if columns is not None:
+        sizes.append((len(rows), len(columns)))
     return sharded_search(rows, *arguments, columns=columns, **options)
 
 
@@ -73,10 +74,44 @@ copies = init_device_mesh("cpu", (1, ranks))  # HSDP
 same(nearest_neighbors(distribute_tensor(table, copies, [Replicate(), Shard(0)]), 3), nearest_neighbors(table, 3))
 
 neighbors = NeighborTable(3, metric="l2")
-for _ in range(2):
+for recomputed, reason in ((211, "first build"), (0, "compared with the last build")):
     report = neighbors.refresh(spread)
-    assert (report.recomputed, report.reason) == (211, "searched in shards")
+    assert report.recomputed == recomputed or reason != "first build", report
+    assert report.reason.startswith(reason), report
     same(neighbors, nearest_neighbors(table, 3, metric="l2"))
+# A refresh certifies, and finds what a search finds: small steps, a few rows that move far, rows that become equal or
+# zero, and steps after which a rebuild is due. The report is that of all ranks.
+distinct = torch.randn(211, 24, generator=generator)
+for shares in ([5, 120, 86], [211, 0, 0], [0, 3, 208], [70, 70, 71]):
+    counts = shares if ranks == 3 else [shares[0], shares[1] + shares[2]]
+    for metric in METRICS:
+        for allowed in (None, torch.rand(211, generator=generator) < 0.5):
+            neighbors, whole = (NeighborTable(3, metric=metric, allowed=allowed) for _ in range(2))
+            now = distinct.clone()
+            for step in ("build", "small", "movers", "equal", "small", "zero", "large", "small"):
+                if step == "small":
+                    now = now + 1e-5 * torch.randn(211, 24, generator=generator)
+                elif step == "movers":
+                    now[[3, 130]] += torch.randn(2, 24, generator=generator)
+                elif step == "equal":
+                    now[[2, 90, 200]] = now[50].clone()
+                elif step == "zero":
+                    now[[8, 190]] = 0
+                elif step == "large":
+                    now = now + torch.randn(211, 24, generator=generator)
+                report = neighbors.refresh(now.split(counts)[rank], group=group)
+                in_one = whole.refresh(now)
+                same(neighbors, nearest_neighbors(now, 3, metric=metric, allowed=allowed))
+                assert report.certified + report.rescored + report.recomputed == 211
+                if step == "small" and report.reason.startswith("compared"):
+                    assert report.recomputed <= 20 and in_one.recomputed <= 20, (report, in_one)
+            assert report.reason.startswith("compared") and report.certified > 150, report
+# Another sharding begins anew, on every rank.
+neighbors = NeighborTable(3)
+neighbors.refresh(distinct.split([70, 141] if ranks == 2 else [70, 70, 71])[rank], group=group)
+report = neighbors.refresh(distinct.split([100, 111] if ranks == 2 else [70, 71, 70])[rank], group=group)
+assert report.recomputed == 211 and ("sharding" in report.reason or "ranks begin anew" in report.reason), report
+same(neighbors, nearest_neighbors(distinct, 3))
 # Rows equal to another, on whatever rank, are left out, also after they were trained apart.
 with_copies = table.clone()
 with_copies[[0, 80, 200, 209]] = with_copies[100].clone()

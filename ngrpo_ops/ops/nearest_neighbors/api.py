@@ -23,7 +23,7 @@ from .._checks import (
 from .._library import HostReadingOperation, choose_backend
 from .scores import ScoredRows
 from .search import Progress, search
-from .sharded import local_rows, search_shards
+from .sharded import Rounds, local_rows
 
 
 class NearestNeighbors(NamedTuple):
@@ -158,7 +158,9 @@ def nearest_neighbors(
         if queries is not None:
             raise ValueError("queries of a sharded embedding cannot be searched: leave queries out, for all rows")
         backend = choose_backend(backend, embedding)
-        return NearestNeighbors(*search_shards(embedding.detach(), group, k, metric, allowed, backend, progress, check))
+        rounds = Rounds(embedding.detach(), metric, backend, group, k, check)
+        found = rounds.search(k, allowed=allowed, progress=progress)
+        return NearestNeighbors(*(rounds.gather(x) for x in found))
     require_embedding(embedding)
     check(embedding.shape[0])
     if queries is not None:

@@ -103,9 +103,9 @@ class Candidates:
         return self.queries.numel()
 
     def add(self, ids: Tensor, scores: Tensor) -> None:
-        """Takes in known pairs: columns int64 [n, m], -1 where there is none, and their scores float32 [n, m]."""
+        """Takes in known pairs: ids int64 [n, m] and scores float32 [n, m], -inf where there is none."""
         rows = torch.arange(len(self), device=ids.device)[:, None].expand_as(ids)
-        known = ids >= 0
+        known = scores > -torch.inf
         self._append(Pairs(rows[known].int(), ids[known].int(), scores[known], scores[known]))
 
     def take(self, tile: Tensor, ids: Tensor, dim: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,20 @@ class Drift:
         l1, l2   -max(0, distance_i - delta_i - m), squared for l2, where distance_i is that of the bound
 
     plus the rounding of both scores. `tolerance` solves this for m.
+
+    Args:
+        old, new: the rows, or those of this rank.
+        largest: the largest of the values of all ranks.
     """
 
-    def __init__(self, old: ScoredRows, new: ScoredRows) -> None:
+    def __init__(self, old: ScoredRows, new: ScoredRows, largest: Callable[[Tensor], Tensor]) -> None:
         self.metric = new.metric
         d = new.embedding.shape[1]
         order = 1 if self.metric == "l1" else 2
-        moved = torch.cat([torch.linalg.vector_norm(new[t] - old[t], order, dim=1) for t in new.tiles()]).double()
-        self.moved = distance_upper_bound(moved, d)
+        moved = [torch.linalg.vector_norm(new[t] - old[t], order, dim=1) for t in new.tiles()]
+        self.moved = distance_upper_bound(torch.cat([new.norms[:0], *moved]).double(), d)
         self.norms = torch.maximum(old.norms, new.norms).double()
+        self.longest = largest(self.norms)
         self.rounding = rounding_error(d)
         self.underflow = underflow_error(d)
 
@@ -44,7 +51,7 @@ class Drift:
             float64 [V]: the rows outside the set score strictly below the k-th if they moved by less than this.
         """
         kth, bounds, moved, norms = kth.double(), bounds.double(), self.moved, self.norms
-        longest = norms.max()
+        longest = self.longest
         if self.metric == "cosine":
             tolerance = (kth - bounds - moved - self.rounding - self.underflow) / (1.0 + moved)
         elif self.metric == "dot":
@@ -58,20 +65,21 @@ class Drift:
         tolerance -= 1e-12 * tolerance.abs()  # the float64 rounding of the lines above
         return torch.where(bounds == -torch.inf, torch.inf, tolerance)
 
-    def exclude_movers(self, tolerance: Tensor) -> tuple[float, Tensor]:
-        """Chooses the few rows that moved far and are better scored against every row than bounded.
 
-        Args:
-            tolerance: [V], of the rows to certify.
+def exclude_movers(moved: Tensor, tolerance: Tensor) -> tuple[float, Tensor]:
+    """Chooses the few rows that moved far and are better scored against every row than bounded.
 
-        Returns:
-            The largest movement of the other rows, and the ids of the chosen ones. Their number, 0 or a power of two
-            of at most V / 8, leaves the least work.
-        """
-        order = self.moved.argsort(descending=True)
-        counts = torch.tensor([0, *(2**i for i in range((len(order) // 8).bit_length()))], device=order.device)
-        movement = self.moved[order[counts]]
-        # Searching a row that is not certified takes as long as scoring a mover against every row.
-        uncertified = torch.searchsorted(tolerance.sort().values, movement, right=True)
-        best = int((counts + uncertified).argmin())
-        return float(movement[best]), order[: int(counts[best])]
+    Args:
+        moved, tolerance: float64 [V], of all rows.
+
+    Returns:
+        The largest movement of the other rows, and the ids of the chosen ones. Their number, 0 or a power of two of at
+        most V / 8, leaves the least work.
+    """
+    order = moved.argsort(descending=True, stable=True)
+    counts = torch.tensor([0, *(2**i for i in range((len(order) // 8).bit_length()))], device=order.device)
+    movement = moved[order[counts]]
+    # Searching a row that is not certified takes as long as scoring a mover against every row.
+    uncertified = torch.searchsorted(tolerance.sort().values, movement, right=True)
+    best = int((counts + uncertified).argmin())
+    return float(movement[best]), order[: int(counts[best])]

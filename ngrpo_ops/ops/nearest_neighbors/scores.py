@@ -6,6 +6,7 @@ need one.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -44,28 +45,36 @@ class ScoredRows:
     """
 
     def __init__(self, embedding: Tensor, metric: Metric, *, backend: str = "eager", first_id: int = 0) -> None:
+        self.backend = backend
         self.kernels = load_kernels("nearest_neighbors") if backend == "triton" else None
         if self.kernels is not None and not (embedding.is_contiguous() and embedding.data_ptr() % 16 == 0):
             # The compiler may order a kernel's sums by strides and alignment. Equal rows must have equal scores.
             embedding = embedding.clone(memory_format=torch.contiguous_format)
         self.embedding = embedding
         self.metric = metric
-        norms = torch.cat([_row_norms(embedding[rows]) for rows in self.tiles()])
+        none = torch.zeros(0, dtype=torch.float64, device=embedding.device)
+        norms = torch.cat([none, *(_row_norms(embedding[rows]) for rows in self.tiles())])
         nonfinite = (~norms.isfinite()).nonzero().flatten()
         if nonfinite.numel():
             ids = ", ".join(str(first_id + i) for i in nonfinite[:8].tolist())
             ids += ", ..." if nonfinite.numel() > 8 else ""
             raise ValueError(f"embedding must be finite, got NaN or inf in {nonfinite.numel()} rows: {ids}")
-        if float(norms.max()) > _MAX_NORM[metric]:
+        if (largest := float(norms.max()) if len(norms) else 0.0) > _MAX_NORM[metric]:
             raise ValueError(
                 f"embedding must have rows of norm at most {_MAX_NORM[metric]:g}, beyond which {metric} scores "
-                f"overflow float32, got {float(norms.max()):.3g}"
+                f"overflow float32, got {largest:.3g}"
             )
         zero = norms < _ZERO_NORM
         self.inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float() if metric == "cosine" else None
         # A norm of 0 is of a zero row alone.
         least = torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps  # the smallest number above 0
         self.norms = (~zero).float() if metric == "cosine" else norms.float().clamp(min=least) * (norms > 0)
+
+    def snapshot(self) -> ScoredRows:
+        """The same rows in memory of their own, which no later change of the embedding reaches."""
+        rows = copy.copy(self)
+        rows.embedding = self.embedding.clone()
+        return rows
 
     def __len__(self) -> int:
         return self.embedding.shape[0]

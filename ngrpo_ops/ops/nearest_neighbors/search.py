@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._ties import ranked
 from .bounds import OptimisticScores
 from .candidates import GROUP_SIZE, Candidates, Found, RunningBest, ScoreTile, padded_to_groups
 from .equal_rows import Classes
@@ -124,28 +123,31 @@ def search(
     return SearchResult(ids, scores, found.columns, found.scores, found.bounds, class_bounds, equal_to)
 
 
-def rescore(rows: ScoredRows, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates [Q, c] of each query (-1: none) and their scores, best first, equal scores by the lower id."""
-    scores = rows.pair_scores(queries[:, None].expand_as(candidates), rows, candidates.clamp(min=0))
-    return ranked(candidates, scores.masked_fill(candidates < 0, -torch.inf))
-
-
 def update_neighbors(
-    rows: ScoredRows, queries: Tensor, ids: Tensor, scores: Tensor, *, new: Tensor
+    rows: ScoredRows,
+    queries: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    *,
+    new: Tensor,
+    columns: ScoredRows | None = None,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of each query among k known neighbors and the rows of a mask.
+    """The k nearest rows of each query among k known neighbors and the columns of a mask.
 
     Args:
-        rows: the rows [V, d].
+        rows, columns, offset: as in `search`.
         queries: row ids int64 [Q].
-        ids, scores: [Q, k], the known neighbors, ranked.
-        new: bool [V], the other rows to consider.
+        ids, scores: [Q, k], the known neighbors, ranked. They need not be columns; the score -inf says that there is
+            none.
+        new: bool [C], the other columns to consider.
 
     Returns:
         ids and scores [Q, k], ranked.
     """
+    columns = rows if columns is None else columns
     k = ids.shape[1]
-    scan = _Scan(rows, rows, 0, new.nonzero().squeeze(1), k, k, queries.numel())
+    scan = _Scan(rows, columns, offset, new.nonzero().squeeze(1), k, k, queries.numel())
     tile_scores = scan.scores if scan.scores.kernels is None else scan.float32_scores
     ids, scores = ids.clone(), scores.clone()
     for part in torch.arange(queries.numel(), device=ids.device).split(scan.query_tile):

@@ -1,13 +1,13 @@
-"""Nearest neighbors of an embedding whose rows are spread over several ranks.
+"""The rows of an embedding, all here or spread over several ranks.
 
-The rows of all ranks are broadcast in turn, a block at a time. Each rank scores its own rows against the block and
-keeps their best. No rank holds the whole embedding, or scores for more than its own rows and one block. The score of a
-pair does not depend on the rank that computes it, so the result is that of one process, bit for bit.
+The rows of all ranks are broadcast in turn, a block at a time, and each rank scores its own rows against the block. No
+rank holds the whole embedding, or scores for more than its own rows and one block. The score of a pair does not depend
+on the rank that computes it, so every result is that of one process, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ...config import Metric
 from .._ties import ranked
 from .scores import ScoredRows
-from .search import Progress, search
+from .search import Progress, search, update_neighbors
 
 _BROADCAST_ROWS = 2**14  # rows in one broadcast, at most
 _BROADCAST_ELEMENTS = 2**24
+_RESCORED_PAIRS = 2**18  # pairs that are looked for in a block together
 
 
 def local_rows(embedding: DTensor) -> tuple[Tensor, Any]:
@@ -40,93 +41,172 @@ def local_rows(embedding: DTensor) -> tuple[Tensor, Any]:
     return embedding.to_local(), embedding.device_mesh.get_group(sharded[0]) if sharded else None
 
 
-def search_shards(
-    shard: Tensor,
-    group: dist.ProcessGroup,
-    k: int,
-    metric: Metric,
-    allowed: Tensor | None,
-    backend: str,
-    progress: Progress | None,
-    check: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """ids and scores [V, k] of the rows of all ranks of the group, in the order of the ranks; the same on every rank.
+class Rounds:
+    """The rows of a table, of which this rank may hold a part, and the calls that need all of them.
+
+    Every call but the first few properties is made by all ranks of the group together, in the same order and whether
+    they have rows or not. Query ids count in this rank's rows, all other ids in the whole table.
+
+    Attributes:
+        rows: this rank's rows.
+        counts: rows of each rank.
+        first_id: the id of this rank's first row.
 
     Args:
         shard: this rank's rows [V_rank, d]. V_rank may differ between ranks, and be 0.
-        check: called with V once V is known; raises where the other arguments do not fit it.
+        metric, backend: as in `ScoredRows`.
+        group: the process group of the ranks, whose rows follow one another in the order of the ranks; None: all rows
+            are here.
+        settings: what must be the same on all ranks, for a message.
+        check: called with V; raises where the other arguments do not fit it.
+
+    Raises:
+        TypeError, ValueError: on all ranks, with what was wrong on one of them.
     """
-    this_rank = dist.get_rank(group)
-    settings = (tuple(shard.shape[1:]), shard.dtype, k, metric)
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (shard.shape[0], settings), group=group)
-    if any(other != settings for _, other in gathered):
-        got = "; ".join(f"rank {rank}: {other}" for rank, (_, other) in enumerate(gathered))
-        raise ValueError(f"all ranks must search rows of the same width and dtype for the same k and metric, got {got}")
-    counts = [count for count, _ in gathered]
-    first_ids = [sum(counts[:rank]) for rank in range(len(counts))]
-    vocabulary = sum(counts)
-    local = _prepare_local_rows(shard, metric, backend, first_ids[this_rank], group, lambda: check(vocabulary))
-    ids = torch.full((counts[this_rank], k), -1, dtype=torch.int64, device=shard.device)
-    scores = torch.full((counts[this_rank], k), -torch.inf, device=shard.device)
-    size = max(1, min(_BROADCAST_ROWS, _BROADCAST_ELEMENTS // shard.shape[1]))
-    for rank, count in enumerate(counts):
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            block = (
-                shard[start:stop].contiguous() if rank == this_rank else shard.new_empty(stop - start, shard.shape[1])
+
+    def __init__(
+        self,
+        shard: Tensor,
+        metric: Metric,
+        backend: str,
+        group: dist.ProcessGroup | None,
+        settings: object,
+        check: Callable[[int], None],
+    ) -> None:
+        self.group = group
+        found = self._objects((shard.shape[0], (tuple(shard.shape[1:]), shard.dtype, settings, metric)))
+        if any(other != found[0][1] for _, other in found):
+            got = "; ".join(f"rank {rank}: {other}" for rank, (_, other) in enumerate(found))
+            raise ValueError(
+                f"all ranks must search rows of the same width and dtype for the same k and metric, got {got}"
             )
-            dist.broadcast(block, dist.get_global_rank(group, rank), group=group)
-            first_id = first_ids[rank] + start
-            if local is not None:
+        self.counts = [count for count, _ in found]
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.first_id = sum(self.counts[: self.rank])
+        self.total = sum(self.counts)
+        rows = error = None
+        try:
+            check(self.total)
+            rows = ScoredRows(shard, metric, backend=backend, first_id=self.first_id)
+        except (TypeError, ValueError) as raised:
+            if group is None:
+                raise
+            error = raised
+        # Otherwise the other ranks would wait for this one forever.
+        for rank, other_error in enumerate(self._objects(error)):
+            if other_error is not None:
+                raise type(other_error)(f"rank {rank}: {other_error}")
+        assert rows is not None
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[tuple[int, ScoredRows]]:
+        """The first id and the rows of each block of the table."""
+        if self.group is None:
+            yield 0, self.rows
+            return
+        shard, first_id = self.rows.embedding, 0
+        size = max(1, min(_BROADCAST_ROWS, _BROADCAST_ELEMENTS // shard.shape[1]))
+        for rank, count in enumerate(self.counts):
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                own = rank == self.rank
+                block = shard[start:stop].contiguous() if own else shard.new_empty(stop - start, shard.shape[1])
+                dist.broadcast(block, dist.get_global_rank(self.group, rank), group=self.group)
+                yield first_id, ScoredRows(block, self.rows.metric, backend=self.rows.backend)
+                first_id += len(block)
+
+    def search(
+        self,
+        k: int,
+        *,
+        queries: Tensor | None = None,
+        allowed: Tensor | None = None,
+        floor: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """ids int64 and scores float32 [Q, k] of this rank's rows, or of `queries`, as `search.search` returns them."""
+        if self.group is None:
+            found = search(self.rows, k, queries=queries, allowed=allowed, floor=floor, progress=progress)
+            return found.ids, found.scores
+        device = self.rows.embedding.device
+        count = len(self.rows) if queries is None else queries.numel()
+        ids = torch.full((count, k), -1, dtype=torch.int64, device=device)
+        scores = torch.full((count, k), -torch.inf, device=device)
+        for first_id, block in self:
+            if count:
+                reached = scores[:, -1] if floor is None else torch.maximum(floor, scores[:, -1])
                 found = search(
-                    local,
+                    self.rows,
                     k,
-                    columns=ScoredRows(block, metric, backend=backend),
-                    offset=first_ids[this_rank] - first_id,
+                    queries=queries,
+                    columns=block,
+                    offset=self.first_id - first_id,
                     allowed=None if allowed is None else allowed[first_id : first_id + len(block)],
-                    floor=scores[:, -1],
+                    floor=reached,
                 )
                 found_ids = torch.where(found.ids < 0, -1, found.ids + first_id)
                 merged = ranked(torch.cat([ids, found_ids], dim=1), torch.cat([scores, found.scores], dim=1))
                 ids, scores = (x[:, :k].contiguous() for x in merged)
             if progress is not None:
-                progress(first_id + len(block), vocabulary)
-    return _all_gather_rows(ids, counts, group), _all_gather_rows(scores, counts, group)
+                progress(first_id + len(block), self.total)
+        return ids, scores
+
+    def rescore(self, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates [Q, c] of each query (-1: none) and their scores, best first, equal scores by the lower id."""
+        scores = torch.full(candidates.shape, -torch.inf, device=candidates.device)
+        size = max(1, _RESCORED_PAIRS // candidates.shape[1])
+        for first_id, block in self:
+            for start in range(0, len(queries), size):
+                some = candidates[start : start + size]
+                row, place = ((some >= first_id) & (some < first_id + len(block))).nonzero(as_tuple=True)
+                pairs = self.rows.pair_scores(queries[start + row], block, some[row, place] - first_id)
+                scores[start + row, place] = pairs
+        return ranked(candidates, scores)
+
+    def update_neighbors(self, queries: Tensor, ids: Tensor, scores: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """As `search.update_neighbors`, with `new` of the whole table."""
+        for first_id, block in self:
+            in_block = new[first_id : first_id + len(block)]
+            if queries.numel() and bool(in_block.any()):
+                ids, scores = update_neighbors(
+                    self.rows, queries, ids - first_id, scores, new=in_block, columns=block,
+                    offset=self.first_id - first_id,
+                )  # fmt: skip
+                ids = torch.where(scores == -torch.inf, -1, ids + first_id)
+        return ids, scores
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[V, ...]: values [V_rank, ...] of all ranks, the same on every rank."""
+        return values if self.group is None else gather_rows(values, self.group)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of the values >= 0 of all ranks."""
+        largest = values.max() if values.numel() else values.new_zeros(())
+        if self.group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest
+
+    def sum(self, *counts: int) -> list[int]:
+        """Sums over the ranks."""
+        return [sum(of_ranks) for of_ranks in zip(*self._objects(counts), strict=True)]
+
+    def _objects(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        if self.group is None:
+            return [value]
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[V, n]: the rows [V_rank, n] of all ranks of the group, in the order of the ranks; the same on every rank."""
+    """[V, ...]: the rows [V_rank, ...] of all ranks of the group, in their order; the same on every rank.
+
+    They travel padded to the largest count.
+    """
     counts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(counts, rows.shape[0], group=group)
-    return _all_gather_rows(rows, counts, group)
-
-
-def _prepare_local_rows(
-    shard: Tensor, metric: Metric, backend: str, first_id: int, group: dist.ProcessGroup, check: Callable[[], None]
-) -> ScoredRows | None:
-    """This rank's rows, None where there are none.
-
-    An error on one rank is raised on all ranks. Otherwise the other ranks would wait for it forever.
-    """
-    rows = error = None
-    try:
-        check()
-        if shard.shape[0]:
-            rows = ScoredRows(shard, metric, backend=backend, first_id=first_id)
-    except (TypeError, ValueError) as raised:
-        error = raised
-    errors: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error, group=group)
-    for rank, found in enumerate(errors):
-        if found is not None:
-            raise type(found)(f"rank {rank}: {found}")
-    return rows
-
-
-def _all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks in the order of the ranks. They travel padded to the largest count."""
-    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)

@@ -22,13 +22,12 @@ from .._checks import (
     require_table,
 )
 from .._library import choose_backend
-from .._ties import ranked
-from .api import nearest_neighbors, require_enough_allowed
-from .drift import Drift
+from .api import require_enough_allowed
+from .drift import Drift, exclude_movers
 from .equal_rows import equal_rows, has_equal_row, row_hashes
 from .scores import ScoredRows
-from .search import Progress, SearchResult, default_num_candidates, rescore, search, update_neighbors
-from .sharded import gather_rows, local_rows
+from .search import Progress, SearchResult, default_num_candidates, search
+from .sharded import Rounds, local_rows
 
 # Above this fraction, searching the rows one by one is no cheaper than a rebuild, which also renews the certificates.
 _REBUILD_FRACTION = 0.5
@@ -66,7 +65,8 @@ class _Build:
     """What a full search found, for later certificates. Nothing here changes until the next full search.
 
     Attributes:
-        snapshot: the rows that were searched.
+        layout: of the table that was searched.
+        snapshot: the rows that were searched; of a sharded table those of this rank, as in the fields of [V] below.
         candidates: int32 [V, c], -1 where there are fewer; the first k + 1 are the nearest.
         next_scores: float32 [V]: no row outside the first k scored above it (-inf: there is no such row).
         bounds: float32 [V]: no row outside the candidates scored above it (-inf: there is no such row).
@@ -77,6 +77,7 @@ class _Build:
         equal_to: int32 [V], the first row equal to each row; None: no two rows were equal.
     """
 
+    layout: tuple[object, ...]
     snapshot: ScoredRows
     candidates: Tensor
     next_scores: Tensor
@@ -104,6 +105,12 @@ class _Build:
             torch.where(differs, self.next_scores, self.class_next_scores),
             torch.where(differs, self.bounds, self.class_bounds),
         )
+
+
+def _layout(rounds: Rounds) -> tuple[object, ...]:
+    """What must not change between a build and a refresh that is certified by it."""
+    embedding = rounds.rows.embedding
+    return tuple(rounds.counts), rounds.rank, embedding.shape, embedding.dtype, embedding.device
 
 
 class NeighborTable:
@@ -251,9 +258,8 @@ class NeighborTable:
 
         Args:
             embedding: floating point, finite. A shape, dtype or device that differs from the last one rebuilds the
-                table. An embedding whose rows are sharded, as a DTensor or by `group` (see `nearest_neighbors`), is
-                searched where it is, by every rank and completely at each refresh: its certificates would need the rows
-                of other ranks.
+                table. An embedding whose rows are sharded, as a DTensor or by `group` (see `nearest_neighbors`), stays
+                where it is. Every rank makes the call, keeps what certifies its own rows, and gets all neighbors.
             group: the process group of a sharded embedding.
             progress: called with (rows searched, rows to search).
 
@@ -273,111 +279,98 @@ class NeighborTable:
             >>> table.refresh(embedding + 1e-3).certified
             4
         """
-        if group is not None or isinstance(embedding, DTensor):
-            if isinstance(embedding, DTensor):
-                embedding, group = local_rows(embedding)
-            if isinstance(self.allowed, Tensor):
-                self.allowed = self.allowed.to(embedding.device)
-            equal = self._find_equal_rows(embedding, group)
-            found = nearest_neighbors(
-                embedding,
-                self.k,
-                metric=self.metric,
-                allowed=self._eligible(equal),
-                group=group,
-                progress=progress,
-            )
-            self._build, self._equal_rows = None, equal
-            self._store(found.ids, found.scores)
-            return RefreshReport(0, 0, len(found.ids), 0, "searched in shards")
-        require_embedding(embedding)
+        if isinstance(embedding, DTensor):
+            embedding, group = local_rows(embedding)
+        (require_embedding if group is None else require_table)(embedding)
         if embedding.is_meta:
             raise ValueError("embedding must have values, got a tensor on device meta")
-        vocabulary = embedding.shape[0]
+        embedding = embedding.detach()
+        backend = choose_backend(None, embedding)
+        settings = (self.k, self.candidates)
+        rounds = Rounds(embedding, self.metric, backend, group, settings, lambda v: self._check(v, embedding.device))
+        build = self._build
+        if build is None:
+            reason = "first build"
+        elif build.layout != _layout(rounds):
+            reason = "another shape, dtype, device or sharding"
+        else:
+            reason = ""
+        # All ranks do the same.
+        if (rebuilding := rounds.sum(reason != "")[0]) or build is None:
+            return self._rebuild(rounds, reason or f"{rebuilding} ranks begin anew", progress)
+        return self._update(rounds, build, progress)
+
+    def _check(self, vocabulary: int, device: torch.device) -> None:
+        """Checks the settings against the rows of a table."""
         if self.k >= vocabulary:
             raise ValueError(f"k must be below the {vocabulary} rows of the embedding, got {self.k}")
         if self.allowed is not None:
             require_mask(self.allowed, (vocabulary,), "allowed", "[V]")
             require_enough_allowed(self.allowed, self.k)
-            self.allowed = self.allowed.to(embedding.device)
-        embedding = embedding.detach()
-        if self._build is None:
-            return self._rebuild(embedding, "first build", progress)
-        built = self._build.snapshot.embedding
-        if (embedding.shape, embedding.dtype, embedding.device) != (built.shape, built.dtype, built.device):
-            return self._rebuild(embedding, "another shape, dtype or device", progress)
-        return self._update(embedding, self._build, progress)
+            self.allowed = self.allowed.to(device)
 
-    def _update(self, embedding: Tensor, build: _Build, progress: Progress | None) -> RefreshReport:
+    def _update(self, rounds: Rounds, build: _Build, progress: Progress | None) -> RefreshReport:
         """Proves what can be proven from the build, and searches the other rows."""
-        vocabulary = embedding.shape[0]
-        rows = ScoredRows(embedding, self.metric, backend=choose_backend(None, embedding))
-        all_rows = torch.arange(vocabulary, device=embedding.device)
-        stored = build.candidates[:, : self.k].long()
-        ids, scores = ranked(stored, rows.pair_scores(all_rows[:, None].expand_as(stored), rows, stored))
-        drift = Drift(build.snapshot, rows)
+        rows = rounds.rows
+        all_rows = torch.arange(len(rows), device=rows.embedding.device)
+        ids, scores = rounds.rescore(all_rows, build.candidates[:, : self.k].long())
+        drift = Drift(build.snapshot, rows, rounds.largest)
         # To choose the movers, a lower bound of the k-th score is enough, as the k neighbors alone give it.
-        next_scores, bounds = build.present_bounds(embedding)
-        max_movement, movers = drift.exclude_movers(drift.tolerance(scores[:, -1], bounds))
+        next_scores, bounds = build.present_bounds(rows.embedding)
+        tolerance = drift.tolerance(scores[:, -1], bounds)
+        max_movement, movers = exclude_movers(rounds.gather(drift.moved), rounds.gather(tolerance))
         is_open = drift.tolerance(scores[:, -1], next_scores) <= max_movement
         is_open &= ~(build.snapshot.is_zero & rows.is_zero)  # the first rows are still its neighbors
         uncertified = is_open.nonzero().squeeze(1)
-        certified = vocabulary - uncertified.numel()
-        for part in uncertified.split(_RESCORED_ROWS) if uncertified.numel() else ():
-            part_ids, part_scores = rescore(rows, part, build.candidates[part].long())
-            ids[part], scores[part] = part_ids[:, : self.k], part_scores[:, : self.k]
+        [open_in_all] = rounds.sum(uncertified.numel())
+        if open_in_all:
+            for part in [uncertified] if rounds.group is not None else uncertified.split(_RESCORED_ROWS):
+                part_ids, part_scores = rounds.rescore(part, build.candidates[part].long())
+                ids[part], scores[part] = part_ids[:, : self.k], part_scores[:, : self.k]
         uncertified = uncertified[drift.tolerance(scores[:, -1], bounds)[uncertified] <= max_movement]
-        count = uncertified.numel()
-        if count > _REBUILD_FRACTION * vocabulary:
-            return self._rebuild(embedding, f"{count} rows moved too far to be certified", progress)
+        [count] = rounds.sum(uncertified.numel())
+        if count > _REBUILD_FRACTION * rounds.total:
+            return self._rebuild(rounds, f"{count} rows moved too far to be certified", progress)
         if movers.numel():
             proven = torch.ones_like(all_rows, dtype=torch.bool).index_fill_(0, uncertified, False)
             proven = proven.nonzero().squeeze(1)
-            is_mover = torch.zeros_like(all_rows, dtype=torch.bool).index_fill_(0, movers, True)
+            is_mover = torch.zeros(rounds.total, dtype=torch.bool, device=movers.device).index_fill_(0, movers, True)
             if build.eligible is not None:
                 is_mover &= build.eligible
-            ids[proven], scores[proven] = update_neighbors(rows, proven, ids[proven], scores[proven], new=is_mover)
+            ids[proven], scores[proven] = rounds.update_neighbors(proven, ids[proven], scores[proven], is_mover)
         if count:
-            found = search(
-                rows,
-                self.k,
-                self.candidates,
-                queries=uncertified,
-                allowed=build.eligible,
-                floor=scores[uncertified, -1],
-                progress=progress,
-            )
             # The candidates and bounds found here are not stored: they would be of another version than the snapshot.
-            ids[uncertified], scores[uncertified] = found.ids, found.scores
-        self._store(ids, scores)
+            ids[uncertified], scores[uncertified] = rounds.search(
+                self.k, queries=uncertified, allowed=build.eligible, floor=scores[uncertified, -1], progress=progress
+            )
+        self._store(rounds.gather(ids), rounds.gather(scores))
         reason = f"compared with the last build, rows moved by up to {max_movement:.2g}"
         if movers.numel():
             reason += f", and {movers.numel()} further"
-        return RefreshReport(certified, vocabulary - certified - count, count, movers.numel(), reason)
+        return RefreshReport(rounds.total - open_in_all, open_in_all - count, count, movers.numel(), reason)
 
-    def _rebuild(self, embedding: Tensor, reason: str, progress: Progress | None) -> RefreshReport:
-        snapshot = ScoredRows(embedding.clone(), self.metric, backend=choose_backend(None, embedding))
-        equal = self._find_equal_rows(embedding, None)
+    def _rebuild(self, rounds: Rounds, reason: str, progress: Progress | None) -> RefreshReport:
+        equal = self._find_equal_rows(rounds)
         eligible = self._eligible(equal)
-        available = len(snapshot) if eligible is None else int(eligible.sum())
-        # One neighbor more than asked for: its score bounds all rows after the k-th.
-        wanted = min(self.k + 1, available - 1)
-        found = search(snapshot, wanted, self.candidates, allowed=eligible, progress=progress)
-        if wanted > self.k:
-            next_scores = found.scores[:, self.k].clone()
-        elif eligible is None:
-            next_scores = torch.full_like(found.bounds, -torch.inf)
-        else:  # a row that is not allowed itself has one neighbor more than the others
-            next_scores = torch.where(eligible, -torch.inf, found.scores[:, -1])
+        snapshot = rounds.rows.snapshot()
+        if rounds.group is None:
+            # One neighbor more than asked for: its score bounds all rows after the k-th.
+            found = search(snapshot, self.k + 1, self.candidates, allowed=eligible, progress=progress)
+            candidates, scores, bounds = found.candidates, found.candidate_scores, found.bounds
+        else:
+            found = None
+            candidates, scores = rounds.search(self.candidates, allowed=eligible, progress=progress)
+            bounds = scores[:, -1].clone()
+        next_scores = scores[:, self.k].clone()
         # Set together, after the search: an interrupted search leaves the table as it was.
-        build = _Build(snapshot, found.candidates.int(), next_scores, found.bounds, None, None, eligible, None)
-        if found.equal_to is not None:
+        build = _Build(_layout(rounds), snapshot, candidates.int(), next_scores, bounds, None, None, eligible, None)
+        if found is not None and found.equal_to is not None:
             build.class_next_scores = self._class_next_scores(found, found.equal_to, next_scores)
             build.class_bounds, build.equal_to = found.class_bounds, found.equal_to.int()
-        self._build = build
-        self._equal_rows = equal
-        self._store(found.ids[:, : self.k].contiguous(), found.scores[:, : self.k].contiguous())
-        return RefreshReport(0, 0, embedding.shape[0], 0, reason)
+        ids, scores = rounds.gather(candidates[:, : self.k]), rounds.gather(scores[:, : self.k])
+        self._build, self._equal_rows = build, equal
+        self._store(ids.contiguous(), scores.contiguous())
+        return RefreshReport(0, 0, rounds.total, 0, reason)
 
     def _class_next_scores(self, found: SearchResult, equal_to: Tensor, next_scores: Tensor) -> Tensor:
         """float32 [V]: no row outside the first k scored above it, but rows equal to all of them."""
@@ -397,15 +390,12 @@ class NeighborTable:
                 with torch.inference_mode(old.is_inference()):
                     old.copy_(new)
 
-    def _find_equal_rows(self, embedding: Tensor, group: ProcessGroup | None) -> Tensor | None:
+    def _find_equal_rows(self, rounds: Rounds) -> Tensor | None:
         """bool [V], the rows equal to another row, now or in an earlier search; None: they are not to be left out."""
         if not self.exclude_equal_rows:
             return None
-        require_table(embedding)  # nearest_neighbors checks the rest
-        if group is None:
-            equal = has_equal_row(embedding.detach())
-        else:
-            equal = equal_rows(gather_rows(row_hashes(embedding.detach()), group))
+        embedding = rounds.rows.embedding
+        equal = has_equal_row(embedding) if rounds.group is None else equal_rows(rounds.gather(row_hashes(embedding)))
         before = self._equal_rows
         # What trains some rows of a group alone must not bring the others back. An engine may also begin with
         # placeholder weights, so the first search is not the last.
@@ -431,7 +421,7 @@ class NeighborTable:
         """The table as tensors and plain values, for `torch.save`. A table that loads them needs no first build.
 
         Raises:
-            RuntimeError: before the first `refresh`, and after a refresh in shards, which stores nothing for later.
+            RuntimeError: before the first `refresh`, and for a sharded embedding, of which each rank has a part.
 
         Example:
             >>> import torch
@@ -443,9 +433,9 @@ class NeighborTable:
              'metric', 'nexts', 'scores', 'snapshot']
         """
         build = self._build
-        if build is None:
+        if build is None or len(build.snapshot) != len(self._filled(self._ids)):
             self._filled(self._ids)
-            raise RuntimeError("a table searched in shards has no state to keep: its refreshes search anew")
+            raise RuntimeError("a table of a sharded embedding has no state to keep: each rank has a part of it")
         return {
             "k": self.k,
             "metric": self.metric,
@@ -505,5 +495,6 @@ class NeighborTable:
         snapshot = ScoredRows(state["snapshot"], self.metric, backend=choose_backend(None, state["snapshot"]))
         self._equal_rows = equal
         classes = (state.get("class_nexts"), state.get("class_bounds"), self._eligible(equal), state.get("equal_to"))
-        self._build = _Build(snapshot, state["candidates"], state["nexts"], state["bounds"], *classes)
+        layout = ((v,), 0, snapshot.embedding.shape, snapshot.embedding.dtype, snapshot.embedding.device)
+        self._build = _Build(layout, snapshot, state["candidates"], state["nexts"], state["bounds"], *classes)
         self._ids, self._scores = state["ids"], state["scores"]
