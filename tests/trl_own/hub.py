@@ -44,9 +44,10 @@ NAMED = {
     248044: CHAT[0], 248046: CHAT[2], 248058: TOOLS[0], 248059: TOOLS[1],
 }  # fmt: skip
 BYTES = 256
-_QWEN_TOKENS = [*CHAT, *VISION, *TOOLS]
-SHORT = {i: BYTES + n for n, i in enumerate(TEXTS)} | {
-    i: BYTES + len(TEXTS) + _QWEN_TOKENS.index(token) for i, token in NAMED.items()
+# Each text once, as a vocabulary has it.
+_QWEN_TEXTS, _QWEN_TOKENS = list(dict.fromkeys(TEXTS.values())), [*CHAT, *VISION, *TOOLS]
+SHORT = {i: BYTES + _QWEN_TEXTS.index(text) for i, text in TEXTS.items()} | {
+    i: BYTES + len(_QWEN_TEXTS) + _QWEN_TOKENS.index(token) for i, token in NAMED.items()
 }
 
 
@@ -92,8 +93,8 @@ def tokenizer(
 
 
 def qwen(template: str, **attributes: str) -> PreTrainedTokenizerFast:
-    named = {BYTES + len(TEXTS) + n: token for n, token in enumerate(_QWEN_TOKENS)}
-    texts = {SHORT[i]: text for i, text in TEXTS.items()}
+    named = {BYTES + len(_QWEN_TEXTS) + n: token for n, token in enumerate(_QWEN_TOKENS)}
+    texts = {BYTES + n: text for n, text in enumerate(_QWEN_TEXTS)}
     return tokenizer(template, named, texts, 1024, eos="<|im_end|>", pad="<|endoftext|>", **attributes)
 
 
@@ -215,7 +216,7 @@ def gemma_3(folder: Path) -> None:
     )}  # fmt: skip
     config = transformers.Gemma3Config(
         text_config=WIDER | {"vocab_size": 1024, "head_dim": 4, "pad_token_id": words.pad_token_id},
-        vision_config=WIDER | {"image_size": 28, "patch_size": 14},
+        vision_config=WIDER | {"image_size": 28, "patch_size": 14, "vision_use_head": False},
         mm_tokens_per_image=4,
         eos_token_id=words.eos_token_id,
         **ids,
