@@ -13,6 +13,7 @@ from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from ngrpo_ops.integrations.transformers import NeighborMixing
+from ngrpo_ops.integrations.trl import NGRPOTrainer
 from ngrpo_ops.integrations.trl import trainer as trainer_module
 from ngrpo_ops.metrics import replay_errors, replay_sums, replay_tolerance
 
@@ -79,6 +80,20 @@ def test_rate_zero_reads_no_mixing_at_all(train: Any, monkeypatch: pytest.Monkey
     resumed = train(steps=2, mixing_rate=0.0, resume_from_checkpoint=saved)
     assert resumed.state.global_step == 2 and "mixing" not in vars(resumed)
     train.make(mixing_rate=0.0, rollout_func=lambda prompts, trainer: {})
+
+
+def test_a_trainer_made_without_its_init_takes_trls_own_path(train: Any) -> None:  # noqa: F811
+    """As TRL's own tests make one. It has what TRL's has, and nothing of ours."""
+    stock = train.make(GRPOTrainer, GRPOConfig, beta=0.1)
+    ours = object.__new__(NGRPOTrainer)
+    vars(ours).update(vars(stock))
+    scored = []
+    for trainer in (stock, ours):
+        torch.manual_seed(0)
+        scored.append(trainer._generate_and_score_completions([{"prompt": "w5 w6 w7"}] * 8))
+    assert scored[0].keys() == scored[1].keys()
+    for name, value in scored[0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(scored[1][name])), name
 
 
 # Settings that differ, and are named --------------------------------------------------------------------------------

@@ -114,6 +114,11 @@ class NGRPOTrainer(GRPOTrainer):
         "id": "2606.10768",
     }
 
+    # What holds until __init__ has decided. TRL's own tests call methods of a trainer that was made without it.
+    _mixes = False
+    _rollout_record: MixRecord | None = None  # of the generation under way
+    _batch_record: MixRecord | None = None  # of the batch whose loss is being computed
+
     @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         bound = _SIGNATURE.bind(self, *arguments, **keywords)
@@ -144,8 +149,6 @@ class NGRPOTrainer(GRPOTrainer):
             mixing = self.mixing  # made here, so that what it refuses is refused at the start
             if self.ref_model is not None:
                 mixing.attach(self.accelerator.unwrap_model(self.ref_model))
-        self._rollout_record: MixRecord | None = None  # of the generation under way
-        self._batch_record: MixRecord | None = None  # of the batch whose loss is being computed
         self._warned: set[str] = set()
 
     @functools.cached_property
