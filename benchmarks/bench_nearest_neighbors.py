@@ -1,12 +1,16 @@
 """The search over a vocabulary: a batch of queries, a whole table, and a refresh after a weight update.
 
+Random rows of several shapes, and the table of a real model, SmolLM2-135M-Instruct: the rows of a trained embedding lie
+in clusters, and some were never trained. `NGRPO_OPS_TABLE` names another checkpoint, by path or hub name.
+
 The figures are checked before they are timed: what ours finds is what the peer finds, but for scores that are equal.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -21,6 +25,8 @@ from ngrpo_ops import NeighborTable, nearest_neighbors
 K = 2  # the paper's k = 3: the anchor and two neighbors
 STD = 0.02  # of the entries of an embedding, as models are initialized and stay
 LR = 1e-6
+REAL_LR = 1e-5  # of a step on the real model
+TIES = ("500 zero rows", "2,000 equal rows", "500 nearly equal rows")
 
 
 def _embedding(device: str, v: int, d: int, std: float = 1.0) -> Tensor:
@@ -37,20 +43,47 @@ def _same_but_for_ties(ids: Tensor, embedding: Tensor, queries: Tensor) -> None:
         assert torch.allclose((unit * others).sum(1), ours.scores[row, place].double(), rtol=0, atol=1e-6)
 
 
-def _queries(count: int, device: str, who: str) -> Case:
-    v, d = QWEN2_5_0_5B
-    embedding = _embedding(device, v, d)
+@cache
+def _real_tables() -> tuple[str, Tensor, Tensor]:
+    """The name of a real model, its embedding, and its embedding after a step of training."""
+    from examples.real_model import load
+
+    name = os.environ.get("NGRPO_OPS_TABLE")
+    try:
+        model, tokenizer = load.load_model(name)
+    except load.ModelUnavailableError as error:
+        pytest.skip(str(error))
+    before = model.get_input_embeddings().weight.detach().clone()
+    batch = tokenizer(["The sun rises in the east and sets in the west."] * 4, return_tensors="pt")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=REAL_LR)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    return name or load.NAME, before, model.get_input_embeddings().weight.detach().clone()
+
+
+def _table(device: str, shape: tuple[int, int] | None, std: float = 1.0) -> tuple[str, Tensor]:
+    """A random table of a shape, or the real one, and what it is called."""
+    if shape is None:
+        name, embedding, _ = _real_tables()
+        return f"{name} V={embedding.shape[0]} d={embedding.shape[1]}", embedding.to(device)
+    return f"V={shape[0]} d={shape[1]}", _embedding(device, *shape, std)
+
+
+def _queries(count: int, shape: tuple[int, int] | None, device: str, who: str) -> Case:
+    called, embedding = _table(device, shape)
+    v = embedding.shape[0]
     queries = torch.randperm(v, generator=torch.Generator().manual_seed(1))[:count].to(device)
     run = _members(embedding, queries)[who]()
     if who != "ours":
         _same_but_for_ties(run(), embedding, queries)
     moved = embedding.numel() * embedding.element_size()
-    return Case("nearest_neighbors", f"V={v} d={d} Q={count} k={K}", "float32", moved, run, rounds=5)
+    return Case("nearest_neighbors", f"{called} Q={count} k={K}", "float32", moved, run, rounds=5)
 
 
-def _whole_table(device: str, who: str) -> Case:
-    v, d = SMALL_VOCABULARY
-    embedding = _embedding(device, v, d)
+def _whole_table(shape: tuple[int, int] | None, device: str, who: str) -> Case:
+    called, embedding = _table(device, shape)
+    v = embedding.shape[0]
     every = torch.arange(v, device=device)
     if who == "ours":
         run: Callable[[], Any] = partial(nearest_neighbors, embedding, K)
@@ -60,7 +93,7 @@ def _whole_table(device: str, who: str) -> Case:
         run = _members(embedding, every)[who]()
         _same_but_for_ties(run()[::64], embedding, every[::64])
     moved = embedding.numel() * embedding.element_size()
-    return Case("nearest_neighbors", f"V={v} d={d} whole table k={K}", "float32", moved, run, rounds=3)
+    return Case("nearest_neighbors", f"{called} whole table k={K}", "float32", moved, run, rounds=3)
 
 
 def _members(embedding: Tensor, queries: Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
@@ -71,33 +104,70 @@ def _members(embedding: Tensor, queries: Tensor) -> dict[str, Callable[[], Calla
     }
 
 
-def _refresh(device: str, who: str) -> Case:
-    """After an optimizer's step of `LR` into a random direction, of every entry of every row."""
+def _refresh(shape: tuple[int, int] | None, device: str, who: str) -> Case:
+    """After an optimizer's step: of the real model, or of `LR` into a random direction, of every entry of every row."""
+    called, embedding = _table(device, shape, STD)
+    if shape is None:
+        moved, lr = _real_tables()[2].to(device), REAL_LR
+    else:
+        direction = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(2)).sign()
+        moved, lr = embedding + LR * direction.to(device), LR
+    every = torch.arange(embedding.shape[0], device=device)
+    if who == "ours":
+        table = NeighborTable(K)
+        table.refresh(embedding)
+        report, rebuilt = table.refresh(moved), nearest_neighbors(moved, K)
+        assert report.recomputed < embedding.shape[0] / 50, report
+        assert torch.equal(table.ids, rebuilt.ids) and torch.equal(table.scores, rebuilt.scores)
+        run: Callable[[], Any] = partial(table.refresh, moved)
+    elif who == "tiled matmul + topk":
+        run = partial(tiled_matmul_topk, moved, every, K)
+    elif who == "ours, rebuilt":
+        run = partial(nearest_neighbors, moved, K)
+    else:
+        run = partial(nearest_neighbors, moved, K, queries=every)
+    shape_and_step = f"{called} k={K} after a step of {lr:g}"
+    return Case("NeighborTable.refresh", shape_and_step, "float32", 2 * embedding.numel() * 4, run, rounds=3)
+
+
+def _tied(which: str, refresh: bool, device: str, who: str) -> Case:
+    """A build or a refresh of a table with tied rows, beside the same of random rows."""
     v, d = SMALL_VOCABULARY
     embedding = _embedding(device, v, d, STD)
+    step = LR * torch.randn(v, d, generator=torch.Generator().manual_seed(2)).sign().to(device)
+    chosen = torch.randperm(v, generator=torch.Generator().manual_seed(3)).to(device)
+    if who == "ours" and which == "500 zero rows":
+        embedding[chosen[:500]] = step[chosen[:500]] = 0
+    elif who == "ours" and which == "2,000 equal rows":
+        embedding[chosen[:2000]], step[chosen[:2000]] = embedding[chosen[0]].clone(), step[chosen[0]].clone()
+    elif who == "ours":
+        noise = torch.randn(500, d, generator=torch.Generator().manual_seed(4)).to(device)
+        embedding[chosen[:500]] = embedding[chosen[0]] + 1e-4 * STD * noise
     table = NeighborTable(K)
     table.refresh(embedding)
-    moved = embedding + LR * torch.randn(v, d, generator=torch.Generator().manual_seed(2)).sign().to(device)
-    every = torch.arange(v, device=device)
-    run = {
-        "ours": partial(table.refresh, moved),
-        "ours, rebuilt": partial(nearest_neighbors, moved, K),
-        "ours, plain sweep": partial(nearest_neighbors, moved, K, queries=every),
-    }[who]
-    if who == "ours":
-        report, rebuilt = table.refresh(moved), nearest_neighbors(moved, K)
-        assert report.recomputed < v / 100 and torch.equal(table.ids, rebuilt.ids)
-        assert torch.equal(table.scores, rebuilt.scores)
-    shape = f"V={v} d={d} k={K} after a step of {LR:g}"
-    return Case("NeighborTable.refresh", shape, "float32", 2 * embedding.numel() * 4, run, rounds=3)
+
+    def build() -> None:
+        NeighborTable(K).refresh(embedding)
+
+    run = partial(table.refresh, embedding + step) if refresh else build
+    shape = f"V={v} d={d} k={K} {which}"
+    name = "NeighborTable.refresh" if refresh else "NeighborTable, first build"
+    return Case(name, shape, "float32", 2 * embedding.numel() * 4, run, rounds=3)
 
 
 ALL = ("ours", "tiled matmul + topk", "faiss IndexFlatIP")
+REFRESHED = ("ours", "tiled matmul + topk", "ours, rebuilt", "ours, plain sweep")
 CASES = {
-    "queries": (partial(_queries, QUERIES), ALL),
-    "few queries": (partial(_queries, 16), ALL),
-    "whole table": (_whole_table, (*ALL, "ours, plain sweep")),
-    "refresh": (_refresh, ("ours", "ours, rebuilt", "ours, plain sweep")),
+    "queries": (partial(_queries, QUERIES, QWEN2_5_0_5B), ALL),
+    "few queries": (partial(_queries, 16, QWEN2_5_0_5B), ALL),
+    "whole table": (partial(_whole_table, SMALL_VOCABULARY), (*ALL, "ours, plain sweep")),
+    "refresh": (partial(_refresh, SMALL_VOCABULARY), REFRESHED),
+    "real table, queries": (partial(_queries, QUERIES, None), ALL),
+    "real table, few queries": (partial(_queries, 16, None), ALL),
+    "real table, whole": (partial(_whole_table, None), (*ALL, "ours, plain sweep")),
+    "real table, refresh": (partial(_refresh, None), REFRESHED),
+    **{f"build, {ties}": (partial(_tied, ties, False), ("ours", "ours, random rows")) for ties in TIES},
+    **{f"refresh, {ties}": (partial(_tied, ties, True), ("ours", "ours, random rows")) for ties in TIES},
 }
 
 

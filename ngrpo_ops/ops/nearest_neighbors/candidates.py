@@ -90,11 +90,12 @@ class Candidates:
         self.scores, self.queries, self.k, self.kept = scores, queries, k, kept
         n, device = queries.numel(), queries.device
         self.capacity = max(_MAX_PAIRS if capacity is None else min(_MAX_PAIRS, capacity), 2 * kept * n)
-        self.thresholds = torch.full((n,), -torch.inf, device=device) if floor is None else floor.clone()
+        lowest = torch.full((n,), -torch.inf, dtype=torch.float32, device=device)
+        self.thresholds = lowest if floor is None else floor.clone()
         self._kth = self.thresholds  # the k-th lower bounds; no pair below is among the k nearest
         self._is_far = torch.zeros(n, dtype=torch.bool, device=device)  # the first of the two cases
-        none, no_scores = torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(0, device=device)
-        self._pairs = Pairs(none, none, no_scores, no_scores)
+        none = torch.zeros(0, dtype=torch.int32, device=device)
+        self._pairs = Pairs(none, none, lowest[:0], lowest[:0])
         self._new: list[Pairs] = []
         self._pending = 0
         self._is_fresh = floor is None or bool((floor == -torch.inf).any())  # no tile was seen yet
@@ -255,7 +256,7 @@ class Candidates:
         place = torch.arange(pairs.rows.numel(), device=first.device) - first[pairs.rows]
         n, is_kept = len(self), place < self.kept
         columns = torch.full((n, self.kept), -1, dtype=torch.int64, device=first.device)
-        scores = torch.full((n, self.kept), -torch.inf, device=first.device)
+        scores = torch.full((n, self.kept), -torch.inf, dtype=torch.float32, device=first.device)
         where = (pairs.rows[is_kept], place[is_kept])
         columns[where] = pairs.columns[is_kept].long()
         scores[where] = torch.where(pairs.lower == pairs.upper, pairs.upper, -torch.inf)[is_kept]
@@ -307,8 +308,8 @@ class RunningBest(NamedTuple):
 
     @staticmethod
     def empty(n: int, c: int, floor: Tensor | None, device: torch.device) -> RunningBest:
-        lowest = torch.full((n,), -torch.inf, device=device)
-        values = torch.full((n, c), -torch.inf, device=device)
+        lowest = torch.full((n,), -torch.inf, dtype=torch.float32, device=device)
+        values = torch.full((n, c), -torch.inf, dtype=torch.float32, device=device)
         ids = torch.full((n, c), -1, dtype=torch.int32, device=device)
         return RunningBest(values, ids, lowest if floor is None else floor, lowest.clone())
 

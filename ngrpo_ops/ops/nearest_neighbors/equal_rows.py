@@ -149,7 +149,7 @@ class Classes(NamedTuple):
 
     def lowest(self, values: Tensor) -> Tensor:
         """For each scanned row the lowest value [Q] of the queries that it stands for."""
-        lowest = torch.full(self.scanned.shape, torch.inf, device=values.device)
+        lowest = torch.full(self.scanned.shape, torch.inf, dtype=torch.float32, device=values.device)
         return lowest.scatter_reduce(0, self.place, values, "amin")
 
     def expanded(self, found: Found, k: int, kept: int) -> tuple[Found, Tensor]:
@@ -198,7 +198,7 @@ class Classes(NamedTuple):
         position = torch.arange(row.numel(), device=row.device) - (total.cumsum(0) - total)[row]
         is_kept = position < kept
         ids = torch.full((len(queries), kept), -1, dtype=torch.int64, device=row.device)
-        values = torch.full((len(queries), kept), -torch.inf, device=row.device)
+        values = torch.full((len(queries), kept), -torch.inf, dtype=torch.float32, device=row.device)
         ids[row[is_kept], position[is_kept]] = member[is_kept]
         values[row[is_kept], position[is_kept]] = score[is_kept]
         out.columns[queries], out.scores[queries] = ids, values

@@ -216,8 +216,8 @@ class _Scan:
         is_shared = torch.zeros(total, dtype=torch.bool, device=device) if is_shared is None else is_shared
         found = Found(
             torch.full((total, self.kept), -1, dtype=torch.int64, device=device),
-            torch.full((total, self.kept), -torch.inf, device=device),
-            torch.full((total,), -torch.inf, device=device),
+            torch.full((total, self.kept), -torch.inf, dtype=torch.float32, device=device),
+            torch.full((total,), -torch.inf, dtype=torch.float32, device=device),
         )
 
         def store(where: Tensor, part: Found) -> None:
@@ -301,8 +301,10 @@ class _Scan:
                 yield span, self._scored(queries[places[span]], is_shared[places[span]], part, None, add_own=True)
             return
         capacity = _TRIANGLE_PAIRS // len(blocks)
-        never = torch.where(is_zero, torch.inf, -torch.inf)  # what a zero row's neighbors are is known
-        kept = [Candidates(scores, ids, self.k, self.kept, never[places[span]], capacity) for _, ids, span in blocks]
+        # What a zero row's neighbors are is known: no pair reaches its threshold.
+        floor = torch.full(is_zero.shape, -torch.inf, dtype=torch.float32, device=is_zero.device)
+        floor.masked_fill_(is_zero, torch.inf)
+        kept = [Candidates(scores, ids, self.k, self.kept, floor[places[span]], capacity) for _, ids, span in blocks]
         tile = ScoreTile(scores, size, size)
         done, total = 0, len(blocks) * (len(blocks) + 1) // 2
         for on_diagonal in (True, False):
@@ -334,11 +336,9 @@ class _Scan:
         missing = self.kept - first.shape[1]
         first = torch.nn.functional.pad(first, (0, max(0, missing)), value=-1)[:, : self.kept]
         is_there = torch.arange(self.kept, device=queries.device) < others[:, None]
-        return Found(
-            torch.where(is_there, first, -1),
-            torch.where(is_there, 0.0, -torch.inf),
-            torch.where(others >= self.kept, 0.0, -torch.inf),
-        )
+        scores = torch.zeros(first.shape, dtype=torch.float32, device=first.device)
+        bounds = scores[:, 0].masked_fill(others < self.kept, -torch.inf)
+        return Found(torch.where(is_there, first, -1), scores.masked_fill_(~is_there, -torch.inf), bounds)
 
     # With the kernels ---------------------------------------------------------------------------------------------
 

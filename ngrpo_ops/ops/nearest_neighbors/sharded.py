@@ -131,7 +131,7 @@ class Rounds:
         device = self.rows.embedding.device
         count = len(self.rows) if queries is None else queries.numel()
         ids = torch.full((count, k), -1, dtype=torch.int64, device=device)
-        scores = torch.full((count, k), -torch.inf, device=device)
+        scores = torch.full((count, k), -torch.inf, dtype=torch.float32, device=device)
         for first_id, block in self:
             if count:
                 reached = scores[:, -1] if floor is None else torch.maximum(floor, scores[:, -1])
@@ -153,7 +153,7 @@ class Rounds:
 
     def rescore(self, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates [Q, c] of each query (-1: none) and their scores, best first, equal scores by the lower id."""
-        scores = torch.full(candidates.shape, -torch.inf, device=candidates.device)
+        scores = torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device=candidates.device)
         size = max(1, _RESCORED_PAIRS // candidates.shape[1])
         for first_id, block in self:
             for start in range(0, len(queries), size):
