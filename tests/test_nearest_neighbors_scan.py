@@ -38,7 +38,8 @@ def tables_with_copies(draw: st.DrawFn) -> Tensor:
     """Rows of which some are copies, some zero and some nearly equal, in any order."""
     table = draw(tables(st.integers(3, 40), st.integers(1, 12))).float()
     generator = draw(generators)
-    copies = table[torch.randint(len(table), (draw(st.integers(0, 40)),), generator=generator)]
+    sources = min(len(table), draw(st.sampled_from([1, 3, 40])))
+    copies = table[torch.randint(sources, (draw(st.integers(0, 40)),), generator=generator)]
     nearly = table[torch.randint(len(table), (draw(st.integers(0, 20)),), generator=generator)]
     nearly = nearly * (1 + 1e-6 * torch.randn(nearly.shape, generator=generator))
     zeros = torch.zeros(draw(st.sampled_from([0, 0, 1, 5])), table.shape[1])
@@ -101,17 +102,18 @@ def test_no_row_outside_the_candidates_is_above_the_bound(
 @given(
     table=tables_with_copies(),
     metric=metrics,
+    k=st.integers(1, 2),
     use_mask=st.booleans(),
     moves=st.lists(st.sampled_from(["together", "apart", "one", "to zero", "to a copy"]), min_size=1, max_size=3),
     scale=st.sampled_from([1e-7, 1e-4, 1e-2, 0.3]),
     generator=generators,
 )
-def test_a_refreshed_table_with_copies_is_a_fresh_search(table, metric, use_mask, moves, scale, generator):
+def test_a_refreshed_table_with_copies_is_a_fresh_search(table, metric, k, use_mask, moves, scale, generator):
     allowed = None
     if use_mask:
         allowed = torch.rand(len(table), generator=generator) < 0.7
         allowed[:3] = True
-    neighbors = NeighborTable(2, metric=metric, candidates=6, allowed=allowed)
+    neighbors = NeighborTable(k, metric=metric, candidates=6, allowed=allowed)
     neighbors.refresh(table)
     for move in moves:
         _, which = table.unique(dim=0, return_inverse=True)
@@ -126,12 +128,59 @@ def test_a_refreshed_table_with_copies_is_a_fresh_search(table, metric, use_mask
             noise = torch.where(torch.rand(len(table), 1, generator=generator) < 0.1, table[:1] - table, 0.0)
         table = table + noise
         neighbors.refresh(table)
-        want = nearest_neighbors(table, 2, metric=metric, allowed=allowed)
+        want = nearest_neighbors(table, k, metric=metric, allowed=allowed)
         assert torch.equal(neighbors.ids, want.ids) and torch.equal(neighbors.scores, want.scores)
-        restored = NeighborTable(2, metric=metric, allowed=allowed)
+        restored = NeighborTable(k, metric=metric, allowed=allowed)
         restored.load_state_dict(neighbors.state_dict())
         restored.refresh(table)
         assert torch.equal(restored.ids, want.ids) and torch.equal(restored.scores, want.scores)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("metric", METRICS)
+def test_copies_beyond_the_candidates_that_move_apart_are_found(metric, k):
+    """More copies than candidates: the nearest of them after a step is one that no list has."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.cat([torch.randn(60, 8, generator=generator), torch.randn(2, 8, generator=generator).repeat(30, 1)])
+    table[:40] = table[60 + torch.arange(40) % 2] * 1.2 + 0.05 * torch.randn(40, 8, generator=generator)
+    table = torch.cat([table, torch.randn(300, 8, generator=generator)])
+    neighbors = NeighborTable(k, metric=metric, candidates=5)
+    neighbors.refresh(table)
+    for scale in (1e-5, 1e-4, 1e-3, 1e-2):
+        table = table + scale * torch.randn(table.shape, generator=generator)
+        neighbors.refresh(table)
+        want = nearest_neighbors(table, k, metric=metric)
+        assert torch.equal(neighbors.ids, want.ids) and torch.equal(neighbors.scores, want.scores)
+
+
+def test_a_class_of_which_too_few_are_candidates_is_below_the_bound():
+    """The last candidate is the only one of the query's own copies: the next one may be among the k nearest later."""
+    table = torch.tensor([[1.0, 0.0]] * 4 + [[1.000001, 9.0], [3.0, 9.0], [4.0, 9.0], [0.5, 9.0]])
+    found = search.search(ScoredRows(table, "dot"), 2, 4)
+    assert found.candidates[0].tolist() == [6, 5, 4, 1] and found.candidates[3].tolist() == [6, 5, 4, 0]
+    assert bool((found.class_bounds[:4] >= 1).all())
+
+
+def test_dropping_pairs_loses_none_of_the_nearest(monkeypatch):
+    """Nearly equal rows in many small tiles: more pairs reach the thresholds than may be held, again and again."""
+    monkeypatch.setattr(search, "_TRIANGLE_PAIRS", 0)
+    monkeypatch.setattr(search, "_SQUARE_TILE", 32)
+    monkeypatch.setattr(candidates, "_MAX_PAIRS", 0)
+    drops = []
+    original = candidates.Candidates._drop_all_but_the_best
+    monkeypatch.setattr(
+        candidates.Candidates, "_drop_all_but_the_best", lambda self: drops.append(len(self)) or original(self)
+    )
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(1, 16, generator=generator) + 1e-4 * torch.randn(400, 16, generator=generator)
+    for metric in METRICS:
+        right, order = pair_scores(ScoredRows(table, metric)).sort(dim=1, descending=True, stable=True)
+        for kept in (3, 7):
+            found = search.search(ScoredRows(table, metric), 3, kept)
+            assert torch.equal(found.ids, order[:, :3]) and torch.equal(found.scores, right[:, :3])
+            outside = pair_scores(ScoredRows(table, metric)).scatter(1, found.candidates, -torch.inf)
+            assert bool((outside.amax(1) <= found.bounds).all())
+    assert len(drops) > 20
 
 
 @pytest.fixture

@@ -99,8 +99,7 @@ class _Build:
             differs[first[part[apart]]] = True
         if not bool(differs.any()):
             return self.class_next_scores, self.class_bounds
-        of_candidates = differs[first[self.candidates.clamp(min=0)]] & (self.candidates >= 0)
-        differs = differs[first] | of_candidates.any(1)
+        differs = (differs[first[self.candidates.clamp(min=0)]] & (self.candidates >= 0)).any(1)
         return (
             torch.where(differs, self.next_scores, self.class_next_scores),
             torch.where(differs, self.bounds, self.class_bounds),
@@ -373,10 +372,12 @@ class NeighborTable:
         return RefreshReport(0, 0, rounds.total, 0, reason)
 
     def _class_next_scores(self, found: SearchResult, equal_to: Tensor, next_scores: Tensor) -> Tensor:
-        """float32 [V]: no row outside the first k scored above it, but rows equal to all of them."""
+        """float32 [V]: no row outside the first k scored above it, but rows equal to all of them.
+
+        The first k + 1 candidates were scored, and no candidate that was not is above them.
+        """
         first = equal_to[found.candidates.clamp(min=0)]
-        has_copies = torch.bincount(equal_to, minlength=len(equal_to)) > 1
-        are_equal = has_copies[first[:, 0]] & (first[:, : self.k] == first[:, :1]).all(1)
+        are_equal = (first[:, : self.k] == first[:, :1]).all(1)
         of_others = torch.where(first != first[:, :1], found.candidate_scores, -torch.inf).amax(1)
         return torch.where(are_equal, torch.maximum(of_others, found.class_bounds), next_scores)
 
