@@ -45,7 +45,7 @@ for generation, name in enumerate(("model", "changed")):
     outputs = llm.generate(prompts, asked, use_tqdm=False)
     record = take_records(llm, rows, [20] * 12)
     rows_here = len(mixer.embedding.rows()[0])
-    seen.append({"outputs": outputs, "record": record, "table": mixer.table.ids, "rows_here": rows_here})
+    seen.append({"outputs": outputs, "record": record, "table": mixer.table.ids.clone(), "rows_here": rows_here})
 torch.save(seen, folder / f"rank{rank}.pt")
 torch.distributed.destroy_process_group()
 os._exit(0)

@@ -188,12 +188,12 @@ class NeighborTable:
 
     @property
     def ids(self) -> Tensor:
-        """int64 [V, k], nearest first. Raises RuntimeError before the first `refresh`."""
+        """int64 [V, k], nearest first. A refresh writes to the same memory. RuntimeError before the first `refresh`."""
         return self._filled(self._ids)
 
     @property
     def scores(self) -> Tensor:
-        """float32 [V, k], larger is nearer. Raises RuntimeError before the first `refresh`."""
+        """float32 [V, k], larger is nearer. A refresh writes to the same memory. RuntimeError before the first."""
         return self._filled(self._scores)
 
     @property
