@@ -49,7 +49,7 @@ def main() -> None:
         return
     print(f"{NOTE}\n\nNearest in its input embeddings, what N-GRPO mixes a token with:")
     ngrpo_ops(["neighbors", "--model", str(folder), "--k", "3", "--tokens", *WORDS])
-    print("\nThe same prompt in three ways, from the same random numbers (each takes some seconds for its neighbor table):\n")
+    print("\nThe same prompt in three ways, from the same random numbers (a neighbor table takes some seconds):\n")
     model, tokenizer = load_checkpoint(str(folder))
     shown = roll_out(
         model, tokenizer, arguments.prompt, ARMS, name=NAME, temperature=0.7, max_new_tokens=64, seed=arguments.seed
