@@ -266,6 +266,11 @@ def test_ids_and_scores_stay_in_place():
     with torch.inference_mode():
         fresh = NeighborTable(2)
         fresh.refresh(table)
+    state = neighbors.state_dict()
+    with torch.inference_mode():
+        neighbors.refresh(table.flip(0))  # a tensor made outside, within
+    assert neighbors.ids.data_ptr() == places[0] and torch.equal(handed_out, nearest_neighbors(table.flip(0), 2).ids)
+    assert torch.equal(state["ids"], nearest_neighbors(table, 2).ids)  # a state that is kept does not change
     fresh.refresh(table.flip(0))  # an inference tensor is written in place too
     assert torch.equal(fresh.ids, nearest_neighbors(table.flip(0), 2).ids)
 

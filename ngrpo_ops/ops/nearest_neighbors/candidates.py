@@ -283,11 +283,11 @@ def parts(counts: Tensor, limit: int) -> list[slice]:
     if not counts.numel() or int(sums[-1]) <= limit:
         return [slice(0, counts.numel())]
     sizes = ((sums - 1).clamp(min=0) // limit).unique_consecutive(return_counts=True)[1].tolist()
-    parts, start = [], 0
+    slices, start = [], 0
     for size in sizes:
-        parts.append(slice(start, start + size))
+        slices.append(slice(start, start + size))
         start += size
-    return parts
+    return slices
 
 
 class RunningBest(NamedTuple):

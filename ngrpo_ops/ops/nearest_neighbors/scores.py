@@ -66,8 +66,8 @@ class ScoredRows:
             )
         zero = norms < _ZERO_NORM
         self.inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float() if metric == "cosine" else None
-        # A norm of 0 is of a zero row alone.
-        least = torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps  # the smallest number above 0
+        # A norm of 0 is of a zero row alone. A larger norm only makes the bounds looser.
+        least = torch.finfo(torch.float32).smallest_normal
         self.norms = (~zero).float() if metric == "cosine" else norms.float().clamp(min=least) * (norms > 0)
 
     def snapshot(self) -> ScoredRows:

@@ -275,7 +275,7 @@ class _Scan:
         prepared = scores.prepared_queries(queries)
         for index, ids, span in self._blocks(self.column_tile):
             values = tile.multiply(prepared, self._prepared_columns(scores, index, span))
-            _fill_at(values, ids, excluded, -torch.inf)
+            _leave_out(values, ids, excluded)
             kept.take(values[: queries.numel()], ids, dim=1)
         return kept.finish(is_shared, self.has_copies)
 
@@ -467,8 +467,8 @@ def _places(tile_ids: Tensor, ids: Tensor) -> Tensor:
     return torch.where(tile_ids[position] == ids, position, -1).int()
 
 
-def _fill_at(matrix: Tensor, tile_ids: Tensor, ids: Tensor, value: float | bool) -> None:
-    """Writes `value`, in place, where row i of a matrix over the ascending `tile_ids` has one of `ids[i]` [Q, n]."""
+def _leave_out(scores: Tensor, tile_ids: Tensor, ids: Tensor) -> None:
+    """Writes -inf, in place, where row i of scores over the ascending `tile_ids` has one of `ids[i]` [Q, n]."""
     position = torch.searchsorted(tile_ids, ids).clamp(max=tile_ids.numel() - 1)
     row, which = (tile_ids[position] == ids).nonzero(as_tuple=True)
-    matrix[row, position[row, which]] = value
+    scores[row, position[row, which]] = -torch.inf

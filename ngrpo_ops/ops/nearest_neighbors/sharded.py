@@ -44,12 +44,14 @@ def local_rows(embedding: DTensor) -> tuple[Tensor, Any]:
 class Rounds:
     """The rows of a table, of which this rank may hold a part, and the calls that need all of them.
 
-    Every call but the first few properties is made by all ranks of the group together, in the same order and whether
-    they have rows or not. Query ids count in this rank's rows, all other ids in the whole table.
+    All ranks of the group make the same calls in the same order, whether they have rows or not. Query ids count in this
+    rank's rows, all other ids in the whole table.
 
     Attributes:
         rows: this rank's rows.
+        rank: this rank's number in the group.
         counts: rows of each rank.
+        total: rows of all ranks, V.
         first_id: the id of this rank's first row.
 
     Args:
@@ -177,7 +179,13 @@ class Rounds:
 
     def gather(self, values: Tensor) -> Tensor:
         """[V, ...]: values [V_rank, ...] of all ranks, the same on every rank."""
-        return values if self.group is None else gather_rows(values, self.group)
+        if self.group is None:
+            return values
+        padded = values.new_zeros(max(self.counts), *values.shape[1:])  # all ranks send as many rows
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in self.counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of the values >= 0 of all ranks."""
@@ -186,9 +194,9 @@ class Rounds:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return largest
 
-    def sum(self, *counts: int) -> list[int]:
-        """Sums over the ranks."""
-        return [sum(of_ranks) for of_ranks in zip(*self._objects(counts), strict=True)]
+    def sum(self, count: int) -> int:
+        """The sum over the ranks."""
+        return sum(self._objects(count))
 
     def _objects(self, value: Any) -> list[Any]:
         """The values of all ranks."""
@@ -197,17 +205,3 @@ class Rounds:
         gathered: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
-
-
-def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[V, ...]: the rows [V_rank, ...] of all ranks of the group, in their order; the same on every rank.
-
-    They travel padded to the largest count.
-    """
-    counts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(counts, rows.shape[0], group=group)
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -31,7 +31,6 @@ from .sharded import Rounds, local_rows
 
 # Above this fraction, searching the rows one by one is no cheaper than a rebuild, which also renews the certificates.
 _REBUILD_FRACTION = 0.5
-_RESCORED_ROWS = 2**14  # rows whose candidates are scored together
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ class NeighborTable:
         else:
             reason = ""
         # All ranks do the same.
-        if (rebuilding := rounds.sum(reason != "")[0]) or build is None:
+        if (rebuilding := rounds.sum(reason != "")) or build is None:
             return self._rebuild(rounds, reason or f"{rebuilding} ranks begin anew", progress)
         return self._update(rounds, build, progress)
 
@@ -321,13 +320,12 @@ class NeighborTable:
         is_open = drift.tolerance(scores[:, -1], next_scores) <= max_movement
         is_open &= ~(build.snapshot.is_zero & rows.is_zero)  # the first rows are still its neighbors
         uncertified = is_open.nonzero().squeeze(1)
-        [open_in_all] = rounds.sum(uncertified.numel())
+        open_in_all = rounds.sum(uncertified.numel())
         if open_in_all:
-            for part in [uncertified] if rounds.group is not None else uncertified.split(_RESCORED_ROWS):
-                part_ids, part_scores = rounds.rescore(part, build.candidates[part].long())
-                ids[part], scores[part] = part_ids[:, : self.k], part_scores[:, : self.k]
+            rescored = rounds.rescore(uncertified, build.candidates[uncertified].long())
+            ids[uncertified], scores[uncertified] = (x[:, : self.k] for x in rescored)
         uncertified = uncertified[drift.tolerance(scores[:, -1], bounds)[uncertified] <= max_movement]
-        [count] = rounds.sum(uncertified.numel())
+        count = rounds.sum(uncertified.numel())
         if count > _REBUILD_FRACTION * rounds.total:
             return self._rebuild(rounds, f"{count} rows moved too far to be certified", progress)
         if movers.numel():
@@ -444,8 +442,8 @@ class NeighborTable:
             "candidates": build.candidates,
             "nexts": build.next_scores,  # the name in states that were saved before
             "bounds": build.bounds,
-            "ids": self.ids,
-            "scores": self.scores,
+            "ids": self.ids.clone(),  # which the next refresh writes over
+            "scores": self.scores.clone(),
             "allowed": self.allowed,
             "equal_rows": self._equal_rows,
             "equal_to": build.equal_to,
