@@ -34,6 +34,7 @@ from ngrpo_ops.kernels import (
     group_advantages,
     mix_embeddings,
     nearest_neighbors,
+    nearest_neighbors_rows,
     selective_log_softmax,
 )
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
@@ -161,6 +162,20 @@ def _pair_scores(dtype: torch.dtype, d: int, metric: str) -> None:
     nearest_neighbors.pair_scores(table, scales, ids, table, scales, ids, metric)
 
 
+def _rows(dtype: torch.dtype, d: int, metric: str) -> None:
+    table = _meta(151_936, d, dtype=dtype)
+    norms, inverse_norms, roundoffs, _ = nearest_neighbors_rows.row_statistics(table, metric)
+    scales = inverse_norms if metric == "cosine" else None
+    nearest_neighbors_rows.row_movements(table.float(), scales, table, scales, metric)
+    if metric == "l1":
+        return
+    rows = _meta(16_384) if d == 896 else slice(0, 16_384)
+    for queries in (True, False):
+        nearest_neighbors_rows.prepare_rows(
+            table, rows, norms, inverse_norms, roundoffs, metric, queries=queries, rounding=1e-4, underflow=1e-36
+        )
+
+
 def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
     for dtype in DTYPES:
         for d, k in ((128, 3), (896, 3), (1536, 3), (1536, 32)):
@@ -181,6 +196,9 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
             yield dtype, lambda dtype=dtype, v=v, k=k, s=strategy, o=other: _decode_step(dtype, v, k, s, **o)
         for metric in ("cosine", "dot", "l2", "l1"):
             yield dtype, lambda dtype=dtype, m=metric: _pair_scores(dtype, 896, m)
+        for d, metric in ((128, "cosine"), (896, "cosine"), (896, "dot"), (896, "l2"), (896, "l1")):
+            if every or (d, metric) == (896, "cosine"):
+                yield dtype, lambda dtype=dtype, d=d, m=metric: _rows(dtype, d, m)
     for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):
         for dtype in (torch.bfloat16, torch.float32):
             yield dtype, lambda dtype=dtype, q=q, best=best: _tile_best(dtype, q, best)

@@ -79,6 +79,18 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
     ),
     "pair_scores_kernel": ((2**31, _config(4, BLOCK_P=8, BLOCK_D=256)),),
+    "row_statistics_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=4, BLOCK_D=512)),
+    ),
+    "prepare_rows_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=4, BLOCK_D=512)),
+    ),
+    "row_movements_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=4, BLOCK_D=512)),
+    ),
 }
 
 # Under the interpreter: rows a program, columns a program (at most; a row narrower than that is one tile).
@@ -101,6 +113,9 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "tile_best_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},
+    "row_statistics_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "prepare_rows_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "row_movements_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
 }
 
 # What changes the best configuration of a kernel, by the names of its arguments (element types always do). The others
