@@ -60,7 +60,12 @@ SHARED_LIMIT = {
 }
 ALLOWED = {"cuda:89": 16}  # bytes of stack and spills
 # Kernels with a matrix product, which must use the tensor cores' own instruction.
-MULTIPLIES = {"tile_best_kernel", "tile_best_symmetric_kernel"}
+MULTIPLIES = {
+    "tile_best_kernel",
+    "tile_best_symmetric_kernel",
+    "append_pairs_kernel",
+    "append_pairs_symmetric_kernel",
+}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -156,6 +161,21 @@ def _tile_best(dtype: torch.dtype, q: int, best: int) -> None:
         nearest_neighbors.tile_best_symmetric(x, y, metric, best, diagonal=False)
 
 
+def _append_pairs(dtype: torch.dtype, q: int) -> None:
+    metric, width = ("l1", 896) if dtype == torch.float32 else ("cosine", 960)
+    x, y = (_meta(n, width, dtype=dtype) for n in (q, 16_384))
+    pairs = nearest_neighbors.no_pairs(2**24, 151_936, x.device)
+    x_limits, y_limits, ids = _meta(q, dtype=torch.float32), _meta(16_384, dtype=torch.float32), _meta(16_384)
+    excluded = _meta(q, dtype=torch.int32)
+    nearest_neighbors.append_pairs(x, y, metric, x_limits, excluded, pairs, x_ids=_meta(q), y_ids=ids)
+    if q > 64:
+        allowed = _meta(q, dtype=torch.bool)
+        for diagonal in (False, True) if metric != "l1" else (False,):
+            nearest_neighbors.append_pairs_symmetric(
+                x, y, metric, x_limits, y_limits, allowed, allowed, pairs, x_ids=ids, y_ids=ids, diagonal=diagonal
+            )
+
+
 def _pair_scores(dtype: torch.dtype, d: int, metric: str) -> None:
     table, ids = _meta(151_936, d, dtype=dtype), _meta(300_000)
     scales = _meta(151_936, dtype=torch.float32) if metric == "cosine" else None
@@ -202,6 +222,9 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
     for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):
         for dtype in (torch.bfloat16, torch.float32):
             yield dtype, lambda dtype=dtype, q=q, best=best: _tile_best(dtype, q, best)
+    for q in (16, 16_384):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield dtype, lambda dtype=dtype, q=q: _append_pairs(dtype, q)
 
 
 class Case(NamedTuple):
