@@ -67,6 +67,9 @@ MULTIPLIES = {
     "append_pairs_symmetric_kernel",
 }
 
+# Of those, the kernels whose tiles are small enough for tcgen05, which takes 8 warps at most.
+MULTIPLIES_ON_BLACKWELL = {"append_pairs_kernel", "append_pairs_symmetric_kernel"}
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _NAMES |= {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}
@@ -319,7 +322,11 @@ def _compile(case: Case, target: str) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": case.kernel, "target": target, "config": case.config, "dtype": case.dtype}
     if target.startswith("cuda"):
         used = _ptxas(compiled.asm["ptx"], target)
-        row |= {**used, "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"]}
+        row |= {
+            **used,
+            "shared": compiled.metadata.shared,
+            "wgmma": any(name in compiled.asm["ptx"] for name in ("wgmma", "tcgen05")),
+        }
     else:
         text = compiled.asm["amdgcn"]
 
@@ -393,7 +400,7 @@ def compile_all(
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """Why a row would not pass: it did not compile, spills, overflows shared memory, multiplies without wgmma."""
+    """Why a row would not pass: it did not compile, spills, overflows shared memory, multiplies on slower units."""
     if "error" in row:
         return [row["error"]]
     found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name] > ALLOWED.get(row["target"], 0)]
@@ -401,8 +408,9 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
     # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it; l1 has none.
     without = any(constant in row.get("config", "") for constant in ("BLOCK_M=16", "L1=True"))
-    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"] and not without:
-        found.append("no wgmma")
+    needed = {"cuda:90": MULTIPLIES, "cuda:100": MULTIPLIES_ON_BLACKWELL}.get(row["target"], ())
+    if row["kernel"] in needed and not row["wgmma"] and not without:
+        found.append("no wgmma" if row["target"] == "cuda:90" else "no tcgen05")
     return found
 
 

@@ -129,7 +129,7 @@ def _append(takes, at, query, candidate, score, rows, columns, scores, lost, cap
 @triton.jit
 def _append_tile(
     tile, first_m, first_n, x_thresholds, y_thresholds, x_allowed, y_allowed, excluded, x_ids, y_ids, x_id, y_id,
-    rows, columns, scores, count, lost, capacity, q, c,
+    rows, columns, scores, total, lost, capacity, q, c,
     SYMMETRIC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Appends the pairs of a tile of scores that reach a threshold. A score of -inf is no pair."""
@@ -164,7 +164,7 @@ def _append_tile(
                 if x_allowed is not None:
                     y_takes = y_takes & (tl.load(x_allowed + m, mask=y_takes, other=0) != 0)
                 wanted += y_takes.to(tl.int64)
-            at = tl.atomic_add(count + tl.zeros_like(m), wanted, mask=wanted > 0, sem="relaxed")
+            at = tl.atomic_add(total + tl.zeros_like(m), wanted, mask=wanted > 0, sem="relaxed")
             row = m + x_id if x_ids is None else tl.load(x_ids + m, mask=wanted > 0, other=0).to(tl.int32)
             column = n + y_id if y_ids is None else tl.load(y_ids + n, mask=wanted > 0, other=0).to(tl.int32)
             _append(x_takes, at, row, column, score, rows, columns, scores, lost, capacity)
@@ -177,7 +177,7 @@ def _append_tile(
 
 @triton.jit(do_not_specialize=["q", "c", "n_m", "n_n", "x_id", "y_id", "capacity"])
 def append_pairs_kernel(
-    x, y, x_thresholds, excluded, x_ids, y_ids, x_id, y_id, rows, columns, scores, count, lost, capacity,
+    x, y, x_thresholds, excluded, x_ids, y_ids, x_id, y_id, rows, columns, scores, total, lost, capacity,
     q, c, d, n_m, n_n, x_m, y_n,
     L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -188,14 +188,14 @@ def append_pairs_kernel(
     tile = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
     _append_tile(
         tile, tile_m * BLOCK_M, tile_n * BLOCK_N, x_thresholds, None, None, None, excluded, x_ids, y_ids, x_id, y_id,
-        rows, columns, scores, count, lost, capacity, q, c, False, UPCAST, BLOCK_M, BLOCK_N,
+        rows, columns, scores, total, lost, capacity, q, c, False, UPCAST, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["q", "c", "n_m", "n_n", "x_id", "y_id", "capacity"])
 def append_pairs_symmetric_kernel(
     x, y, x_thresholds, y_thresholds, x_allowed, y_allowed, x_ids, y_ids, x_id, y_id,
-    rows, columns, scores, count, lost, capacity, q, c, d, n_m, n_n, x_m, y_n,
+    rows, columns, scores, total, lost, capacity, q, c, d, n_m, n_n, x_m, y_n,
     DIAGONAL: tl.constexpr, L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def append_pairs_symmetric_kernel(
         tile = tl.where(n[None, :] > m[:, None], tile, float("-inf"))
     _append_tile(
         tile, tile_m * BLOCK_M, tile_n * BLOCK_N, x_thresholds, y_thresholds, x_allowed, y_allowed, None,
-        x_ids, y_ids, x_id, y_id, rows, columns, scores, count, lost, capacity, q, c, True, UPCAST, BLOCK_M, BLOCK_N,
+        x_ids, y_ids, x_id, y_id, rows, columns, scores, total, lost, capacity, q, c, True, UPCAST, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -316,14 +316,14 @@ class Pairs(NamedTuple):
     Attributes:
         rows, columns: int32 [capacity], the ids of query and candidate.
         scores: float32 [capacity].
-        count: int64 [1], the pairs that were to be appended. Where it is above the capacity, some are not there.
+        total: int64 [1], the pairs that were to be appended. Where it is above the capacity, some are not there.
         lost: int32, by the id of a query: not 0 if one of its pairs is not there.
     """
 
     rows: Tensor
     columns: Tensor
     scores: Tensor
-    count: Tensor
+    total: Tensor
     lost: Tensor
 
 
@@ -331,8 +331,8 @@ def no_pairs(capacity: int, ids: int, device: torch.device) -> Pairs:
     """An empty buffer for pairs of rows with ids below `ids`."""
     rows, columns = (torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(2))
     scores = torch.empty(capacity, dtype=torch.float32, device=device)
-    count = torch.zeros(1, dtype=torch.int64, device=device)
-    return Pairs(rows, columns, scores, count, torch.zeros(ids, dtype=torch.int32, device=device))
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    return Pairs(rows, columns, scores, total, torch.zeros(ids, dtype=torch.int32, device=device))
 
 
 def _appending(x_ids: Tensor | int, y_ids: Tensor | int, pairs: Pairs) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def wanted(takes: Tensor, scores: Tensor, queries: list[int], candidates: list[i
 def assert_appended(pairs: kernels.Pairs, expected: list[Pair], before: int = 0) -> None:
     """Just the pairs that are expected, each once, or as many as there is room for."""
     capacity = pairs.rows.shape[0]
-    assert pairs.count.tolist() == [before + len(expected)] and pairs.count.dtype == torch.int64
+    assert pairs.total.tolist() == [before + len(expected)] and pairs.total.dtype == torch.int64
     kept = slice(before, min(capacity, before + len(expected)))
     columns = (pairs.rows[kept].tolist(), pairs.columns[kept].tolist(), pairs.scores[kept].tolist())
     got = Counter(zip(*columns, strict=True))
@@ -180,7 +180,7 @@ def test_kernels_append_nothing_of_no_rows():
     kernels.append_pairs(some, none, "dot", limits, excluded, pairs)
     kernels.append_pairs_symmetric(some, none, "dot", limits, no_limits, None, None, pairs, diagonal=False)
     kernels.append_pairs_symmetric(none, none, "dot", no_limits, no_limits, None, None, pairs, diagonal=True)
-    assert pairs.count.tolist() == [0] and not bool(pairs.lost.any())
+    assert pairs.total.tolist() == [0] and not bool(pairs.lost.any())
 
 
 def test_append_kernels_offsets_of_64_bits_where_rows_need_them():
