@@ -79,7 +79,6 @@ MUTATIONS = [
     Mutation("append: both sides in one place", "nearest_neighbors", "at += x_takes.to(tl.int64)", "at += 0"),
     Mutation("append: past the buffer", "nearest_neighbors", "room = takes & (at < capacity)", "room = takes & (at <= capacity)"),
     Mutation("append: lost pairs are not marked", "nearest_neighbors", "mask=takes & (at >= capacity)", "mask=takes & (at > capacity)"),
-    Mutation("append: a threshold of -inf", "nearest_neighbors", "least = tl.maximum(tl.load(x_thresholds + first_m + tl.arange(0, BLOCK_M)), _LOWEST)[:, None]", "least = tl.load(x_thresholds + first_m + tl.arange(0, BLOCK_M))[:, None]"),
     Mutation("append: the diagonal", "nearest_neighbors", "tile = tl.where(n[None, :] > m[:, None], tile", "tile = tl.where(n[None, :] >= m[:, None], tile"),
     Mutation("append: ids of the other side", "nearest_neighbors", "column = n + y_id if", "column = n + x_id if"),
     Mutation("pair scores: column stride", "nearest_neighbors", "widen(k, INT64)[None, :] * y_d", "widen(k, INT64)[None, :]"),
