@@ -34,6 +34,7 @@ from ngrpo_ops.kernels import (
     group_advantages,
     mix_embeddings,
     nearest_neighbors,
+    nearest_neighbors_rows,
     selective_log_softmax,
 )
 from ngrpo_ops.kernels.primitives import Launch, forced_int64, recording
@@ -59,7 +60,15 @@ SHARED_LIMIT = {
 }
 ALLOWED = {"cuda:89": 16}  # bytes of stack and spills
 # Kernels with a matrix product, which must use the tensor cores' own instruction.
-MULTIPLIES = {"tile_best_kernel", "tile_best_symmetric_kernel"}
+MULTIPLIES = {
+    "tile_best_kernel",
+    "tile_best_symmetric_kernel",
+    "append_pairs_kernel",
+    "append_pairs_symmetric_kernel",
+}
+
+# Of those, the kernels whose tiles are small enough for tcgen05, which takes 8 warps at most.
+MULTIPLIES_ON_BLACKWELL = {"append_pairs_kernel", "append_pairs_symmetric_kernel"}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -155,10 +164,39 @@ def _tile_best(dtype: torch.dtype, q: int, best: int) -> None:
         nearest_neighbors.tile_best_symmetric(x, y, metric, best, diagonal=False)
 
 
+def _append_pairs(dtype: torch.dtype, q: int) -> None:
+    metric, width = ("l1", 896) if dtype == torch.float32 else ("cosine", 960)
+    x, y = (_meta(n, width, dtype=dtype) for n in (q, 16_384))
+    pairs = nearest_neighbors.no_pairs(2**24, 151_936, x.device)
+    x_limits, y_limits, ids = _meta(q, dtype=torch.float32), _meta(16_384, dtype=torch.float32), _meta(16_384)
+    excluded = _meta(q, dtype=torch.int32)
+    nearest_neighbors.append_pairs(x, y, metric, x_limits, excluded, pairs, x_ids=_meta(q), y_ids=ids)
+    if q > 64:
+        allowed = _meta(q, dtype=torch.bool)
+        for diagonal in (False, True) if metric != "l1" else (False,):
+            nearest_neighbors.append_pairs_symmetric(
+                x, y, metric, x_limits, y_limits, allowed, allowed, pairs, x_ids=ids, y_ids=ids, diagonal=diagonal
+            )
+
+
 def _pair_scores(dtype: torch.dtype, d: int, metric: str) -> None:
     table, ids = _meta(151_936, d, dtype=dtype), _meta(300_000)
     scales = _meta(151_936, dtype=torch.float32) if metric == "cosine" else None
     nearest_neighbors.pair_scores(table, scales, ids, table, scales, ids, metric)
+
+
+def _rows(dtype: torch.dtype, d: int, metric: str) -> None:
+    table = _meta(151_936, d, dtype=dtype)
+    norms, inverse_norms, roundoffs, _ = nearest_neighbors_rows.row_statistics(table, metric)
+    scales = inverse_norms if metric == "cosine" else None
+    nearest_neighbors_rows.row_movements(table.float(), scales, table, scales, metric)
+    if metric == "l1":
+        return
+    rows = _meta(16_384) if d == 896 else slice(0, 16_384)
+    for queries in (True, False):
+        nearest_neighbors_rows.prepare_rows(
+            table, rows, norms, inverse_norms, roundoffs, metric, queries=queries, rounding=1e-4, underflow=1e-36
+        )
 
 
 def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
@@ -181,9 +219,15 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
             yield dtype, lambda dtype=dtype, v=v, k=k, s=strategy, o=other: _decode_step(dtype, v, k, s, **o)
         for metric in ("cosine", "dot", "l2", "l1"):
             yield dtype, lambda dtype=dtype, m=metric: _pair_scores(dtype, 896, m)
+        for d, metric in ((128, "cosine"), (896, "cosine"), (896, "dot"), (896, "l2"), (896, "l1")):
+            if every or (d, metric) == (896, "cosine"):
+                yield dtype, lambda dtype=dtype, d=d, m=metric: _rows(dtype, d, m)
     for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):
         for dtype in (torch.bfloat16, torch.float32):
             yield dtype, lambda dtype=dtype, q=q, best=best: _tile_best(dtype, q, best)
+    for q in (16, 16_384):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield dtype, lambda dtype=dtype, q=q: _append_pairs(dtype, q)
 
 
 class Case(NamedTuple):
@@ -278,7 +322,11 @@ def _compile(case: Case, target: str) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": case.kernel, "target": target, "config": case.config, "dtype": case.dtype}
     if target.startswith("cuda"):
         used = _ptxas(compiled.asm["ptx"], target)
-        row |= {**used, "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"]}
+        row |= {
+            **used,
+            "shared": compiled.metadata.shared,
+            "wgmma": any(name in compiled.asm["ptx"] for name in ("wgmma", "tcgen05")),
+        }
     else:
         text = compiled.asm["amdgcn"]
 
@@ -352,7 +400,7 @@ def compile_all(
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """Why a row would not pass: it did not compile, spills, overflows shared memory, multiplies without wgmma."""
+    """Why a row would not pass: it did not compile, spills, overflows shared memory, multiplies on slower units."""
     if "error" in row:
         return [row["error"]]
     found = [f"{name} {row[name]}" for name in ("stack", "spills") if row[name] > ALLOWED.get(row["target"], 0)]
@@ -360,8 +408,9 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"shared {row['shared']} above {SHARED_LIMIT[row['target']]}")
     # wgmma multiplies 64 rows at least: tiles of fewer queries, which wait for memory, cannot use it; l1 has none.
     without = any(constant in row.get("config", "") for constant in ("BLOCK_M=16", "L1=True"))
-    if row["kernel"] in MULTIPLIES and row["target"] == "cuda:90" and not row["wgmma"] and not without:
-        found.append("no wgmma")
+    needed = {"cuda:90": MULTIPLIES, "cuda:100": MULTIPLIES_ON_BLACKWELL}.get(row["target"], ())
+    if row["kernel"] in needed and not row["wgmma"] and not without:
+        found.append("no wgmma" if row["target"] == "cuda:90" else "no tcgen05")
     return found
 
 

@@ -78,7 +78,28 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
         (2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
     ),
+    # 8 warps, which tcgen05 takes and 16 do not; a tile of 128 x 256 would spill.
+    "append_pairs_kernel": (
+        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
+        (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
+    ),
+    "append_pairs_symmetric_kernel": (
+        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
+        (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
+    ),
     "pair_scores_kernel": ((2**31, _config(4, BLOCK_P=8, BLOCK_D=256)),),
+    "row_statistics_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=4, BLOCK_D=512)),
+    ),
+    "prepare_rows_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=4, BLOCK_D=512)),
+    ),
+    "row_movements_kernel": (
+        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=4, BLOCK_D=512)),
+    ),
 }
 
 # Under the interpreter: rows a program, columns a program (at most; a row narrower than that is one tile).
@@ -100,7 +121,12 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "gaussian_noise_kernel": {"BLOCK_D": 128},
     "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "tile_best_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
+    "append_pairs_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
+    "append_pairs_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
     "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},
+    "row_statistics_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "prepare_rows_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "row_movements_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
 }
 
 # What changes the best configuration of a kernel, by the names of its arguments (element types always do). The others

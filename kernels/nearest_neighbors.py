@@ -1,17 +1,22 @@
-"""The best pairs of each tile of scores, and the scores of given pairs. The tiles never leave the chip.
+"""The best pairs of each tile of scores, the pairs that reach a threshold, and the scores of given pairs.
 
 The caller prepares the rows. They are bfloat16, with extra columns that turn their inner product into an upper bound of
 the score. For l1, which is no inner product, they are the float32 rows themselves.
 
-One program scores BLOCK_M rows of x against BLOCK_N rows of y. T rounds of a masked maximum then write the T best of
-each of its rows, and in the symmetric kernel of each of its columns too. No program keeps a running list: it depends on
-its tile alone, and merging the results of the tiles is a small fraction of the work. So a few queries are spread over
-as many programs as the vocabulary has tiles.
+One program scores BLOCK_M rows of x against BLOCK_N rows of y. The tile never leaves the chip. T rounds of a masked
+maximum then write the T best of each of its rows, and in the symmetric kernel of each of its columns too. No program
+keeps a running list: it depends on its tile alone, and merging the results of the tiles is a small fraction of the
+work. So a few queries are spread over as many programs as the vocabulary has tiles.
+
+Where every row has a threshold, a lower bound of the last score that it keeps, a program appends the pairs that reach
+it to one buffer instead. Few do, so a tile's cost is that of finding whether any does. Then each thread takes the best
+of its 16 scores of a row, so that one element in 16 goes through the appending code; another round follows while
+something is left.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +27,7 @@ from . import configs, primitives
 from .primitives import launch, launcher, widen
 
 STEP = 64  # columns multiplied at once; the width of prepared rows is a multiple of it
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -111,6 +117,102 @@ def tile_best_symmetric_kernel(
     _store_best(scores, m[:, None], tile_m * BLOCK_M, y_values + out, y_places + out, n < c, 0, T)
 
 
+@triton.jit
+def _append(takes, at, query, candidate, score, rows, columns, scores, lost, capacity):
+    room = takes & (at < capacity)
+    tl.store(rows + at, query, mask=room)
+    tl.store(columns + at, candidate, mask=room)
+    tl.store(scores + at, score, mask=room)
+    tl.atomic_or(lost + query, 1, mask=takes & (at >= capacity), sem="relaxed")
+
+
+@triton.jit
+def _append_tile(
+    tile, first_m, first_n, x_thresholds, y_thresholds, x_allowed, y_allowed, excluded, x_ids, y_ids, x_id, y_id,
+    rows, columns, scores, total, lost, capacity, q, c,
+    SYMMETRIC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Appends the pairs of a tile of scores that reach a threshold. A score of -inf is no pair."""
+    # First every pair that reaches the lower threshold of its two: all of those to append, and a few more. A threshold
+    # of -inf would make a NaN of the difference.
+    least = tl.maximum(tl.load(x_thresholds + first_m + tl.arange(0, BLOCK_M)), _LOWEST)[:, None]
+    if SYMMETRIC:
+        of_y = tl.maximum(tl.load(y_thresholds + first_n + tl.arange(0, BLOCK_N)), _LOWEST)[None, :]
+        least = tl.minimum(least, of_y)
+    if tl.max(tile - least) >= 0.0:
+        left = tl.where(tile >= least, tile, float("-inf"))
+        # Columns in groups of 16 that one thread holds, in the layouts of wgmma and tcgen05: bits 0, 3, 4 and 5.
+        left = tl.permute(tl.reshape(left, (BLOCK_M, BLOCK_N // 64, 8, 4, 2)), (0, 1, 3, 2, 4))
+        left = tl.reshape(left, (BLOCK_M, BLOCK_N // 64, 4, 16))
+        m = first_m + tl.arange(0, BLOCK_M)[:, None, None]
+        group = tl.arange(0, BLOCK_N // 64)[None, :, None] * 64 + tl.arange(0, 4)[None, None, :] * 2
+        m = tl.broadcast_to(m, (BLOCK_M, BLOCK_N // 64, 4))
+        more = True
+        while more:
+            # Any of equal scores will do; the interpreter is slow where the choice is free.
+            score, inside = tl.max(left, axis=3, return_indices=True, return_indices_tie_break_left=UPCAST)
+            n = first_n + group + (inside // 2) * 8 + inside % 2
+            found = (score > float("-inf")) & (m < q) & (n < c)
+            x_takes = found & (score >= tl.load(x_thresholds + m, mask=found, other=float("inf")))
+            if y_allowed is not None:
+                x_takes = x_takes & (tl.load(y_allowed + n, mask=x_takes, other=0) != 0)
+            if excluded is not None:
+                x_takes = x_takes & (n != tl.load(excluded + m, mask=x_takes, other=-1))
+            wanted = x_takes.to(tl.int64)
+            if SYMMETRIC:
+                y_takes = found & (score >= tl.load(y_thresholds + n, mask=found, other=float("inf")))
+                if x_allowed is not None:
+                    y_takes = y_takes & (tl.load(x_allowed + m, mask=y_takes, other=0) != 0)
+                wanted += y_takes.to(tl.int64)
+            at = tl.atomic_add(total + tl.zeros_like(m), wanted, mask=wanted > 0, sem="relaxed")
+            row = m + x_id if x_ids is None else tl.load(x_ids + m, mask=wanted > 0, other=0).to(tl.int32)
+            column = n + y_id if y_ids is None else tl.load(y_ids + n, mask=wanted > 0, other=0).to(tl.int32)
+            _append(x_takes, at, row, column, score, rows, columns, scores, lost, capacity)
+            if SYMMETRIC:
+                at += x_takes.to(tl.int64)
+                _append(y_takes, at, column, row, score, rows, columns, scores, lost, capacity)
+            left = tl.where(tl.arange(0, 16)[None, None, None, :] == inside[:, :, :, None], float("-inf"), left)
+            more = tl.max(left) > float("-inf")
+
+
+@triton.jit(do_not_specialize=["q", "c", "n_m", "n_n", "x_id", "y_id", "capacity"])
+def append_pairs_kernel(
+    x, y, x_thresholds, excluded, x_ids, y_ids, x_id, y_id, rows, columns, scores, total, lost, capacity,
+    q, c, d, n_m, n_n, x_m, y_n,
+    L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = _tile_position(n_m, n_n, 8)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
+    _append_tile(
+        tile, tile_m * BLOCK_M, tile_n * BLOCK_N, x_thresholds, None, None, None, excluded, x_ids, y_ids, x_id, y_id,
+        rows, columns, scores, total, lost, capacity, q, c, False, UPCAST, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["q", "c", "n_m", "n_n", "x_id", "y_id", "capacity"])
+def append_pairs_symmetric_kernel(
+    x, y, x_thresholds, y_thresholds, x_allowed, y_allowed, x_ids, y_ids, x_id, y_id,
+    rows, columns, scores, total, lost, capacity, q, c, d, n_m, n_n, x_m, y_n,
+    DIAGONAL: tl.constexpr, L1: tl.constexpr, UPCAST: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = _tile_position(n_m, n_n, 8)
+    if DIAGONAL and tile_n * BLOCK_N + BLOCK_N - 1 <= tile_m * BLOCK_M:  # below the diagonal
+        return
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = _tile(x, y, m, n, q, c, d, x_m, y_n, L1, UPCAST, INT64, BLOCK_M, BLOCK_N, BLOCK_K)
+    if DIAGONAL:
+        tile = tl.where(n[None, :] > m[:, None], tile, float("-inf"))
+    _append_tile(
+        tile, tile_m * BLOCK_M, tile_n * BLOCK_N, x_thresholds, y_thresholds, x_allowed, y_allowed, None,
+        x_ids, y_ids, x_id, y_id, rows, columns, scores, total, lost, capacity, q, c, True, UPCAST, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def pair_scores_kernel(
     x, y, x_scales, y_scales, rows, columns, out, pairs, d, x_m, x_d, y_n, y_d,
@@ -141,9 +243,13 @@ def pair_scores_kernel(
     tl.store(out + p, tl.sum(total, axis=1), mask=p < pairs)
 
 
+def _blocks(kernel: Any, width: int) -> dict[str, int]:
+    return configs.pinned(kernel.__name__, width, interpreted=primitives.interpreted(kernel)).kwargs
+
+
 def _operands(x: Tensor, y: Tensor, metric: str, kernel: Any) -> dict[str, Any]:
     width = 0 if metric == "l1" else x.shape[0]
-    blocks = configs.pinned(kernel.__name__, width, interpreted=primitives.interpreted(kernel)).kwargs
+    blocks = _blocks(kernel, width)
     return {
         "width": width,
         "x": x, "y": y, "q": x.shape[0], "c": y.shape[0], "d": x.shape[1], "x_m": x.stride(0), "y_n": y.stride(0),
@@ -202,6 +308,112 @@ def tile_best_symmetric(
         x_values=x_values, x_places=x_places, y_values=y_values, y_places=y_places,
     )  # fmt: skip
     return x_values, x_places, y_values, y_places
+
+
+class Pairs(NamedTuple):
+    """Pairs appended by any number of launches, in an order that depends on timing.
+
+    Attributes:
+        rows, columns: int32 [capacity], the ids of query and candidate.
+        scores: float32 [capacity].
+        total: int64 [1], the pairs that were to be appended. Where it is above the capacity, some are not there.
+        lost: int32, by the id of a query: not 0 if one of its pairs is not there.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scores: Tensor
+    total: Tensor
+    lost: Tensor
+
+
+def no_pairs(capacity: int, ids: int, device: torch.device) -> Pairs:
+    """An empty buffer for pairs of rows with ids below `ids`."""
+    rows, columns = (torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(2))
+    scores = torch.empty(capacity, dtype=torch.float32, device=device)
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    return Pairs(rows, columns, scores, total, torch.zeros(ids, dtype=torch.int32, device=device))
+
+
+def _appending(x_ids: Tensor | int, y_ids: Tensor | int, pairs: Pairs) -> dict[str, Any]:
+    given_x, given_y = (ids.contiguous() if isinstance(ids, Tensor) else None for ids in (x_ids, y_ids))
+    return {
+        "x_ids": given_x, "x_id": x_ids if isinstance(x_ids, int) else 0,
+        "y_ids": given_y, "y_id": y_ids if isinstance(y_ids, int) else 0,
+        **pairs._asdict(), "capacity": pairs.rows.shape[0],
+    }  # fmt: skip
+
+
+def _padded(thresholds: Tensor, block: int) -> Tensor:
+    """For whole tiles, so that they are read without a mask: with +inf, which nothing reaches."""
+    missing = -thresholds.shape[0] % block
+    return torch.nn.functional.pad(thresholds, (0, missing), value=torch.inf) if missing else thresholds
+
+
+@launcher("thresholds", "excluded")
+def append_pairs(
+    x: Tensor,
+    y: Tensor,
+    metric: str,
+    thresholds: Tensor,
+    excluded: Tensor,
+    pairs: Pairs,
+    *,
+    x_ids: Tensor | int = 0,
+    y_ids: Tensor | int = 0,
+) -> None:
+    """Appends every pair of a row of x and a row of y whose score is at least the threshold of the row of x.
+
+    Args:
+        x, y, metric: as in `tile_best`. The scores for l1 are the negative distances as float32 sums them, which are no
+            upper bounds: the thresholds must leave room for their rounding.
+        thresholds: float32 [q]; -inf takes all, +inf none.
+        excluded: int32 [q]: the row of y that is left out for each row of x, or -1.
+        pairs: the buffer. A full one still counts, and marks the rows whose pairs it has no room for.
+        x_ids, y_ids: the ids of the rows: int32 or int64 [q] and [c], or the id of the first, which the next follow.
+    """
+    operands = _operands(x, y, metric, append_pairs_kernel)
+    blocks = _blocks(append_pairs_kernel, operands["width"])
+    if operands["n_m"] * operands["n_n"]:
+        launch(
+            append_pairs_kernel, lambda meta: (operands["n_m"] * operands["n_n"],), int64_for=(x, y), **operands,
+            x_thresholds=_padded(thresholds, blocks["BLOCK_M"]), excluded=excluded, **_appending(x_ids, y_ids, pairs),
+        )  # fmt: skip
+
+
+@launcher("x_thresholds", "y_thresholds", "x_allowed", "y_allowed")
+def append_pairs_symmetric(
+    x: Tensor,
+    y: Tensor,
+    metric: str,
+    x_thresholds: Tensor,
+    y_thresholds: Tensor,
+    x_allowed: Tensor | None,
+    y_allowed: Tensor | None,
+    pairs: Pairs,
+    *,
+    x_ids: Tensor | int = 0,
+    y_ids: Tensor | int = 0,
+    diagonal: bool,
+) -> None:
+    """Appends every pair of a row of x and a row of y whose score is at least the threshold of the row of x, and, the
+    row of y as the query, every pair whose score is at least the threshold of the row of y.
+
+    Args:
+        x, y, metric, pairs, x_ids, y_ids: as in `append_pairs`.
+        x_thresholds, y_thresholds: float32 [q] and [c].
+        x_allowed, y_allowed: bool [q] and [c], which rows may be candidates; None: all. All are queries.
+        diagonal: whether x and y are the same rows. No row then pairs with itself.
+    """
+    operands = _operands(x, y, metric, append_pairs_symmetric_kernel)
+    blocks = _blocks(append_pairs_symmetric_kernel, operands["width"])
+    if operands["n_m"] * operands["n_n"]:
+        launch(
+            append_pairs_symmetric_kernel, lambda meta: (operands["n_m"] * operands["n_n"],), int64_for=(x, y),
+            **operands, x_thresholds=_padded(x_thresholds, blocks["BLOCK_M"]),
+            y_thresholds=_padded(y_thresholds, blocks["BLOCK_N"]), x_allowed=x_allowed, y_allowed=y_allowed,
+            **_appending(x_ids, y_ids, pairs), DIAGONAL=diagonal,
+        )  # fmt: skip
 
 
 @launcher("rows", "columns", "x_scales", "y_scales")

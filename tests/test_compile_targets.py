@@ -42,6 +42,8 @@ def test_a_matrix_product_without_wgmma_is_named(monkeypatch):
     row = {"kernel": "k", "target": "cuda:90", "stack": 0, "spills": 0, "shared": 0, "wgmma": False}
     assert resources.faults(row) == ["no wgmma"]
     assert resources.faults({**row, "wgmma": True}) == resources.faults({**row, "target": "cuda:80"}) == []
+    monkeypatch.setattr(resources, "MULTIPLIES_ON_BLACKWELL", {"k"})
+    assert resources.faults({**row, "target": "cuda:100"}) == ["no tcgen05"]
 
 
 def test_the_table_of_resources_is_of_these_kernels():
