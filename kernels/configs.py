@@ -70,14 +70,6 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     "decode_choice_kernel": ((2**31, _config(8, BLOCK_D=1024)),),
     "gaussian_noise_kernel": ((2**31, _config(4, BLOCK_D=1024)),),
     # The width is the number of queries, and 0 for l1, which has no matrix product and so no use for large tiles.
-    "tile_best_kernel": (
-        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
-        (2**31, _config(16, 3, BLOCK_N=256, BLOCK_K=64, BLOCK_M=128)),
-    ),
-    "tile_best_symmetric_kernel": (
-        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
-        (2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
-    ),
     # 8 warps, which tcgen05 takes and 16 do not; a tile of 128 x 256 would spill.
     "append_pairs_kernel": (
         (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
@@ -86,6 +78,12 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     "append_pairs_symmetric_kernel": (
         (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
         (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
+    ),
+    # The width is the places of a query.
+    "keep_best_kernel": (
+        (128, _config(4, BLOCK_J=4, BLOCK_N=4)),
+        (512, _config(4, BLOCK_J=4, BLOCK_N=1)),
+        (2**31, _config(8, BLOCK_J=2, BLOCK_N=1)),
     ),
     "pair_scores_kernel": ((2**31, _config(4, BLOCK_P=8, BLOCK_D=256)),),
     "row_statistics_kernel": (
@@ -119,10 +117,9 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "decode_draws_kernel": {},
     "decode_choice_kernel": {"BLOCK_D": 128},
     "gaussian_noise_kernel": {"BLOCK_D": 128},
-    "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
-    "tile_best_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "append_pairs_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
     "append_pairs_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
+    "keep_best_kernel": {"BLOCK_J": 8, "BLOCK_N": 64},
     "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},
     "row_statistics_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
     "prepare_rows_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
