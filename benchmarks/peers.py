@@ -15,6 +15,7 @@ from torch import Tensor
 #: Shown beside ours, but not the same function: they do not count as the best peer.
 NOT_THE_SAME = (
     "an empty launch",
+    "an empty operation",
     "F.embedding_bag, weights of 8 bits",
     "softmax + multinomial, no mixing",
     "transformers' warpers + multinomial, no mixing",

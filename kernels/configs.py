@@ -6,6 +6,10 @@ interpreter, whose time goes by tile operations, tiles are as large as the input
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from triton import Config, next_power_of_2
 
@@ -100,6 +104,24 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     ),
 }
 
+# Where an architecture needs other tiles, instead of the kernel's entry above.
+PINNED_FOR: dict[tuple[str, str], tuple[tuple[int, Config], ...]] = {
+    # tcgen05 takes 8 warps at most, and at those the tiles above would spill.
+    ("tile_best_kernel", "cuda:100"): (
+        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
+        (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
+    ),
+    ("tile_best_symmetric_kernel", "cuda:100"): (
+        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
+        (2**31, _config(8, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_M=128)),
+    ),
+    # 128 registers, which ptxas aims at there, are one too few for float32.
+    ("mix_grad_embedding_kernel", "cuda:89"): (
+        (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
+        (2**31, _config(4, registers=168, BLOCK_V=8, BLOCK_D=512)),
+    ),
+}
+
 # Under the interpreter: rows a program, columns a program (at most; a row narrower than that is one tile).
 _INTERPRETED: dict[str, dict[str, int]] = {
     "mix_forward_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
@@ -144,12 +166,45 @@ ACCUMULATED: dict[str, list[str]] = {"mix_grad_atomic_kernel": ["out"]}
 
 
 def pinned(kernel: str, width: int, *, interpreted: bool = False) -> Config:
+    """The configuration for rows of `width` elements on the current device."""
     if interpreted:
         blocks = dict(_INTERPRETED[kernel])
         for columns in list(blocks)[-1:]:
             blocks[columns] = min(blocks[columns], max(16, next_power_of_2(width)))
         return Config(blocks)
-    return next(config for limit, config in PINNED[kernel] if width <= limit)
+    return next(config for limit, config in pinned_for(kernel) if width <= limit)
+
+
+def pinned_for(kernel: str) -> tuple[tuple[int, Config], ...]:
+    """A kernel's entry of `PINNED` for the current device."""
+    return PINNED_FOR.get((kernel, _architecture_given or _architecture()), PINNED[kernel])
+
+
+_architecture_given: str | None = None
+
+
+@contextmanager
+def for_architecture(name: str) -> Iterator[None]:
+    """Configurations are those of a GPU that is not here: "cuda:90"."""
+    global _architecture_given
+    before, _architecture_given = _architecture_given, name
+    try:
+        yield
+    finally:
+        _architecture_given = before
+
+
+def _architecture() -> str:
+    return _of_device(torch.cuda.current_device()) if torch.cuda.is_initialized() else ""
+
+
+@functools.cache
+def _of_device(device: int) -> str:
+    """Of a family whose members differ in nothing that concerns a tile, the first: "cuda:100" for 103 too."""
+    if torch.version.hip:
+        return f"hip:{torch.cuda.get_device_properties(device).gcnArchName.split(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{major}0" if major == 10 else f"cuda:{major}{minor}"
 
 
 def candidates(kernel: str) -> tuple[Config, ...]:

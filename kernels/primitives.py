@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import configs
@@ -65,8 +68,13 @@ def needs_int64(*tensors: Tensor | None) -> bool:
     return any(
         sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
         for x in tensors
-        if x is not None and x.numel()
+        if x is not None and x.numel() and not (x.is_contiguous() and x.numel() <= 2**31)
     )
+
+
+# Of every launch. Products and sums are contracted where the code does not forbid it by `tl.fma`: the default differs
+# between versions of triton.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class Launch(NamedTuple):
@@ -114,17 +122,24 @@ def launcher(*contiguous: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
     device is, and makes the arguments named contiguous. The others are passed with their strides."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        signature = inspect.signature(function)
+        places = [(list(inspect.signature(function).parameters).index(name), name) for name in contiguous]
 
         @functools.wraps(function)
         def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            bound = signature.bind(*args, **kwargs)
-            for name in contiguous:
-                if isinstance(bound.arguments.get(name), Tensor):
-                    bound.arguments[name] = bound.arguments[name].contiguous()
-            first = next(x for x in bound.arguments.values() if isinstance(x, Tensor))
-            with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-                return function(*bound.args, **bound.kwargs)
+            given: Any = args
+            for place, name in places:
+                x = given[place] if place < len(given) else kwargs.get(name)
+                if not isinstance(x, Tensor) or x.is_contiguous():
+                    continue
+                if place < len(given):
+                    given = (*given[:place], x.contiguous(), *given[place + 1 :])
+                else:
+                    kwargs[name] = x.contiguous()
+            first = next(x for x in (*given, *kwargs.values()) if isinstance(x, Tensor))
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):
+                    return function(*given, **kwargs)
+            return function(*given, **kwargs)
 
         return guarded
 
@@ -149,9 +164,63 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, config))
     elif tunable and name in configs.TUNING_KEYS and _autotune() and not interpreted(kernel):
-        _tuned(kernel)[grid](**arguments)
+        _tuned(kernel)[grid](**arguments, **OPTIONS)
+    elif isinstance(kernel, JITFunction) and not torch.version.hip:
+        if (bound := _bound.get(id(kernel))) is None:
+            bound = _bound[id(kernel)] = _Bound(kernel)
+        bound.launch(grid, config, arguments)
     else:
-        kernel[grid](**arguments, **config.all_kwargs())
+        kernel[grid](**arguments, **config.all_kwargs(), **OPTIONS)
+
+
+class _Bound:
+    """A kernel whose launches are bound once for each signature.
+
+    triton binds and specializes every argument at every launch, for some thirty microseconds. Here the first launch of
+    a signature goes that way, and the compiled kernel that it returns is called directly from then on. The signature
+    tells apart at least what triton does: constants, element types, 16-byte alignment, integers that are 1, multiples
+    of 16, or more than 32 bits wide. On AMD's GPUs triton also asks for the size of a tensor's memory: there every
+    launch is triton's own.
+    """
+
+    def __init__(self, kernel: JITFunction[Any]) -> None:
+        self.kernel = kernel
+        self.in_order = _getter(list(kernel.arg_names))
+        self.constants = _getter([p.name for p in kernel.params if p.is_constexpr])
+        self.values = _getter([p.name for p in kernel.params if not p.is_constexpr])
+        # The configuration is kept, so that its id is no other's.
+        self.compiled: dict[tuple[Any, ...], tuple[CompiledKernel, triton.Config]] = {}
+
+    def launch(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], config: triton.Config, arguments: Any) -> None:
+        arguments |= config.kwargs
+        one, two, three = (*grid(arguments), 1, 1)[:3]
+        signature = (
+            id(config), driver.active.get_current_device(), self.constants(arguments),
+            tuple(map(_kind, self.values(arguments))),
+        )  # fmt: skip
+        if (found := self.compiled.get(signature)) is not None:
+            found[0][one, two, three](*self.in_order(arguments))
+            return
+        options = {name: value for name, value in config.all_kwargs().items() if name not in config.kwargs}
+        compiled = self.kernel[one, two, three](**arguments, **options, **OPTIONS)
+        if isinstance(compiled, CompiledKernel):
+            self.compiled[signature] = compiled, config
+
+
+_bound: dict[int, _Bound] = {}  # by the id of the kernel, whose hash would be that of its source
+
+
+def _getter(names: list[str]) -> Callable[[dict[str, Any]], Any]:
+    return operator.itemgetter(*names) if names else lambda arguments: ()
+
+
+def _kind(value: Any) -> Any:
+    """What triton compiles a value that is no constant for, or finer."""
+    if isinstance(value, Tensor):
+        return value.dtype, not value.data_ptr() & 15
+    if type(value) is int:
+        return value == 1, not value & 15, -(2**31) <= value < 2**31, value < 2**63
+    return type(value)
 
 
 def _autotune() -> bool:

@@ -1,0 +1,413 @@
+"""No kernel reads or writes outside its arguments, and none depends on the order of its programs.
+
+Every case runs a kernel in small tiles, so that a small input takes several programs, and names the kernels it is a
+case of. A kernel without a case fails a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from races import watched
+from torch import Tensor
+
+from ngrpo_ops import decode_step, gaussian_noise, group_advantages, mix_embeddings, selective_log_softmax
+from ngrpo_ops.kernels import configs, nearest_neighbors, nearest_neighbors_rows
+from ngrpo_ops.kernels import group_advantages as advantage_kernels
+from ngrpo_ops.kernels import mix_embeddings as mix_kernels
+from ngrpo_ops.kernels import selective_log_softmax as log_softmax_kernels
+from ngrpo_ops.kernels.primitives import forced_int64
+from ngrpo_ops.ops.group_advantages.reference import GroupSettings
+from ngrpo_ops.testing import DEVICE, LAYOUTS, METRICS, STRATEGIES, lay_out
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter is what is watched"),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # numpy's, of the faulty rows
+]
+
+_FAULTS = (torch.nan, torch.inf, -torch.inf)
+ORDERS = tuple(itertools.permutations(_FAULTS))[::2]  # each of the three first, in the middle and last
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """At most 16 rows or columns a tile; those that append take 64 columns at least."""
+    for kernel, blocks in configs._INTERPRETED.items():
+        least = 64 if kernel.startswith("append_pairs") else 16
+        small = {name: min(size, least if name == "BLOCK_N" else 16) for name, size in blocks.items()}
+        small |= {name: min(size, 32) for name, size in blocks.items() if name in ("BLOCK_V", "BLOCK_K")}
+        monkeypatch.setitem(configs._INTERPRETED, kernel, small)
+
+
+def _normal(*shape: int, layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
+    return lay_out(torch.randn(shape, dtype=torch.float32).to(dtype), layout)
+
+
+def _faulty(x: Tensor, order: tuple[float, ...]) -> Tensor:
+    """First, middle and last row with a NaN, a +inf, or nothing but -inf."""
+    for row, fault in zip((0, x.shape[0] // 2, x.shape[0] - 1), order, strict=True):
+        x[row, slice(None) if fault == -torch.inf else x.shape[1] // 3] = fault
+    return x
+
+
+# The cases --------------------------------------------------------------------------------------------------------
+
+
+def _decode(strategy: str, order: tuple[float, ...], layout: str, cut: bool, dtype: torch.dtype, **other: Any) -> None:
+    b, v, d, k = 5, 70, 21, 3
+    logits = lay_out(_faulty(_normal(b, v, dtype=dtype), order), layout)
+    filters = {"top_k": torch.tensor([1, 5, 2, 0, 90]), "top_p": 0.8, "min_p": torch.full((b,), 0.01)}
+    temperature = torch.tensor([1.0, 0.7, 2.0, 0.0, 1.0]) if cut else 0.9
+    neighbors = torch.randint(-1, v + 1, (v, k - 1)) if strategy == "neighbor" else None
+    decode_step(
+        logits, _normal(v, d, layout=layout), neighbors, strategy=strategy, mixing_rate=0.5, seed=3, step=4,
+        k=None if strategy in ("neighbor", "anchor") else k, temperature=temperature, backend="triton",
+        **(filters if cut else {}), **other,
+    )  # fmt: skip
+
+
+def _ids(n: int, k: int, v: int) -> Tensor:
+    """Some candidates everywhere, so that their segments are long; some outside of the vocabulary."""
+    ids = torch.randint(v, (n, k))
+    ids[: 3 * n // 4] = 7
+    ids[-5:, 2] = v - 1
+    ids[-1, 0], ids[-2, 1] = v, -5
+    return ids
+
+
+def _mix(order: tuple[float, ...], layout: str, deterministic: bool, dtype: torch.dtype = torch.float32) -> None:
+    n, v, d, k = 60, 43, 21, 3
+    table = lay_out(_faulty(_normal(v, d, dtype=dtype), order), layout)
+    ids, weights = _ids(n, k, v), torch.rand(n, k)
+    weights[::3, 1] = 0.0
+    grad = lay_out(_faulty(_normal(n, d, dtype=dtype), order), layout)
+    mix_kernels.forward(table, ids, weights, 3)
+    mix_kernels.grad_weights(grad, table, ids, weights, 3)
+    mix_kernels.grad_embedding(grad, table, ids, weights, 3, deterministic)
+
+
+def _mix_operation(layout: str) -> None:
+    table, ids, weights = _normal(43, 21, layout=layout), _ids(60, 3, 41).clamp(0, 42), torch.rand(60, 3)
+    table.requires_grad_()
+    mix_embeddings(table, ids, weights.requires_grad_(), backend="triton").sum().backward()
+
+
+def _log_softmax(order: tuple[float, ...], layout: str, entropy: bool, in_place: bool) -> None:
+    b, t, v, k = 2, 3, 70, 2
+    rows = lay_out(_faulty(_normal(b * t, v), order).view(b, t, v), layout)
+    ids = torch.randint(v, (b * t, k))
+    ids[0, 0], ids[-1, 1], ids[2, 0] = v, -1, v - 1
+    out, entropies, normalizer = log_softmax_kernels.forward(rows, ids, 0.7, entropy)
+    log_softmax_kernels.backward(
+        torch.ones_like(out), torch.ones_like(entropies), rows, ids, entropies, normalizer, 0.7, in_place
+    )
+
+
+def _log_softmax_operation() -> None:
+    logits = _normal(2, 4, 70)[:, :-1].requires_grad_()
+    out, entropy = selective_log_softmax(
+        logits, torch.randint(70, (2, 3)), temperature=0.7, return_entropy=True, backend="triton"
+    )
+    (out.sum() + entropy.sum()).backward()
+
+
+def _advantages(faults: tuple[float, ...], layout: str, **changes: Any) -> None:
+    groups, size, columns = 19, 5, 3
+    rewards = _faulty(_normal(groups * size, columns), faults)
+    rewards = lay_out(rewards, layout)
+    usual = {
+        "weights": None, "order": None, "offsets": None, "group_size": size, "baseline": "mean", "scale": "std",
+        "ddof": 1, "eps": 1e-4, "singleton_groups": "zero", "omit_nan": False,
+    }  # fmt: skip
+    settings = GroupSettings(**usual | changes)
+    out, scales = advantage_kernels.forward(rewards, settings)
+    advantage_kernels.backward(lay_out(torch.ones_like(out), layout), torch.ones_like(scales), rewards, settings)
+
+
+def _ragged_advantages(faults: tuple[float, ...], layout: str, offsets: list[int]) -> None:
+    n = 95
+    rows = torch.randperm(n)
+    _advantages(
+        faults, layout, weights=(torch.rand(n) < 0.8).long(), order=rows, offsets=torch.tensor(offsets),
+        baseline="leave_one_out", singleton_groups="keep", omit_nan=True,
+    )  # fmt: skip
+
+
+def _advantages_operation() -> None:
+    rewards = _normal(40, 2).requires_grad_()
+    group_advantages(rewards, group_ids=torch.randint(9, (40,)), backend="triton").sum().backward()
+
+
+def _noise(layout: str) -> None:
+    mixed, rows = _normal(7, 37, layout=layout), torch.arange(7)
+    mixed[3, 5] = torch.nan
+    gaussian_noise(mixed, 0.3, seed=1, row_ids=rows, steps=rows, backend="triton")
+
+
+def _prepared(rows: int, metric: str) -> Tensor:
+    if metric == "l1":
+        return _normal(rows, 37)
+    return torch.randint(-2, 3, (rows, 2 * nearest_neighbors.STEP)).bfloat16()
+
+
+def _tiles(metric: str, order: tuple[float, ...], best: int) -> None:
+    x, y = _faulty(_prepared(37, metric), order), _prepared(53, metric)
+    excluded = torch.randint(-1, 53, (37,)).int()
+    nearest_neighbors.tile_best(x, y, metric, excluded, best)
+    nearest_neighbors.tile_best_symmetric(x, y, metric, best, diagonal=False)
+    nearest_neighbors.tile_best_symmetric(y, y, metric, best, diagonal=True)
+
+
+def _append(metric: str, order: tuple[float, ...], capacity: int, threshold: float) -> None:
+    """A buffer with room for all, for some and for none."""
+    x, y = _faulty(_prepared(37, metric), order), _prepared(131, metric)
+    x_limits, y_limits = torch.full((37,), threshold), torch.full((131,), threshold)
+    y_limits[7] = torch.inf
+    if capacity == 0:  # every pair of a row, in many rounds
+        x_limits[5] = -torch.inf
+    pairs = nearest_neighbors.no_pairs(capacity, 200, DEVICE)
+    excluded, allowed = torch.randint(-1, 131, (37,)).int(), torch.rand(131) < 0.7
+    nearest_neighbors.append_pairs(x, y, metric, x_limits, excluded, pairs, x_ids=3, y_ids=torch.randperm(200)[:131])
+    for rows, limits, diagonal in ((x, x_limits, False), (y, y_limits, True)):
+        pairs = nearest_neighbors.no_pairs(capacity, 200, DEVICE)
+        nearest_neighbors.append_pairs_symmetric(
+            rows, y, metric, limits, y_limits, allowed[: len(rows)], allowed, pairs, x_ids=5, y_ids=9,
+            diagonal=diagonal,
+        )  # fmt: skip
+
+
+def _rows(metric: str, order: tuple[float, ...], layout: str) -> None:
+    x = lay_out(_faulty(_normal(37, 71), order), layout)
+    norms, inverse_norms, roundoffs, _ = nearest_neighbors_rows.row_statistics(x, metric)
+    scales = inverse_norms if metric == "cosine" else None
+    nearest_neighbors_rows.row_movements(x, scales, lay_out(x + 0.1, "sliced"), scales, metric)
+    rows, columns = torch.randint(37, (45,)), torch.randint(37, (45,))
+    nearest_neighbors.pair_scores(x, scales, rows, x, scales, columns, metric)
+    if metric != "l1":
+        for chosen in (None, slice(3, 30), rows):
+            nearest_neighbors_rows.prepare_rows(
+                x, chosen, norms, inverse_norms, roundoffs, metric, queries=chosen is None, rounding=1e-4,
+                underflow=1e-36,
+            )  # fmt: skip
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], None]
+    kernels: set[str]
+    slow: bool = False
+
+
+def _cases() -> list[Case]:
+    cases: list[Case] = []
+
+    def add(name: str, kernels: set[str], function: Callable[..., None], *args: Any, slow: bool = False, **kw: Any):
+        cases.append(Case(name, lambda: function(*args, **kw), kernels, slow))
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for i, (strategy, cut) in enumerate(itertools.product(STRATEGIES, (False, True))):
+        for j, order in enumerate(ORDERS):
+            draws = {"decode_draws_kernel"} if strategy in ("moi", "multiplex") else set()
+            filters = {"decode_filter_kernel"} if cut else set()
+            add(
+                f"decode, {strategy}{', cut' if cut else ''}, {order}",
+                {"decode_partials_kernel", "decode_choice_kernel"} | draws | filters,
+                _decode, strategy, order, LAYOUTS[(i + j) % 4], cut, (fp32, bf16)[(i + j) % 2],
+                slow=cut or j > 0,
+            )  # fmt: skip
+    add(
+        "decode, every filter", {"decode_partials_kernel", "decode_choice_kernel", "decode_filter_kernel"},
+        _decode, "neighbor", ORDERS[1], "sliced", True, fp32, enabled=torch.arange(5) % 2 == 0,
+    )  # fmt: skip
+    forward = {"mix_forward_kernel", "mix_grad_weights_kernel"}
+    segments = {"mix_grad_embedding_kernel", "mix_grad_long_segments_kernel", "mix_grad_merge_kernel"}
+    for i, order in enumerate(ORDERS):
+        for deterministic in (True, False):
+            add(
+                f"mix, {'in order' if deterministic else 'atomic'}, {order}",
+                forward | (segments if deterministic else {"mix_grad_atomic_kernel"}),
+                _mix, order, LAYOUTS[i], deterministic, slow=i > 0,
+            )  # fmt: skip
+    add("mix, operation", forward | segments, _mix_operation, "transposed", slow=True)
+    both = {"selective_log_softmax_forward_kernel", "selective_log_softmax_backward_kernel"}
+    for i, order in enumerate(ORDERS):
+        for entropy, in_place in itertools.product((False, True), repeat=2):
+            name = f"log-softmax{', entropy' if entropy else ''}{', in place' if in_place else ''}, {order}"
+            add(name, both, _log_softmax, order, LAYOUTS[i + entropy], entropy, in_place, slow=i > 0 or entropy)
+    add("log-softmax, operation", both, _log_softmax_operation)
+    both = {"group_advantages_kernel", "group_advantages_backward_kernel"}
+    for i, order in enumerate(ORDERS):
+        add(f"advantages, {order}", both, _advantages, order, LAYOUTS[i], slow=i > 0)
+        add(f"advantages, mean, {order}", both, _advantages, order, LAYOUTS[i + 1], scale="mean", baseline="none",
+            slow=True)  # fmt: skip
+    usual = [0, 1, 4, 4, *range(9, 96, 5), 95]
+    for offsets in (usual, [0, 3, *range(10, 96, 4), 120], [-2, *range(3, 90, 4)]):
+        add(f"advantages, ragged, {offsets[:3]}", both, _ragged_advantages, ORDERS[0], "transposed", offsets)
+    add("advantages, operation", both, _advantages_operation)
+    for layout in LAYOUTS:
+        add(f"noise, {layout}", {"gaussian_noise_kernel"}, _noise, layout)
+    tiles = {"tile_best_kernel", "tile_best_symmetric_kernel"}
+    appends = {"append_pairs_kernel", "append_pairs_symmetric_kernel"}
+    for metric, (i, order) in itertools.product(("dot", "l1"), enumerate(ORDERS)):
+        add(f"tiles, {metric}, {order}", tiles, _tiles, metric, order, i + 1, slow=i > 0)
+        capacity, threshold = (100_000, 5, 0)[i], {"dot": 60.0, "l1": -33.0}[metric]
+        add(f"append, {metric}, {order}", appends, _append, metric, order, capacity, threshold, slow=i > 0)
+    for i, metric in enumerate(METRICS):
+        kernels = {"row_statistics_kernel", "row_movements_kernel", "pair_scores_kernel"}
+        kernels |= set() if metric == "l1" else {"prepare_rows_kernel"}
+        for j, order in enumerate(ORDERS):
+            add(f"rows, {metric}, {order}", kernels, _rows, metric, order, LAYOUTS[(i + j) % 4], slow=j > 0)
+    return cases
+
+
+CASES = _cases()
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow) for case in CASES]
+)
+def test_no_race_and_nothing_outside(case):
+    torch.manual_seed(0)
+    with watched() as watch:
+        case.run()
+    assert watch.faults == []
+    assert set(watch.programs) == case.kernels
+    alone = {kernel for kernel, programs in watch.programs.items() if programs < 2}
+    assert not alone, "one program cannot race"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if not case.slow])
+def test_the_64_bit_form_stays_inside_too(case):
+    torch.manual_seed(0)
+    with watched() as watch, forced_int64():
+        case.run()
+    assert watch.faults == []
+
+
+def test_offsets_that_fall_stay_inside():
+    """Bad input that nobody looks at on a GPU: rows of two groups get the advantage of either, and no more happens."""
+    with watched() as watch:
+        _ragged_advantages(ORDERS[0], "contiguous", [0, 5, 2, *range(10, 96, 4), 120])
+    assert watch.faults and not any("outside" in fault for fault in watch.faults)
+
+
+def test_every_kernel_has_a_case():
+    assert set().union(*(case.kernels for case in CASES if not case.slow)) == set(configs.PINNED)
+
+
+# The detector itself ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_kernel(x, out, columns, stride, past, BLOCK: tl.constexpr):
+    """Copies rows of x, `past` elements too many of each."""
+    row = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    value = tl.load(x + row * stride + c, mask=c < columns, other=0.0)
+    tl.store(out + row * columns + c, value, mask=c < columns + past)
+
+
+@triton.jit
+def sum_kernel(x, out, n, ATOMIC: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up x, every program a part, in one place."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.sum(tl.load(x + i, mask=i < n, other=0.0), axis=0)
+    if ATOMIC:
+        tl.atomic_add(out, part)
+    else:
+        tl.store(out, tl.load(out) + part)
+
+
+@triton.jit
+def shift_kernel(x, BLOCK: tl.constexpr):
+    """Moves x by one place, in place: what one program writes another reads."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + i, tl.load(x + i + 1))
+
+
+@triton.jit
+def slot_kernel(out, BLOCK: tl.constexpr):
+    """Lanes that write to one slot."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + tl.program_id(0) + i * 0, i.to(tl.float32))
+
+
+@triton.jit
+def back_kernel(out, BLOCK: tl.constexpr):
+    """Reads back what other threads of the program have written."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, i.to(tl.float32))
+    tl.store(out + i, tl.load(out + i) + 1.0)
+
+
+def _seen(kernel: Any, programs: int, *args: Any, **constants: Any) -> list[str]:
+    with watched() as watch:
+        kernel[(programs,)](*args, **constants)
+    assert watch.programs == {kernel.__name__: programs}
+    return [fault.removeprefix(f"{kernel.__name__}: ") for fault in watch.faults]
+
+
+def test_the_watch_sees_a_write_past_a_row_and_prevents_it():
+    x, whole = _normal(3, 10), torch.zeros(40)
+    out = whole[:30].view(3, 10)
+    assert _seen(row_kernel, 3, x, out, 10, 10, 0, BLOCK=16) == [] and torch.equal(out, x)
+    assert _seen(row_kernel, 3, x, out, 10, 10, 2, BLOCK=16) == [
+        "write of what another program writes: out",  # the next row
+        "write outside out, which spans 30: element 30",  # after the last
+    ]
+    assert not whole[30:].any()
+
+
+def test_the_watch_knows_the_gaps_between_rows():
+    x, out = _normal(3, 12)[:, :10], torch.zeros(3, 10)
+    assert _seen(row_kernel, 3, x, out, 10, 12, 0, BLOCK=16) == []
+    assert _seen(row_kernel, 3, x, out, 10, 11, 0, BLOCK=16) == [
+        "read outside x, which spans 34: element 11",
+        "read outside x, which spans 34: element 22",
+    ]
+
+
+def test_the_watch_sees_a_race_and_none_between_atomics():
+    x, out = torch.ones(64), torch.zeros(1)
+    assert _seen(sum_kernel, 4, x, out, 64, ATOMIC=True, BLOCK=16) == [] and out.item() == 64
+    found = _seen(sum_kernel, 4, x, out, 64, ATOMIC=False, BLOCK=16)
+    assert found == [
+        "read of what another program writes: out",
+        "write of what another program writes: out",
+        "write of what another program reads: out",
+    ]
+    assert _seen(sum_kernel, 1, x, out, 16, ATOMIC=False, BLOCK=16) == []
+
+
+def test_the_watch_sees_a_race_through_one_storage():
+    """Whether by one argument or by two that share memory, the later program reads or the earlier one does."""
+    x = torch.arange(33.0)
+    assert _seen(shift_kernel, 2, x, BLOCK=16) == ["write of what another program reads: x"]
+    whole = torch.arange(40.0)
+    found = _seen(row_kernel, 3, whole[:30].view(3, 10), whole[5:35].view(3, 10), 10, 10, 0, BLOCK=16)
+    assert "read of what another program writes: x" in found
+
+
+def test_the_watch_sees_threads_of_one_program():
+    assert _seen(slot_kernel, 2, torch.zeros(2), BLOCK=8) == [
+        "lanes of one store write different values to one element of out"
+    ]
+    assert _seen(back_kernel, 2, torch.zeros(16), BLOCK=8) == [
+        "read of what the same program has written, perhaps in another thread: out",
+        "write of what the same program has written, perhaps in another thread: out",
+    ]
+
+
+def test_the_watch_ends_with_its_block():
+    out = torch.zeros(30)
+    with watched() as watch:
+        pass
+    row_kernel[(3,)](_normal(3, 10), out, 10, 10, 0, BLOCK=16)
+    assert watch.faults == [] and not watch.programs
