@@ -106,15 +106,6 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
 
 # Where an architecture needs other tiles, instead of the kernel's entry above.
 PINNED_FOR: dict[tuple[str, str], tuple[tuple[int, Config], ...]] = {
-    # tcgen05 takes 8 warps at most, and at those the tiles above would spill.
-    ("tile_best_kernel", "cuda:100"): (
-        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
-        (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
-    ),
-    ("tile_best_symmetric_kernel", "cuda:100"): (
-        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
-        (2**31, _config(8, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_M=128)),
-    ),
     # 128 registers, which ptxas aims at there, are one too few for float32.
     ("mix_grad_embedding_kernel", "cuda:89"): (
         (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
