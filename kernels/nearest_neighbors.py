@@ -226,7 +226,7 @@ def keep_best_kernel(
     if EXTRA:
         last_upper = tl.max(tl.where(rank == kept - 1, upper, float("-inf")), axis=1)
         far = new_kth > last_upper
-        last = tl.where(far, last_upper, tl.minimum(last, new_kth))
+        last = tl.where(far, last_upper, last)
         tl.store(is_far + row, far, mask=live)
     threshold = tl.maximum(tl.load(thresholds + row, mask=live, other=0.0), last)
     # A query of which a pair is missing takes no more.
@@ -422,7 +422,7 @@ def keep_best(
 
     - `kth` rises to the least lower bound of the k highest pairs: no pair below it is among the k nearest.
     - If it is above the upper bound of pair number `kept`, that bound becomes the threshold, and `is_far` is set.
-    - Otherwise the threshold rises to the least lower bound of the `kept` highest pairs, or to `kth` if that is less.
+    - Otherwise the threshold rises to the least lower bound of the `kept` highest pairs, which is at most `kth`.
 
     A query whose pairs do not all have a place gets the threshold +inf. Its count stays above the capacity, and its
     pairs where they are.

@@ -87,7 +87,6 @@ MUTATIONS = [
     Mutation("keep best: fewer than k pairs", "nearest_neighbors", 'tl.where(held < k, float("-inf"), least_of_k)', "least_of_k"),
     Mutation("keep best: fewer than are kept", "nearest_neighbors", 'tl.where(held < kept, float("-inf"), last)', "last"),
     Mutation("keep best: a threshold falls", "nearest_neighbors", "threshold = tl.maximum(tl.load(thresholds + row, mask=live, other=0.0), last)", "threshold = last"),
-    Mutation("keep best: above the k-th", "nearest_neighbors", "tl.where(far, last_upper, tl.minimum(last, new_kth))", "tl.where(far, last_upper, last)"),
     Mutation("keep best: far too early", "nearest_neighbors", "far = new_kth > last_upper", "far = new_kth >= last_upper - 1.0"),
     Mutation("keep best: a pair at the threshold", "nearest_neighbors", "is_there & (upper >= threshold[:, None])", "is_there & (upper > threshold[:, None])"),
     Mutation("keep best: a lost query's pairs twice", "nearest_neighbors", " & ~is_lost[:, None]  # two", "  # two"),

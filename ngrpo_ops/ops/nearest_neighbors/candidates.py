@@ -199,7 +199,7 @@ class Candidates:
             if self.kept > self.k:
                 upper = torch.where(is_there[:, -1], pairs.upper[place[:, -1]], -torch.inf)
                 self._is_far = self._kth > upper
-                last = torch.where(self._is_far, upper, torch.minimum(last, self._kth))
+                last = torch.where(self._is_far, upper, last)
             self.thresholds = torch.maximum(self.thresholds, last)
             pairs = pairs.at(pairs.upper >= self.thresholds[pairs.rows])
         self._pairs = pairs
