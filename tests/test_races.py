@@ -219,7 +219,7 @@ def _cases() -> list[Case]:
     for i, (strategy, cut) in enumerate(itertools.product(STRATEGIES, (False, True))):
         for j, order in enumerate(ORDERS):
             draws = {"decode_draws_kernel"} if strategy in ("moi", "multiplex") else set()
-            filters = {"decode_filter_kernel"} if cut else set()
+            filters = {"decode_gather_kernel", "decode_filter_kernel"} if cut else set()
             add(
                 f"decode, {strategy}{', cut' if cut else ''}, {order}",
                 {"decode_partials_kernel", "decode_choice_kernel"} | draws | filters,
@@ -227,11 +227,13 @@ def _cases() -> list[Case]:
                 slow=cut or j > 0,
             )  # fmt: skip
     add(
-        "decode, every filter", {"decode_partials_kernel", "decode_choice_kernel", "decode_filter_kernel"},
+        "decode, every filter",
+        {"decode_partials_kernel", "decode_choice_kernel", "decode_gather_kernel", "decode_filter_kernel"},
         _decode, "neighbor", ORDERS[1], "sliced", True, fp32, enabled=torch.arange(5) % 2 == 0,
     )  # fmt: skip
     forward = {"mix_forward_kernel", "mix_grad_weights_kernel"}
     segments = {"mix_grad_embedding_kernel", "mix_grad_long_segments_kernel", "mix_grad_merge_kernel"}
+    segments |= {"mix_keys_kernel", "mix_offsets_kernel"}
     for i, order in enumerate(ORDERS):
         for deterministic in (True, False):
             add(
@@ -240,7 +242,7 @@ def _cases() -> list[Case]:
                 _mix, order, LAYOUTS[i], deterministic, slow=i > 0,
             )  # fmt: skip
     add("mix, operation", forward | segments, _mix_operation, "transposed", slow=True)
-    both = {"selective_log_softmax_forward_kernel", "selective_log_softmax_backward_kernel"}
+    both = {f"selective_log_softmax_{name}_kernel" for name in ("partials", "forward", "backward")}
     for i, order in enumerate(ORDERS):
         for entropy, in_place in itertools.product((False, True), repeat=2):
             name = f"log-softmax{', entropy' if entropy else ''}{', in place' if in_place else ''}, {order}"
