@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from ..measure import estimate, markdown_table, pass_at_k
 from .arms import ARMS
-from .evaluate import pass_at_k
 from .mixes import STRATEGIES, draw_mixes
 from .report import COLORS
 from .runs import read_matched, read_run
@@ -90,20 +90,6 @@ class Draws(NamedTuple):
         if len(values) == 1:
             return self.problems @ values[0]
         return np.einsum("ds,sp,dp->d", self.seeds, values, self.problems, optimize=True)
-
-
-class Estimate(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def estimate(value: float, draws: np.ndarray, level: float = 0.95) -> Estimate:
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high))
 
 
 class Costs(NamedTuple):
@@ -241,11 +227,6 @@ def draw_training(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _cost(comparison: dict[str, Any]) -> str:
     return "no gain" if comparison["cost"] is None else str(comparison["cost"])
 
@@ -319,7 +300,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         f"Does N-GRPO lose less pass@{top} per point of pass@1 gained than GRPO, and than the anchor-only control? The "
         f"cost is pass@{top} lost per pass@1 gained; intervals of 97.5 %, paired over problems and seeds.",
         "",
-        _table(
+        markdown_table(
             ["task", "cost, GRPO", "anchor only", "N-GRPO", "N-GRPO - GRPO", "N-GRPO - anchor only", "answer"], answers
         ),
         "",
@@ -346,7 +327,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
                   "unique equations", "first divergence", "usable groups in training", "policy's entropy",
                   "tokens"]  # fmt: skip
         lines += [
-            _table(header, [_arm_row(name, arms) for name in arms]),
+            markdown_table(header, [_arm_row(name, arms) for name in arms]),
             "",
             "Means and standard errors over seeds. Usable groups (of 8, some right and some not), distinct solutions "
             "of a problem up to order and grouping, and the token at which two samples first differ: of the "
@@ -361,7 +342,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
                 for name, c in comparisons[task].items()
             ]
             lines += [
-                _table(["arm - GRPO", "seeds", "pass@1", f"pass@{top}", "cost"], rows),
+                markdown_table(["arm - GRPO", "seeds", "pass@1", f"pass@{top}", "cost"], rows),
                 "",
                 "Intervals of 95 %, paired, not corrected for their number.",
                 "",
@@ -381,7 +362,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         "",
         "![mixed and noised embeddings among the tokens](mixes.png)",
         "",
-        _table(
+        markdown_table(
             [
                 "task",
                 "strategy",
@@ -410,7 +391,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         csv.writer(file).writerows([["task", "arm", "seed", "samples", *range(preset.problems)], *counts])
     seconds = sum(run.get("seconds", 0) for arms in tasks.values() for arm in arms.values() for run in arm.runs)
     lines += [
-        "<details><summary>Every seed</summary>", "", _table(header, every), "", "</details>", "",
+        "<details><summary>Every seed</summary>", "", markdown_table(header, every), "", "</details>", "",
         f"{len(every) - len(tasks)} runs; their times, of a thread each, add up to {seconds / 3600:.1f} hours.", "",
     ]  # fmt: skip
     path = folder / "report.md"
