@@ -20,6 +20,7 @@ GROUP = 8  # of the usable groups
 EQUAL = 0.05  # pass@1 is equal where the interval of its difference lies within this
 AS_MANY = 0.25  # paths are as many where the interval of their difference lies within this
 ASKED = ("grpo_matched", "anchor")  # what N-GRPO is compared with in the question
+QUANTILES = np.linspace(0, 1, 201)  # of the cosines, for the picture
 _SHOWN = 6  # pairs of tokens of a kind
 
 
@@ -111,9 +112,9 @@ def figures(cell: Sampled) -> dict[str, Any]:
         out[name] = float(values.mean())
         out[f"{name}_interval"] = list(bootstrap_interval(values))
     for n in (1, 2, 3):
-        out[f"distinct_{n}"] = float(
-            np.nanmean(cell.per_problem(lambda rows, n=n: distinct_n([row["text"] for row in rows], n)))
-        )
+        shares = [distinct_n([row["text"] for row in rows], n) for rows in cell.samples]
+        there = [share for share in shares if share is not None]
+        out[f"distinct_{n}"] = float(np.mean(there)) if there else None
     out["logprob"] = cell.per_token("logprob")
     out["entropy"] = cell.per_token("entropy")
     rows = [row for one in cell.samples for row in one]
@@ -137,6 +138,7 @@ def mix_figures(mixes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "min": float(cosine.min()),
             "below_0.95": float((cosine < 0.95).mean()),
         },
+        "cosine_quantiles": np.quantile(cosine, QUANTILES).round(6).tolist(),
         "anchor_weight": float(anchor.mean()),
         "anchor_weight_below_0.95": float((anchor < 0.95).mean()),
         "kinds": _kinds(mixes),
@@ -222,8 +224,12 @@ def answer(against: Sequence[Mapping[str, Any]]) -> str:
 # The file ---------------------------------------------------------------------------------------------------------
 
 
-def collect(out: Path) -> dict[str, Any]:
-    """What results.json holds, but for the training.
+def collect(out: Path, training: Path | None = None) -> dict[str, Any]:
+    """What results.json holds.
+
+    Args:
+        out: folder of the rollout study.
+        training: folder of the training study, where there is one.
 
     Raises:
         FileError: a file of the study is damaged or missing.

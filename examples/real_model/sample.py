@@ -175,8 +175,8 @@ def mixes_of(tokenizer: Any, table: Tensor, record: MixRecord) -> dict[str, Any]
     }
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of some texts; NaN where there are none.
+def distinct_n(texts: Sequence[str], n: int) -> float | None:
+    """Different n-grams of words over all n-grams of some texts; None where there are none.
 
     Example:
         >>> distinct_n(["a b", "a c"], 1)
@@ -186,4 +186,4 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     for text in texts:
         words = _WORD.findall(text)
         grams.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return len(grams) / grams.total() if grams else float("nan")
+    return len(grams) / grams.total() if grams else None
