@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples import measure  # noqa: E402
-from examples.real_model import report, results, sample, study, tasks  # noqa: E402
+from examples.real_model import report, results, sample, study, tasks, train_study  # noqa: E402
 from examples.real_model.cells import CELLS, kind_of  # noqa: E402
 from examples.real_model.paths import path_of  # noqa: E402
 from ngrpo_ops import MixingConfig, selective_log_softmax  # noqa: E402
@@ -378,6 +378,60 @@ def assert_form(found: dict[str, Any]) -> None:
     assert found["mixes"].keys() == {"cosine", "anchor_weight"}
     assert found["mixes"]["cosine"].keys() == {"mean", "min", "below_0.95"}
     assert 0 <= found["replay_error"] < 1e-3
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def test_training_problems_are_not_held_out() -> None:
+    preset = train_study.PRESETS["full"]
+    held_out, first = train_study.problems_of(preset, 0)
+    again, second = train_study.problems_of(preset, 1)
+    assert held_out == again and len(held_out) == 40 and first != second
+    assert len(first) == preset.steps * preset.prompts
+    assert not {problem.prompt for problem in held_out} & {problem.prompt for problem in [*first, *second]}
+
+
+def test_the_reward_reads_texts_and_chats() -> None:
+    chats = [[{"role": "assistant", "content": text}] for text in ("8", "9")]
+    assert train_study.reward(completions=["3 + 5 = 8", "none"], answer=["8", "8"]) == [1.0, 0.0]
+    assert train_study.reward(completions=chats, answer=["8", "8"], prompts=[]) == [1.0, 0.0]
+
+
+def test_a_training_study_goes_on_from_its_last_checkpoint(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(study, "commit", lambda: "some commit")
+    monkeypatch.setattr(train_study, "_SAVE_STEPS", 1)
+    monkeypatch.setitem(train_study.PRESETS, "quick", replace(train_study.PRESETS["quick"], arms=("ngrpo",)))
+
+    def run(out: Path) -> dict[str, Any]:
+        train_study.main(["--model", str(folder), "--out", str(out)])
+        run = read_json(out / "runs" / "ngrpo-0.json")
+        return {name: run[name] for name in ("history", "correct")}
+
+    whole = run(tmp_path / "whole")
+    assert len(whole["history"]["mix/replay_error"]) == 2 and max(whole["history"]["mix/replay_error"]) < 1e-3
+    real = train_study.reward
+    steps = []
+
+    def cut(**batch: Any) -> list[float]:
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+        steps.append(batch)
+        return real(**batch)
+
+    cut.__name__ = "reward"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_study, "reward", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints" / "ngrpo-0").glob("checkpoint-*")] == [
+        "checkpoint-1"
+    ]
+    assert run(tmp_path / "cut") == whole
+    assert not (tmp_path / "cut" / "checkpoints" / "ngrpo-0").exists()
+    found = results.training_figures(tmp_path / "cut")
+    assert found["arms"]["ngrpo"]["replay_error"] == max(whole["history"]["mix/replay_error"])
+    assert found["arms"]["ngrpo"]["pass@1"] == np.mean(whole["correct"]) / 4
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

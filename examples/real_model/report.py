@@ -42,7 +42,14 @@ def _interval(value: float, interval: list[float]) -> str:
 
 def report(results: Mapping[str, Any]) -> str:
     """report.md, of what results.json holds and nothing else."""
-    parts = [_head(results), _question(results), _cells(results), _mixes(results), _replays(results)]
+    parts = [
+        _head(results),
+        _question(results),
+        _cells(results),
+        _mixes(results),
+        _replays(results),
+        _training(results),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -211,6 +218,41 @@ each cell that mixes; {results["replay_error"]:.1e} in all.
 {markdown_table(["cell", "replay error"], rows)}"""
 
 
+def _training(results: Mapping[str, Any]) -> str:
+    training = results["training"]
+    if not training:
+        return ""
+    settings, before = training["settings"], training["before"]
+    top = f"pass@{before['samples']}"
+    passes = _interval(before["pass@1"], before["interval"]), _interval(before[top], before[f"{top}_interval"])
+    rows = [["before", "", *passes, "", "", ""]]
+    for arm in training["arms"].values():
+        against = arm.get("against_grpo")
+        rows.append(
+            [
+                arm["label"],
+                "; ".join(f"{seed['pass@1']:.3f}, {seed[top]:.3f}" for seed in arm["seeds"].values()),
+                _interval(arm["pass@1"], arm["interval"]),
+                _interval(arm[top], arm[f"{top}_interval"]),
+                *(str(Estimate(*against[key])) if against else "" for key in ("pass@1", top)),
+                "" if arm["replay_error"] is None else f"{arm['replay_error']:.1e}",
+            ]
+        )
+    header = ["arm", f"seeds: pass@1, {top}", "pass@1", top, "pass@1, arm - GRPO", f"{top}, arm - GRPO",
+              "largest replay error"]  # fmt: skip
+    return f"""## Training
+
+{settings["steps"]} steps of {settings["prompts"]} prompts x {settings["group"]} rollouts, learning rate
+{settings["learning_rate"]:g}, full fine-tuning in float32, {settings["seeds"]} seeds an arm;
+{before["problems"]} held-out problems x {before["samples"]} samples without mixing, temperature
+{settings["temperature"]}. Runs at commit {settings["commit"]}. Intervals are over problems alone: two seeds say little
+of what another seed would do.
+
+{markdown_table(header, rows)}
+
+![training](training.png)"""
+
+
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +267,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
     labels = {name: arm["label"] for name, arm in arms.items()}
     draw_differences({results["settings"]["task"]: comparisons}, measures, labels, folder / "differences.png")
     draw_mixes({name: arm for name, arm in arms.items() if arm["mixes"]}, labels, folder / "mixes.png")
+    if results["training"]:
+        draw_training(results["training"]["arms"], folder / "training.png")
 
 
 def draw_trade(arms: Mapping[str, Any], path: Path) -> None:
@@ -266,5 +310,25 @@ def draw_mixes(arms: Mapping[str, Any], labels: Mapping[str, str], path: Path) -
     )  # fmt: skip
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     bare(axes)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_training(arms: Mapping[str, Any], path: Path) -> None:
+    """Reward, usable groups and replay error over the steps, means over seeds."""
+    measures = {
+        "reward": "mean reward", "usable_groups": "groups with reward std > 0", "mix/replay_error": "replay error",
+    }  # fmt: skip
+    figure, row = plt.subplots(1, len(measures), figsize=(13, 3.8), layout="constrained")
+    for axes, (measure, title) in zip(row, measures.items(), strict=True):
+        for name, arm in arms.items():
+            if measure in arm["history"]:
+                curve = arm["history"][measure]
+                steps = range(1, len(curve) + 1)
+                axes.plot(steps, curve, "o-", markersize=3, color=color_of(name, arms), label=arm["label"])
+        axes.set(xlabel="step", title=title)
+        bare(axes)
+    row[-1].set_yscale("log")
+    row[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

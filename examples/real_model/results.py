@@ -190,20 +190,23 @@ def question(cells: Mapping[str, Sampled]) -> dict[str, Any] | None:
 
 
 def compare(one: Sampled, other: Sampled) -> dict[str, Any]:
-    """Differences one - other, with intervals of 95 % of a paired bootstrap over problems."""
-    problems, samples = one.right.shape
-    shares = np.random.default_rng(0).multinomial(problems, np.full(problems, 1 / problems), size=DRAWS) / problems
-    out = {}
-    for name, measure in {
+    """Differences one - other, with their intervals, see `paired`."""
+    samples = one.right.shape[1]
+    measures: dict[str, Callable[[Sampled], np.ndarray]] = {
         "pass@1": lambda cell: cell.right.mean(1),
         f"pass@{samples}": lambda cell: cell.right.any(1).astype(float),
         "right_paths": lambda cell: cell.per_problem(right_paths),
         "paths": lambda cell: cell.per_problem(distinct_paths),
         "distinct_answers": lambda cell: cell.per_problem(distinct_answers),
-    }.items():
-        difference = measure(one) - measure(other)
-        out[name] = list(estimate(float(difference.mean()), shares @ difference))
-    return out
+    }
+    return {name: paired(measure(one) - measure(other)) for name, measure in measures.items()}
+
+
+def paired(differences: np.ndarray) -> list[float]:
+    """The mean of differences [problems], and its interval of 95 % by a bootstrap over problems."""
+    problems = len(differences)
+    shares = np.random.default_rng(0).multinomial(problems, np.full(problems, 1 / problems), size=DRAWS) / problems
+    return list(estimate(float(differences.mean()), shares @ differences))
 
 
 def answer(against: Sequence[Mapping[str, Any]]) -> str:
@@ -219,6 +222,75 @@ def answer(against: Sequence[Mapping[str, Any]]) -> str:
     if all(low >= -AS_MANY and high <= AS_MANY for low, high in added):
         return "no: as many paths, to within a quarter of a path"
     return "not told apart"
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+def training_figures(folder: Path) -> dict[str, Any]:
+    """What results.json holds of a training study: settings, "before", and its arms, each with its seeds.
+
+    An arm's pass@1 and pass@k are means over seeds of the held-out problems; "interval" is of 95 %, over problems, of
+    pass@1, and "against_before" and "against_grpo" are differences, paired over problems, on the seeds that both have.
+
+    Raises:
+        FileError: a damaged file, or no study.
+    """
+    settings = read_json(folder / "settings.json")
+    before = _run(folder / "before.json")
+    samples = before["samples"]
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm in settings["arms"]:
+        paths = {seed: folder / "runs" / f"{arm}-{seed}.json" for seed in range(settings["seeds"])}
+        found = {seed: _run(path) for seed, path in paths.items() if path.exists()}
+        if found:
+            runs[arm] = found
+
+    def passes(several: Sequence[Mapping[str, Any]], k: int) -> np.ndarray:
+        """[problems]: means over the runs."""
+        return np.mean([pass_at_k(samples, np.array(one["correct"]), k) for one in several], axis=0)
+
+    def held_out(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {"problems": len(before["correct"]), "samples": samples}
+        for k in ks_of(samples):
+            values = passes(several, k)
+            out[f"pass@{k}"] = float(values.mean())
+            out["interval" if k == 1 else f"pass@{k}_interval"] = list(bootstrap_interval(values))
+        return out
+
+    def against(several: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {f"pass@{k}": paired(passes(several, k) - passes(others, k)) for k in (1, samples)}
+
+    arms = {}
+    for arm, by_seed in runs.items():
+        several = list(by_seed.values())
+        histories = [run["history"] for run in several]
+        errors = [error for history in histories for error in history.get("mix/replay_error", [])]
+        common = [seed for seed in by_seed if seed in runs.get("grpo", {})]
+        arms[arm] = {
+            "label": CELLS[arm].label,
+            **held_out(several),
+            "seeds": {
+                seed: {f"pass@{k}": float(passes([run], k).mean()) for k in (1, samples)}
+                for seed, run in by_seed.items()
+            },
+            "against_before": against(several, [before]),
+            "replay_error": max(errors) if errors else None,
+            "history": {name: np.mean([history[name] for history in histories], 0).tolist() for name in histories[0]},
+            "seconds": float(np.mean([run["seconds"] for run in several])),
+        }
+        if arm != "grpo" and common:
+            others = [runs["grpo"][seed] for seed in common]
+            arms[arm]["against_grpo"] = against([by_seed[seed] for seed in common], others)
+    return {"settings": settings, "before": held_out([before]), "arms": arms}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    for name, kind in {"samples": int, "correct": list}.items():
+        if not isinstance(content.get(name), kind):
+            raise FileError(f"{path}: {name} must be there, got {content.get(name)!r:.80}")
+    return content
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -254,7 +326,7 @@ def collect(out: Path, training: Path | None = None) -> dict[str, Any]:
         "arms": arms,
         "question": question(cells),
         "matched": matched,
-        "training": {},
+        "training": {} if training is None else training_figures(training),
         "mixes": {name: mixes[name] for name in ("cosine", "anchor_weight")} if mixes else None,
         "replay_error": max(replay["errors"].values()) if replay else None,
         "replay_errors": replay,

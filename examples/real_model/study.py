@@ -47,7 +47,7 @@ from .tasks import WORD_PROBLEMS, Problem, Task, task_named
 TEMPERATURE = 0.7  # of the paper's rollouts
 _MATCHING_ROW = 1_000_000  # the first row of the rollouts that the temperature is matched on: no cell's
 _MATCHING_TOLERANCE = 0.01  # of the entropies, relative
-_PACKAGES = ("torch", "transformers", "numpy")
+_PACKAGES = ("torch", "transformers", "trl", "numpy")
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,23 @@ def commit() -> str:
         return "unknown"
 
 
-def settings_of(preset: Preset, model: str | None, task: str) -> dict[str, Any]:
-    """Everything that a run depends on, as JSON has it."""
-    cells = {name: asdict(CELLS[name]) for name in preset.cells}
-    made = {
+def shared_settings(model: str | None, task: str) -> dict[str, Any]:
+    """What a run of either study depends on, beside its preset."""
+    return {
         "model": NOTE if model is None else model,
         "task": task,
         "temperature": TEMPERATURE,
         "seed": SEED,
-        **{name: value for name, value in asdict(preset).items() if name != "cells"},
-        "cells": cells,
         "commit": commit(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
-    return json.loads(json.dumps(made))
+
+
+def settings_of(preset: Preset, model: str | None, task: str) -> dict[str, Any]:
+    """Everything that a run depends on."""
+    return (
+        asdict(preset) | {"cells": {name: asdict(CELLS[name]) for name in preset.cells}} | shared_settings(model, task)
+    )
 
 
 def check_settings(now: dict[str, Any], out: Path) -> None:
@@ -129,6 +132,7 @@ def check_settings(now: dict[str, Any], out: Path) -> None:
         SystemExit: they were not; the message names the settings.
     """
     path = out / "settings.json"
+    now = json.loads(json.dumps(now))
     before = read_json(path) if path.exists() else now
     changed = [name for name in now if name != "problems" and now[name] != before.get(name)]
     if changed:
@@ -291,7 +295,7 @@ def work(setting: Setting, jobs: list[tuple[int, str]], temperature: float, out:
 
 def _worker(preset: Preset, task: str, model: str | None, jobs: list[tuple[int, str]], heat: float, out: Path) -> None:
     """`work` in a process of its own, with one thread: threads that wait for each other lose on a busy machine."""
-    _quiet()
+    quiet()
     loaded = load_model(model, getattr(torch, preset.dtype))
     work(prepare(preset, task_named(task), *loaded, out), jobs, heat, out)
 
@@ -376,7 +380,8 @@ def replay_errors(setting: Setting, path: Path) -> None:
     write_json(path, {"problems": len(prompts), "samples": setting.preset.samples, "errors": found})
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """One thread, and no talk of the libraries."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -394,6 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--problems", type=int, help="of each cell, in the place of the preset's")
     parser.add_argument("--out", type=Path, help="folder of the batches; default: runs/real_model/study-<preset>")
     parser.add_argument("--report", type=Path, help="folder of the report; default: <out>/report")
+    parser.add_argument("--training", type=Path, help="folder of a training study, which is reported with this one")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="batches at a time, a thread each")
     parser.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
     given = parser.parse_args(arguments)
@@ -402,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.problems is not None and given.problems < 1:
         parser.error(f"--problems must be at least 1, got {given.problems}")
     out = given.out or Path("runs/real_model") / f"study-{given.preset}"
-    _quiet()
+    quiet()
     # Only in a process of its own, not where a test calls this.
     if arguments is None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
@@ -416,7 +422,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"--report-only: there is no study in {out}")
         from .report import write_report
 
-        print(write_report(out, given.report or out / "report"))
+        print(write_report(out, given.report or out / "report", given.training))
     except FileError as error:
         sys.exit(f"{error}\nDelete it, and the same command makes it again.")
     except (ModelUnavailableError, ValueError) as error:
