@@ -408,9 +408,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.problems is not None and given.problems < 1:
         parser.error(f"--problems must be at least 1, got {given.problems}")
     out = given.out or Path("runs/real_model") / f"study-{given.preset}"
-    quiet()
-    # Only in a process of its own, not where a test calls this.
-    if arguments is None:
+    if arguments is None:  # in a process of its own, and not where a test calls this
+        quiet()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
     try:
         if not given.report_only:

@@ -203,9 +203,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help=f"a folder or a hub name; default: {NAME}, dequantized from 4 bits")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/real_model/training-<preset>")
     given = parser.parse_args(arguments)
-    quiet()
-    torch.set_num_threads(os.cpu_count() or 1)
-    if arguments is None:
+    if arguments is None:  # in a process of its own, and not where a test calls this
+        quiet()
+        torch.set_num_threads(os.cpu_count() or 1)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
     out = given.out or Path("runs/real_model") / f"training-{given.preset}"
     try:
