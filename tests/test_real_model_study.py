@@ -465,11 +465,22 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, 
     assert not (tmp_path / "out").exists(), "the same command with what was missing must not find other settings"
 
 
-@pytest.mark.parametrize("arguments", [["--workers", "0"], ["--problems", "0"], ["--preset", "huge"]])
+@pytest.mark.parametrize(
+    "arguments", [["--workers", "0"], ["--problems", "0"], ["--problems", "3"], ["--preset", "huge"]]
+)
 def test_bad_numbers_are_refused(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):
         study.main(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    mixing = NeighborMixing(model, MixingConfig(mixing_rate=0.0, sampler="counter_based"))
+    context = model.config.max_position_embeddings
+    batch = sample.encode(tokenizer, ["a" * context])
+    with pytest.raises(ValueError, match=f"must fit the model's context of {context:,} tokens, got {context:,} and 4"):
+        sample.sample(mixing, batch, 1, 0.7, 4, torch.arange(1))
 
 
 def test_a_model_without_a_chat_template_reads_the_prompt_as_it_stands(tiny: tuple[Any, Any]) -> None:

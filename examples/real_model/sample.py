@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 
 from ngrpo_ops import MixRecord, gaussian_noise, mix_embeddings, selective_log_softmax
 from ngrpo_ops.integrations.transformers import NeighborMixing
-from ngrpo_ops.integrations.transformers.view import token_text
+from ngrpo_ops.integrations.transformers.view import require_context, token_text
 
 _AT_ONCE = 16  # rows of a forward over whole sequences, whose logits are large
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -79,8 +79,13 @@ def encode(tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
 def sample(
     mixing: NeighborMixing, batch: dict[str, Tensor], samples: int, temperature: float, tokens: int, row_ids: Tensor
 ) -> Rollouts:
-    """`samples` completions of each prompt, of at most `tokens` tokens, without any filter or penalty."""
+    """`samples` completions of each prompt, of at most `tokens` tokens, without any filter or penalty.
+
+    Raises:
+        ValueError: a prompt that with the new tokens is longer than the model's context.
+    """
     model = mixing.model
+    require_context(model, batch["input_ids"].shape[1], tokens)
     pad, ends = _pad_and_ends(model)
     entropies = _Entropies(temperature)
     with torch.no_grad():

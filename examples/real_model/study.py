@@ -405,8 +405,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.workers < 1:
         parser.error(f"--workers must be at least 1, got {given.workers}")
-    if given.problems is not None and given.problems < 1:
-        parser.error(f"--problems must be at least 1, got {given.problems}")
+    at_once = PRESETS[given.preset].at_once
+    if given.problems is not None and (given.problems < 1 or given.problems % at_once):
+        parser.error(f"--problems must be a multiple of {at_once}, those of a batch, got {given.problems}")
     out = given.out or Path("runs/real_model") / f"study-{given.preset}"
     if arguments is None:  # in a process of its own, and not where a test calls this
         quiet()
