@@ -202,7 +202,8 @@ What N-GRPO mixes with what, at the paper's setting:
 
 def _token(text: str) -> str:
     """A token in a table of Markdown."""
-    return "`" + text.replace("\n", "\\n").replace("|", "\\|").replace("`", "'") + "`"
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return "`" + shown.replace("|", "\\|").replace("`", "'") + "`"
 
 
 def _replays(results: Mapping[str, Any]) -> str:
@@ -266,7 +267,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
     }  # fmt: skip
     labels = {name: arm["label"] for name, arm in arms.items()}
     draw_differences({results["settings"]["task"]: comparisons}, measures, labels, folder / "differences.png")
-    draw_mixes({name: arm for name, arm in arms.items() if arm["mixes"]}, labels, folder / "mixes.png")
+    moved = {name: arm for name, arm in arms.items() if arm["mixes"] and arm["mixes"]["cosine"]["min"] < 1}
+    draw_mixes(moved, labels, folder / "mixes.png")
     if results["training"]:
         draw_training(results["training"]["arms"], folder / "training.png")
 
