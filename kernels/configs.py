@@ -71,7 +71,7 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (2**31, _config(4, BLOCK_V=4096)),
     ),
     "decode_gather_kernel": ((2**31, _config(4)),),
-    "decode_filter_kernel": ((2**31, _config(8, BLOCK_C=64, BLOCK_V=2048)),),
+    "decode_filter_kernel": ((2**31, _config(8, registers=168, BLOCK_C=64, BLOCK_V=2048)),),
     "decode_draws_kernel": ((2**31, _config(8)),),
     "decode_choice_kernel": ((2**31, _config(8, BLOCK_D=1024)),),
     "gaussian_noise_kernel": ((2**31, _config(4, BLOCK_D=1024)),),

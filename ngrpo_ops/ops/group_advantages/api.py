@@ -277,6 +277,9 @@ def _batch_std(x: Tensor, weights: Tensor | None, ddof: int, omit_nan: bool, bac
 
 
 def _whiten(x: Tensor, whitening: Whitening, weights: Tensor | None, backend: str) -> Tensor:
+    if whitening.floor == 0:
+        settings = _batch_settings(x.shape[0], weights, "std", whitening.ddof)._replace(eps=whitening.eps)
+        return registration.group_advantages(x, *settings, backend)[0]
     centered, _ = registration.group_advantages(x, *_batch_settings(x.shape[0], weights, "none"), backend)
     std = _batch_std(x, weights, whitening.ddof, False, backend).clamp(min=whitening.floor)
     return _divide(centered, std, whitening.eps)
