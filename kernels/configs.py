@@ -117,6 +117,9 @@ PINNED_FOR: dict[tuple[str, str], tuple[tuple[int, Config], ...]] = {
         (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
         (2**31, _config(8, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_M=128)),
     ),
+    # ptxas aims at an occupancy there that takes a few bytes of stack, and of which programs a row have no use.
+    ("decode_filter_kernel", "cuda:100"): ((2**31, _config(8, registers=168, BLOCK_V=2048)),),
+    ("decode_choice_kernel", "cuda:100"): ((2**31, _config(8, registers=168, BLOCK_D=1024)),),
     # 128 registers, which ptxas aims at there, are one too few for float32.
     ("mix_grad_embedding_kernel", "cuda:89"): (
         (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
