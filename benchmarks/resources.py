@@ -224,7 +224,8 @@ def update(
             hint = f"to accept this: python benchmarks/resources.py --accept {kernel}"
             wrong.setdefault(kernel, []).extend([*lines, hint])
     kept = [row for row in rows if row["kernel"] not in wrong] + [row for row in table if row["kernel"] in wrong]
-    return kept, [line for lines in wrong.values() for line in lines]
+    places = {key(row): place for place, row in enumerate([*rows, *table])}  # the order of the table, where it has one
+    return sorted(kept, key=lambda row: places[key(row)]), [line for lines in wrong.values() for line in lines]
 
 
 def main() -> int:
