@@ -85,6 +85,10 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
     return signature, fixed, attributes
 
 
+def source(launch: Launch) -> ASTSource:
+    return ASTSource(launch.kernel, *_signature(launch))
+
+
 def _options(launch: Launch, target: str) -> dict[str, Any]:
     config = launch.config
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
@@ -130,8 +134,7 @@ def digest(launch: Launch, target: str) -> str:
 def compile_launch(launch: Launch, target: str) -> tuple[dict[str, Any], bytes]:
     """The columns of the table but those of `instructions`, and the machine code, of AMD's as text."""
     gpu = GPUS[target]
-    source = ASTSource(launch.kernel, *_signature(launch))
-    compiled = triton.compile(source, target=gpu.target, options=_options(launch, target))
+    compiled = triton.compile(source(launch), target=gpu.target, options=_options(launch, target))
     warps, shared = launch.config.num_warps, compiled.metadata.shared
     if target.startswith("hip"):
         text = compiled.asm["amdgcn"]

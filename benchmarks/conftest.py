@@ -19,7 +19,7 @@ keep_freed_memory()
 
 COLUMNS = (
     "op", "shape", "dtype", "device", "who", "q20_s", "median_s", "q80_s", "peak_mib", "gb", "gb_per_s",
-    "times_ours", "best_times_ours", "speed_to_best_peer",
+    "times_ours", "best_times_ours", "speed_to_best_peer", "scored_pairs",
 )  # fmt: skip
 
 
@@ -35,6 +35,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             ratio = ""
             if row["times_ours"] is not None:
                 ratio = f"  {row['times_ours']:.2f} x ours, taken in turn ({row['best_times_ours']:.3f} best to best)"
+            if row["scored_pairs"] is not None:
+                ratio += f"  {row['scored_pairs']:.2f} pairs scored a query"
             terminalreporter.write_line(
                 f"    {row['who']:<38} {1e3 * row['median_s']:9.3f} ms ({1e3 * row['q20_s']:.3f} to "
                 f"{1e3 * row['q80_s']:.3f})  {row['gb_per_s']:7.1f} GB/s  peak {row['peak_mib']:4.0f} MiB{ratio}"
@@ -58,7 +60,7 @@ def _row(bench: Any) -> dict[str, Any]:
     info = bench.extra_info
     return {
         **{name: info[name] for name in ("op", "shape", "dtype", "device", "who", "peak_mib", "gb")},
-        "times_ours": info.get("times_ours"), "best_times_ours": info.get("best_times_ours"),
+        **{name: info.get(name) for name in ("times_ours", "best_times_ours", "scored_pairs")},
         "q20_s": at["q20"], "median_s": at["q50"], "q80_s": at["q80"], "gb_per_s": info["gb"] / at["q50"],
     }  # fmt: skip
 

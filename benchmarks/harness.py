@@ -26,7 +26,8 @@ def keep_freed_memory() -> None:
 
 
 class Case(NamedTuple):
-    """One member of a comparison: what it runs, and the bytes that any implementation must move."""
+    """One member of a comparison: what it runs, the bytes that any implementation must move, and of a search the pairs
+    that it scores one by one, a query."""
 
     op: str
     shape: str
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     moved: int
     run: Callable[[], Any]
     rounds: int = 15
+    scored: float | None = None
 
 
 def compare(benchmark: Any, make: Callable[[str, str], Case], who: str, device: str) -> None:
@@ -54,7 +56,14 @@ def compare(benchmark: Any, make: Callable[[str, str], Case], who: str, device: 
         finished()
     benchmark.group = f"{case.op} {case.shape} {case.dtype} {device}"
     benchmark.extra_info.update(
-        op=case.op, shape=case.shape, dtype=case.dtype, device=device, who=who, gb=case.moved / 1e9, peak_mib=peak.mib
+        op=case.op,
+        shape=case.shape,
+        dtype=case.dtype,
+        device=device,
+        who=who,
+        gb=case.moved / 1e9,
+        peak_mib=peak.mib,
+        scored_pairs=case.scored,
     )
     benchmark.pedantic(finished, rounds=case.rounds, warmup_rounds=2)
     if who != "ours":

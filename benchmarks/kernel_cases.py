@@ -134,18 +134,10 @@ def step(dtype: torch.dtype, v: int, k: int, strategy: str, *, b: int = 64, **ot
         gaussian_noise.gaussian_noise(_meta(4096, d, dtype=dtype), n.float(), n, n, n)
 
 
-def _tile_best(dtype: torch.dtype, q: int, best: int) -> None:
-    metric, width = ("l1", 896) if dtype == torch.float32 else ("cosine", 960)
-    x, y = (_meta(n, width, dtype=dtype) for n in (q, 16_384))
-    nearest_neighbors.tile_best(x, y, metric, _meta(q, dtype=torch.int32), best)
-    if q > 64:
-        nearest_neighbors.tile_best_symmetric(x, y, metric, best, diagonal=False)
-
-
 def _append_pairs(dtype: torch.dtype, q: int) -> None:
     metric, width = ("l1", 896) if dtype == torch.float32 else ("cosine", 960)
     x, y = (_meta(n, width, dtype=dtype) for n in (q, 16_384))
-    pairs = nearest_neighbors.no_pairs(2**24, 151_936, x.device)
+    pairs = nearest_neighbors.no_pairs(_V, 88, x.device)
     x_limits, y_limits, ids = _meta(q, dtype=torch.float32), _meta(16_384, dtype=torch.float32), _meta(16_384)
     excluded = _meta(q, dtype=torch.int32)
     nearest_neighbors.append_pairs(x, y, metric, x_limits, excluded, pairs, x_ids=_meta(q), y_ids=ids)
@@ -155,6 +147,15 @@ def _append_pairs(dtype: torch.dtype, q: int) -> None:
             nearest_neighbors.append_pairs_symmetric(
                 x, y, metric, x_limits, y_limits, allowed, allowed, pairs, x_ids=ids, y_ids=ids, diagonal=diagonal
             )
+
+
+def _keep_best(places: int, metric: str) -> None:
+    pairs = nearest_neighbors.no_pairs(49_152, places, torch.device("meta"))
+    values, is_far = _meta(49_152, dtype=torch.float32), _meta(49_152, dtype=torch.bool)
+    kept = places // 3
+    nearest_neighbors.keep_best(
+        pairs, metric, values, values, is_far, *[values] * 4, k=kept // 5 + 1, kept=kept, rounding=1e-4, underflow=1e-36
+    )
 
 
 def _pair_scores(dtype: torch.dtype, d: int, metric: str) -> None:
@@ -202,12 +203,11 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
         for d, metric in ((128, "cosine"), (896, "cosine"), (896, "dot"), (896, "l2"), (896, "l1")):
             if every or (d, metric) == (896, "cosine"):
                 yield dtype, lambda dtype=dtype, d=d, m=metric: _rows(dtype, d, m)
-    for q, best in ((16, 2), (16, 4), (16_384, 2), (16_384, 4)):
-        for dtype in (torch.bfloat16, torch.float32):
-            yield dtype, lambda dtype=dtype, q=q, best=best: _tile_best(dtype, q, best)
     for q in (16, 16_384):
         for dtype in (torch.bfloat16, torch.float32):
             yield dtype, lambda dtype=dtype, q=q: _append_pairs(dtype, q)
+    for places, metric in ((88, "cosine"), (88, "l1"), (341, "l2"), (1264, "cosine")):
+        yield torch.float32, lambda places=places, metric=metric: _keep_best(places, metric)
 
 
 @dataclass(frozen=True)

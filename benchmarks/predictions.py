@@ -71,8 +71,7 @@ def busiest(launch: Launch, row: dict[str, Any], trips: float, flops: float = 0.
 
 # How often the loops of a kernel are gone through, by its arguments. The main loop of a matrix product is its flops.
 TRIPS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "mix_grad_weights_kernel": lambda a: a["K"] * cdiv(a["d"], a["BLOCK_D"]),
-    "selective_log_softmax_forward_kernel": lambda a: cdiv(a["v"], a["BLOCK_V"]),
+    "mix_grad_weights_kernel": lambda a: cdiv(a["K"], a["BLOCK_C"]) * cdiv(a["d"], a["BLOCK_D"]),
     "selective_log_softmax_backward_kernel": lambda a: 1,  # of the few tiles that hold a chosen id
     "group_advantages_kernel": lambda a: cdiv(a["group_size"], a["BLOCK_R"]),
     "group_advantages_backward_kernel": lambda a: cdiv(a["group_size"], a["BLOCK_R"]),
@@ -148,7 +147,7 @@ def _pass(v: int, d: int) -> None:
     w = cdiv(d + 8, nearest_neighbors.STEP) * nearest_neighbors.STEP
     table = torch.empty(v, w, dtype=torch.bfloat16, device="meta")
     limits = torch.empty(v, dtype=torch.float32, device="meta")
-    pairs = nearest_neighbors.no_pairs(2**24, v, table.device)
+    pairs = nearest_neighbors.no_pairs(v, 88, table.device)
     nearest_neighbors.append_pairs_symmetric(
         table, table, "cosine", limits, limits, None, None, pairs, diagonal=True
     )  # fmt: skip

@@ -55,6 +55,7 @@ class Row:
     best_peer: float | None
     bandwidth: float | None  # GB/s
     memory: float | None  # MiB
+    scored: float | None  # pairs a query that a search scores one by one
 
     @property
     def operation(self) -> str:
@@ -167,7 +168,7 @@ def _table_of(path: Path) -> tuple[set[str], list[dict[str, str]]]:
 
 
 def _row(row: dict[str, str]) -> Row:
-    names = ("median_s", "q20_s", "q80_s", "times_ours", "speed_to_best_peer", "gb_per_s", "peak_mib")
+    names = ("median_s", "q20_s", "q80_s", "times_ours", "speed_to_best_peer", "gb_per_s", "peak_mib", "scored_pairs")
     return Row(row["op"], row["shape"], row["dtype"], row["who"], *(_number(row.get(name)) for name in names))
 
 
@@ -241,7 +242,8 @@ def _operation(rows: list[Row], below: list[str], picture: Path) -> Iterator[str
             ratio = "" if row.who == "ours" else MISSING if row.times_ours is None else _digits(row.times_ours)
             span = MISSING if row.low is None or row.high is None else f"{duration(row.low)} to {duration(row.high)}"
             figures = (MISSING if value is None else _digits(value) for value in (row.bandwidth, row.memory))
-            yield f"| {'' if i else case} | {row.who} | {row.seconds} | {span} | {ratio} | {' | '.join(figures)} |"
+            who = row.who if row.scored is None else f"{row.who}, {_digits(row.scored)} pairs scored a query"
+            yield f"| {'' if i else case} | {who} | {row.seconds} | {span} | {ratio} | {' | '.join(figures)} |"
 
 
 def _cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -261,15 +263,17 @@ def _scaling(rows: list[dict[str, Any]], folder: Path, device: str) -> Iterator[
     yield f"![seconds of a search over V and over d]({picture.name})"
     yield ""
     whos = list(dict.fromkeys(row["who"] for row in rows if row["who"] != "ours"))
-    yield f"| V | d | ours | {' | '.join(f'{who} / ours' for who in whos)} |"
-    yield "|---" * (3 + len(whos)) + "|"
-    shapes: dict[tuple[int, int], dict[str, float]] = {}
+    yield f"| rows | V | d | ours | {' | '.join(f'{who} / ours' for who in whos)} |"
+    yield "|---" * (4 + len(whos)) + "|"
+    shapes: dict[tuple[int, int, str], dict[str, float]] = {}
     for row in rows:
-        shapes.setdefault((row["V"], row["d"]), {})[row["who"]] = row["seconds"]
-    for (v, d), times in sorted(shapes.items()):
+        shapes.setdefault((row["V"], row["d"], row.get("rows") or search_scaling.RANDOM), {})[row["who"]] = row[
+            "seconds"
+        ]
+    for (v, d, of), times in sorted(shapes.items()):
         ours = times.get("ours")
         ratios = [_digits(times[who] / ours) if ours and who in times else MISSING for who in whos]
-        yield f"| {v:,} | {d:,} | {duration(ours) if ours else MISSING} | {' | '.join(ratios)} |"
+        yield f"| {of} | {v:,} | {d:,} | {duration(ours) if ours else MISSING} | {' | '.join(ratios)} |"
 
 
 def _resources(rows: list[dict[str, str]]) -> Iterator[str]:

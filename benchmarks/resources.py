@@ -41,8 +41,6 @@ COLUMNS = (
 )  # fmt: skip
 # Kernels with a matrix product, which must use the tensor cores' own instruction.
 MULTIPLIES = {
-    "tile_best_kernel",
-    "tile_best_symmetric_kernel",
     "append_pairs_kernel",
     "append_pairs_symmetric_kernel",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 QWEN2_5_0_5B = (151_936, 896)
 QWEN2_5_1_5B = (151_936, 1536)
 SMALL_VOCABULARY = (32_768, 896)
+SMOLLM2 = (49_152, 576)
 QUERIES = 2048
 
 # Positions of a batch that are mixed, by device: a CPU's share, and a training batch.

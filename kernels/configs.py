@@ -32,23 +32,24 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (2**31, _config(4, BLOCK_N=1, BLOCK_D=1024)),
     ),
     "mix_grad_weights_kernel": (
-        (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
-        (2**31, _config(4, BLOCK_N=2, BLOCK_D=1024)),
+        (256, _config(4, BLOCK_N=4, BLOCK_D=256)),
+        (2**31, _config(4, BLOCK_N=2, BLOCK_D=512)),
     ),
-    "mix_grad_embedding_kernel": (
-        (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
-        (2**31, _config(4, BLOCK_V=8, BLOCK_D=512)),
-    ),
+    "mix_keys_kernel": ((2**31, _config(4, BLOCK_M=1024)),),
+    "mix_offsets_kernel": ((2**31, _config(4, BLOCK_V=256)),),
+    "mix_grad_embedding_kernel": ((2**31, _config(4, BLOCK_V=8, BLOCK_D=256)),),
     "mix_grad_long_segments_kernel": ((2**31, _config(4, BLOCK_M=16, BLOCK_D=256)),),
-    "mix_grad_merge_kernel": ((2**31, _config(4, BLOCK_M=16, BLOCK_D=256)),),
+    "mix_grad_merge_kernel": ((2**31, _config(4, BLOCK_M=32, BLOCK_D=128)),),
     "mix_grad_atomic_kernel": (
         (256, _config(4, BLOCK_N=8, BLOCK_D=256)),
         (2**31, _config(4, BLOCK_N=1, BLOCK_D=1024)),
     ),
-    "selective_log_softmax_forward_kernel": (
+    # How the vocabulary is cut, as of a decode step.
+    "selective_log_softmax_partials_kernel": (
         (4096, _config(4, BLOCK_V=1024)),
-        (2**31, _config(8, BLOCK_V=8192)),
+        (2**31, _config(4, BLOCK_V=4096)),
     ),
+    "selective_log_softmax_forward_kernel": ((2**31, _config(1)),),
     "selective_log_softmax_backward_kernel": (
         (4096, _config(4, BLOCK_V=1024)),
         (2**31, _config(4, BLOCK_V=4096)),
@@ -67,21 +68,14 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     # How the vocabulary is cut: never by the batch. The choice goes by d, the filter by V.
     "decode_partials_kernel": (
         (16384, _config(4, BLOCK_V=1024)),
-        (2**31, _config(8, BLOCK_V=4096)),
+        (2**31, _config(4, BLOCK_V=4096)),
     ),
-    "decode_filter_kernel": ((2**31, _config(8, BLOCK_V=2048)),),
+    "decode_gather_kernel": ((2**31, _config(4)),),
+    "decode_filter_kernel": ((2**31, _config(8, BLOCK_C=64, BLOCK_V=2048)),),
     "decode_draws_kernel": ((2**31, _config(8)),),
     "decode_choice_kernel": ((2**31, _config(8, BLOCK_D=1024)),),
     "gaussian_noise_kernel": ((2**31, _config(4, BLOCK_D=1024)),),
     # The width is the number of queries, and 0 for l1, which has no matrix product and so no use for large tiles.
-    "tile_best_kernel": (
-        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
-        (2**31, _config(16, 3, BLOCK_N=256, BLOCK_K=64, BLOCK_M=128)),
-    ),
-    "tile_best_symmetric_kernel": (
-        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
-        (2**31, _config(16, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
-    ),
     # 8 warps, which tcgen05 takes and 16 do not; a tile of 128 x 256 would spill.
     "append_pairs_kernel": (
         (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
@@ -90,6 +84,12 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     "append_pairs_symmetric_kernel": (
         (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
         (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
+    ),
+    # The width is the places of a query.
+    "keep_best_kernel": (
+        (128, _config(4, BLOCK_J=4, BLOCK_N=4)),
+        (512, _config(4, BLOCK_J=4, BLOCK_N=1)),
+        (2**31, _config(8, BLOCK_J=2, BLOCK_N=1)),
     ),
     "pair_scores_kernel": ((2**31, _config(4, BLOCK_P=8, BLOCK_D=256)),),
     "row_statistics_kernel": (
@@ -108,22 +108,13 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
 
 # Where an architecture needs other tiles, instead of the kernel's entry above.
 PINNED_FOR: dict[tuple[str, str], tuple[tuple[int, Config], ...]] = {
-    # tcgen05 takes 8 warps at most, and at those the tiles above would spill.
-    ("tile_best_kernel", "cuda:100"): (
-        (64, _config(4, 4, BLOCK_N=128, BLOCK_K=64, BLOCK_M=16)),
-        (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
-    ),
-    ("tile_best_symmetric_kernel", "cuda:100"): (
-        (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
-        (2**31, _config(8, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_M=128)),
-    ),
-    # ptxas aims at an occupancy there that takes a few bytes of stack, and of which programs a row have no use.
-    ("decode_filter_kernel", "cuda:100"): ((2**31, _config(8, registers=168, BLOCK_V=2048)),),
+    # ptxas aims at an occupancy there, and takes a few bytes of stack for it.
     ("decode_choice_kernel", "cuda:100"): ((2**31, _config(8, registers=168, BLOCK_D=1024)),),
-    # 128 registers, which ptxas aims at there, are one too few for float32.
-    ("mix_grad_embedding_kernel", "cuda:89"): (
-        (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
-        (2**31, _config(4, registers=168, BLOCK_V=8, BLOCK_D=512)),
+    ("decode_choice_kernel", "cuda:89"): ((2**31, _config(8, registers=168, BLOCK_D=1024)),),
+    ("decode_gather_kernel", "cuda:89"): ((2**31, _config(4, registers=168)),),
+    ("mix_grad_weights_kernel", "cuda:89"): (
+        (256, _config(4, BLOCK_N=4, BLOCK_D=256)),
+        (2**31, _config(4, registers=168, BLOCK_N=2, BLOCK_D=512)),
     ),
 }
 
@@ -131,23 +122,26 @@ PINNED_FOR: dict[tuple[str, str], tuple[tuple[int, Config], ...]] = {
 _INTERPRETED: dict[str, dict[str, int]] = {
     "mix_forward_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
     "mix_grad_weights_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
+    "mix_keys_kernel": {"BLOCK_M": 4096},
+    "mix_offsets_kernel": {"BLOCK_V": 4096},
     "mix_grad_embedding_kernel": {"BLOCK_V": 64, "BLOCK_D": 128},
     "mix_grad_long_segments_kernel": {"BLOCK_M": 32, "BLOCK_D": 128},
     "mix_grad_merge_kernel": {"BLOCK_M": 32, "BLOCK_D": 128},
     "mix_grad_atomic_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
-    "selective_log_softmax_forward_kernel": {"BLOCK_V": 1024},
+    "selective_log_softmax_partials_kernel": {"BLOCK_V": 1024},
+    "selective_log_softmax_forward_kernel": {},
     "selective_log_softmax_backward_kernel": {"BLOCK_V": 1024},
     "group_advantages_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "group_advantages_backward_kernel": {"BLOCK_G": 256, "BLOCK_R": 128},
     "decode_partials_kernel": {"BLOCK_V": 1024},
-    "decode_filter_kernel": {"BLOCK_V": 2048},
+    "decode_gather_kernel": {},
+    "decode_filter_kernel": {"BLOCK_C": 1024, "BLOCK_V": 2048},
     "decode_draws_kernel": {},
     "decode_choice_kernel": {"BLOCK_D": 128},
     "gaussian_noise_kernel": {"BLOCK_D": 128},
-    "tile_best_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
-    "tile_best_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_M": 64},
     "append_pairs_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
     "append_pairs_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
+    "keep_best_kernel": {"BLOCK_J": 8, "BLOCK_N": 64},
     "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},
     "row_statistics_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
     "prepare_rows_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},
@@ -161,7 +155,6 @@ TUNING_KEYS: dict[str, tuple[str, ...]] = {
     "mix_grad_weights_kernel": ("d", "K"),
     "mix_grad_embedding_kernel": ("d", "v"),
     "mix_grad_atomic_kernel": ("d", "K"),
-    "selective_log_softmax_forward_kernel": ("v", "ENTROPY"),
     "selective_log_softmax_backward_kernel": ("v", "ENTROPY"),
     "group_advantages_kernel": ("group_size", "columns"),
     "group_advantages_backward_kernel": ("group_size", "columns"),

@@ -1,16 +1,23 @@
-"""The decode step: sample, anchor, gate, weights, mix and record in two launches; one more where the sample is cut, and
-where a strategy mixes draws.
+"""The decode step: sample, anchor, gate, weights, mix and record in two launches; two more where the sample is cut, and
+one where a strategy mixes draws.
 
 1. Partials: a program a row and a piece of the vocabulary reads its logits once and leaves their largest, the sum of
    exp(z - largest) and its first moment. How the vocabulary is cut depends on V alone, so a row's bits do not depend on
-   its batch, for logits of the same strides and alignment, by which the compiler may order sums.
-2. Only with top-k, top-p or min-p: a program a row finds the last logit that is kept. Between the smallest and the
-   largest candidate for it a few pivots are tried at a time, each with the count and the mass above it; the ends then
-   move to logits that exist, so that the search ends with the exact one. It leaves what mass each piece keeps.
-3. Only for the strategies that mix draws: a program a draw.
-4. Choice: a program a row merges the pieces, draws gate and sample from the row's counter, finds the piece in which the
+   its batch, for logits of the same strides and alignment, by which the compiler may order sums. Where the sample is
+   cut, it also leaves how many groups of a few logits reach above each of some edges, and their mass.
+2. Only with top-k, top-p or min-p: the edges tell above which of them the last logit that is kept lies. A program a row
+   and a piece copies its groups that reach above it, in the order of their ids.
+3. Only then: a program a row finds that last logit among the candidates. Between the smallest and the largest a few
+   pivots are tried at a time, each with the count and the mass above it; the ends then move to logits that exist, so
+   that the search ends with the exact one. It leaves what mass each piece keeps. Where the candidates are too many, it
+   searches the row's logits instead.
+4. Only for the strategies that mix draws: a program a draw.
+5. Choice: a program a row merges the pieces, draws gate and sample from the row's counter, finds the piece in which the
    mass first exceeds u times the total (in float64), reads that piece again and finds the token; then the candidates,
    their weights, the mix and the record.
+
+Exponentials are powers of two of (x - largest) times log2(e) / temperature, so a logit that is the largest weighs
+exactly 1.
 
 Nothing is allocated but outputs and partials, whose shapes depend on those of the inputs alone, and the host waits for
 nothing: `seed` and `step` may be tensors on the GPU, and all of it can be captured in a CUDA graph.
@@ -27,9 +34,23 @@ from torch import Tensor
 
 from . import configs, primitives
 from .gaussian_noise import add_squares, noise_uniform, normal
-from .primitives import LEAST_UNIT, launch, launcher, random_words, scale, widen
+from .primitives import (
+    LEAST_UNIT,
+    LN_2,
+    LOG2_E,
+    exponentials,
+    launch,
+    launcher,
+    merged,
+    random_words,
+    scale,
+    widen,
+)
 
 PIVOTS = 4
+EDGES, EDGE_STEP = 8, tl.constexpr(2.0)  # of a piece, below its largest logit and that far apart
+SEARCHED = 32  # edges below the largest logit of a row: 64, beyond which a search takes the whole row
+CANDIDATES = 16384  # at most, of a row
 
 OF_THE_LIKELIEST = ("topk", "gumbel", "gaussian", "moi")  # strategies whose candidates are the k most likely tokens
 
@@ -54,11 +75,12 @@ def _counter(value, IS_TENSOR: tl.constexpr):
 
 @triton.jit
 def _inverse(temperature):
-    """1 / temperature in two parts; of a greedy row, 0, as of 1."""
+    """1 / temperature in two parts, and log2(e) / temperature; of a greedy row as of 1."""
     t = tl.to_tensor(temperature).to(tl.float32)
     t = tl.where(t == 0.0, 1.0, t)
     inverse = 1.0 / t
-    return inverse, tl.fma(-inverse, t, 1.0) * inverse
+    residual = tl.fma(-inverse, t, 1.0) * inverse
+    return inverse, residual, tl.fma(inverse, LOG2_E, residual * LOG2_E)
 
 
 @triton.jit
@@ -71,39 +93,151 @@ def _load_logits(row_logits, columns, v, stride_v, INT64: tl.constexpr):
 
 
 @triton.jit
+def _edge_number(top_x):
+    """The number of the highest edge that is not above a largest logit. Far numbers are clamped, which stays true:
+    nothing lies above the next edge, or above any edge that is searched."""
+    number = tl.floor(top_x * (1 / EDGE_STEP))
+    return tl.minimum(tl.maximum(number, -(2.0**20)), 2.0**20).to(tl.int32)
+
+
+@triton.jit
+def _edge(number):
+    return number.to(tl.float32) * EDGE_STEP
+
+
+@triton.jit
 def decode_partials_kernel(
-    logits, temperature, best_values, best_ids, mass, moment, v, splits, stride_b, stride_v,
-    BEST: tl.constexpr, PER_ROW_T: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, temperature, best_values, best_ids, mass, moment, edge_counts, edge_masses, v, splits, stride_b, stride_v,
+    BEST: tl.constexpr, FILTER: tl.constexpr, PER_ROW_T: tl.constexpr, GROUP: tl.constexpr, EDGES: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row, split = pid // splits, pid % splits
-    columns = split * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = _load_logits(logits + widen(row, INT64) * stride_b, columns, v, stride_v, INT64)
-    inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
-    top_x = tl.max(x, axis=0)
-    last = top_x
-    last_id = tl.min(tl.where((x == top_x) & (columns < v), columns, _NO_ID), axis=0)
-    tl.store(best_values + pid * BEST, top_x)
-    tl.store(best_ids + pid * BEST, last_id)
-    for i in range(1, BEST):
-        after = (columns < v) & ((x < last) | ((x == last) & (columns > last_id)))
-        last = tl.max(tl.where(after, x, float("-inf")), axis=0)
-        last_id = tl.min(tl.where(after & (x == last), columns, _NO_ID), axis=0)
+    row_logits = logits + widen(row, INT64) * stride_b
+    # What a thread loads at once is a group: only the groups' largest logits are searched for the largest of all.
+    groups = tl.arange(0, BLOCK_V // GROUP)
+    members = tl.arange(0, GROUP)
+    first = split * BLOCK_V
+    x = _load_logits(row_logits, first + groups[:, None] * GROUP + members[None, :], v, stride_v, INT64)
+    heads = tl.max(x, axis=1)
+    top_x = tl.max(heads, axis=0)
+    last, last_id = top_x, -1
+    left = heads  # the largest of each group of what is not among the best yet
+    for i in range(BEST):
+        group = tl.min(tl.where(left == last, groups, BLOCK_V // GROUP), axis=0)
+        columns = first + group * GROUP + members
+        y = _load_logits(row_logits, columns, tl.minimum(v, first + BLOCK_V), stride_v, INT64)
+        last_id = tl.min(tl.where((y == last) & (columns > last_id), columns, _NO_ID), axis=0)
         tl.store(best_values + pid * BEST + i, last)
         tl.store(best_ids + pid * BEST + i, last_id)
-    # Nothing but -inf: any finite reference will do.
-    below = scale(x, inverse, residual) - tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
-    e = tl.exp(below)
-    tl.store(mass + pid, tl.sum(e, axis=0))  # NaN with NaN or +inf among the logits: inf - inf
-    tl.store(moment + pid, tl.sum(e * tl.where(e > 0.0, below, 0.0), axis=0))
+        if BEST > 1:
+            after = (y < last) | ((y == last) & (columns > last_id))
+            left = tl.where(groups == group, tl.max(tl.where(after, y, float("-inf")), axis=0), left)
+            below = tl.max(left, axis=0)
+            last_id = tl.where(below < last, -1, last_id)
+            last = below
+    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T))
+    e, moments = exponentials(x, top_x, slope)
+    group_masses = tl.sum(e, axis=1)
+    tl.store(mass + pid, tl.sum(group_masses, axis=0))
+    tl.store(moment + pid, tl.sum(moments) * LN_2)
+    if FILTER:
+        p = tl.arange(0, EDGES)
+        edges = _edge(_edge_number(top_x) - p)
+        above = heads[None, :] > edges[:, None]
+        counts = tl.sum(above.to(tl.int32), axis=1)
+        masses = tl.sum(tl.where(above, group_masses[None, :], 0.0), axis=1)
+        # Of each group all but the largest may lie below the edge, each by next to nothing.
+        masses -= counts.to(tl.float32) * ((GROUP - 1) * tl.exp2((edges - top_x) * slope))
+        tl.store(edge_counts + pid * EDGES + p, counts)
+        tl.store(edge_masses + pid * EDGES + p, masses)
 
 
-# 2. Filters -------------------------------------------------------------------------------------------------------
+# 2. and 3. Filters ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cut_row(
+    temperature, top_k, top_p, min_p, best_values, mass, edge_counts, edge_masses, row, v, splits,
+    BEST: tl.constexpr, BLOCK_S: tl.constexpr, HAS_K: tl.constexpr, HAS_P: tl.constexpr, HAS_M: tl.constexpr,
+    PER_ROW_T: tl.constexpr, PER_ROW_K: tl.constexpr, PER_ROW_P: tl.constexpr, PER_ROW_M: tl.constexpr,
+    GROUP: tl.constexpr, EDGES: tl.constexpr, SPLIT: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """Largest logit and log2(e) / temperature of a row; its top-k, top-p and log2(min-p), each 0, 1 or -inf where it
+    filters nothing; what mass each piece has. And the candidates for the last logit that is kept: all groups that reach
+    above an edge, how many in each piece, and the edge. There are none where no edge is low enough."""
+    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T))
+    s = tl.arange(0, BLOCK_S)
+    piece = row * splits + s
+    tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
+    masses = tl.load(mass + piece, mask=s < splits, other=0.0)
+    top_x = tl.max(tops_x, axis=0)
+    shares = tl.where(masses > 0.0, masses * tl.exp2((tops_x - top_x) * slope), 0.0)
+    usable = (tl.sum(masses, axis=0) > 0.0) & (top_x < float("inf"))  # else nothing will be sampled
+    k, share, least = 0, 1.0, float("-inf")
+    if HAS_K:
+        k = _setting(top_k, row, PER_ROW_K).to(tl.int64)
+        k = tl.where(usable & (k >= 1) & (k < v), k, 0).to(tl.int32)
+    if HAS_P:
+        share = tl.where(usable, _setting(top_p, row, PER_ROW_P).to(tl.float32), 1.0)
+    if HAS_M:
+        least = tl.where(usable, tl.log2(_setting(min_p, row, PER_ROW_M).to(tl.float32)), float("-inf"))
+    top_edge = _edge_number(top_x)
+    steps_down = top_edge - _edge_number(tops_x)  # from the row's highest edge to the piece's
+    j = tl.arange(0, SEARCHED)
+    own = j[None, :] - steps_down[:, None]
+    # Nothing of the piece lies above its own highest edge's successor. Below its lowest edge there is no less.
+    where = piece[:, None] * EDGES + tl.minimum(own, EDGES - 1)
+    there = (own >= 0) & (s < splits)[:, None]
+    enough = j < 0
+    if HAS_M:
+        enough = (_edge(top_edge - j) - top_x) * slope < least
+    if HAS_P:
+        above = tl.load(edge_masses + where, mask=there, other=0.0) * tl.exp2((tops_x - top_x) * slope)[:, None]
+        target = share * tl.sum(shares, axis=0) * 1.00001  # more than rounding can miss
+        enough = tl.where(share < 1.0, tl.sum(above, axis=0) >= target, enough)
+    if HAS_K:  # what top-p keeps is among what top-k keeps
+        heads = tl.sum(tl.load(edge_counts + where, mask=there, other=0), axis=0)
+        enough = tl.where(k > 0, heads >= k, enough)
+    lowest = tl.min(tl.where(enough, j, SEARCHED), axis=0)
+    own = tl.where(lowest < SEARCHED, lowest - steps_down, -1)
+    there = (own >= 0) & (s < splits)
+    listed = tl.load(edge_counts + piece * EDGES + tl.minimum(own, EDGES - 1), mask=there, other=0)
+    listed = tl.where(there & (own >= EDGES), SPLIT // GROUP, listed)  # below the piece's edges: all of it
+    return top_x, slope, k, share, least, shares, listed, _edge(top_edge - lowest)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def decode_gather_kernel(
+    logits, temperature, top_k, top_p, min_p, best_values, mass, edge_counts, edge_masses, candidates, v, splits,
+    stride_b, stride_v,
+    BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, HAS_K: tl.constexpr, HAS_P: tl.constexpr,
+    HAS_M: tl.constexpr, PER_ROW_T: tl.constexpr, PER_ROW_K: tl.constexpr, PER_ROW_P: tl.constexpr,
+    PER_ROW_M: tl.constexpr, GROUP: tl.constexpr, EDGES: tl.constexpr, SEARCHED: tl.constexpr, CAPACITY: tl.constexpr,
+    INT64: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row, split = pid // splits, pid % splits
+    _, _, _, _, _, _, listed, edge = _cut_row(
+        temperature, top_k, top_p, min_p, best_values, mass, edge_counts, edge_masses, row, v, splits, BEST, BLOCK_S,
+        HAS_K, HAS_P, HAS_M, PER_ROW_T, PER_ROW_K, PER_ROW_P, PER_ROW_M, GROUP, EDGES, SPLIT, SEARCHED,
+    )  # fmt: skip
+    s = tl.arange(0, BLOCK_S)
+    count = tl.sum(tl.where(s == split, listed, 0), axis=0)
+    before = tl.sum(tl.where(s < split, listed, 0), axis=0)
+    if (count > 0) & (tl.sum(listed, axis=0) * GROUP <= CAPACITY):
+        groups = tl.arange(0, SPLIT // GROUP)
+        columns = split * SPLIT + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        x = _load_logits(logits + widen(row, INT64) * stride_b, columns, v, stride_v, INT64)
+        mine = ((tl.max(x, axis=1) > edge) | (count == SPLIT // GROUP)).to(tl.int32)
+        place = (before + tl.cumsum(mine, axis=0) - mine) * GROUP
+        where = candidates + widen(row, INT64) * CAPACITY + place[:, None] + tl.arange(0, GROUP)[None, :]
+        tl.store(where, x.to(candidates.dtype.element_ty), mask=(mine > 0)[:, None])
 
 
 @triton.jit
 def _last_kept(
-    row_logits, smallest, largest, target, active, top, inverse, residual, v, stride_v,
+    row_logits, smallest, largest, target, active, top_x, slope, v, stride_v,
     BY_MASS: tl.constexpr, INT64: tl.constexpr, PIVOTS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The smallest logit above which there is less than `target` (tokens, or mass): the last one kept, in the order of
@@ -123,7 +257,7 @@ def _last_kept(
         beyond = tl.full([PIVOTS], float("inf"), tl.float32)  # the smallest that is more
         for start in range(0, v, BLOCK_V):
             x = _load_logits(row_logits, start + tl.arange(0, BLOCK_V), v, stride_v, INT64)
-            e = tl.exp(scale(x, inverse, residual) - top)
+            e = tl.exp2((x - top_x) * slope)
             above = x[None, :] > pivots[:, None]
             counts += tl.sum(above.to(tl.int32), axis=1)
             masses += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
@@ -138,92 +272,96 @@ def _last_kept(
     return last, count_above, mass_above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def decode_filter_kernel(
-    logits, temperature, top_k, top_p, min_p, best_values, mass, kept_mass, ties_before, cuts, quotas, v, splits,
-    stride_b, stride_v,
+    logits, temperature, top_k, top_p, min_p, best_values, mass, edge_counts, edge_masses, candidates, kept_mass,
+    ties_before, cuts, quotas, v, splits, stride_b, stride_v,
     BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, HAS_K: tl.constexpr, HAS_P: tl.constexpr,
     HAS_M: tl.constexpr, PER_ROW_T: tl.constexpr, PER_ROW_K: tl.constexpr, PER_ROW_P: tl.constexpr,
-    PER_ROW_M: tl.constexpr, PIVOTS: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
+    PER_ROW_M: tl.constexpr, GROUP: tl.constexpr, EDGES: tl.constexpr, SEARCHED: tl.constexpr, CAPACITY: tl.constexpr,
+    PIVOTS: tl.constexpr, INT64: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    row_logits = logits + widen(row, INT64) * stride_b
-    inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
+    top_x, slope, k, share, least, shares, listed, _ = _cut_row(
+        temperature, top_k, top_p, min_p, best_values, mass, edge_counts, edge_masses, row, v, splits, BEST, BLOCK_S,
+        HAS_K, HAS_P, HAS_M, PER_ROW_T, PER_ROW_K, PER_ROW_P, PER_ROW_M, GROUP, EDGES, SPLIT, SEARCHED,
+    )  # fmt: skip
+    # Where the candidates are, in the order of their ids, and where those of each piece begin.
     s = tl.arange(0, BLOCK_S)
-    tops_x = tl.load(best_values + (row * splits + s) * BEST, mask=s < splits, other=float("-inf"))
-    masses = tl.load(mass + row * splits + s, mask=s < splits, other=0.0)
-    largest = tl.max(tops_x, axis=0)
-    usable = (tl.sum(masses, axis=0) > 0.0) & (largest < float("inf"))  # else nothing will be sampled
-    top = tl.where(largest == float("-inf"), 0.0, scale(largest, inverse, residual))
-    total = tl.sum(tl.where(masses > 0.0, masses * tl.exp(scale(tops_x, inverse, residual) - top), 0.0), axis=0)
-    smallest = largest
-    if HAS_K or HAS_P:  # noqa: SIM102 (the first is the compiler's, the second the row's)
-        if usable:
-            for start in range(0, v, BLOCK_V):
-                x = _load_logits(row_logits, start + tl.arange(0, BLOCK_V), v, stride_v, INT64)
-                smallest = tl.minimum(smallest, tl.min(tl.where(x == float("-inf"), largest, x), axis=0))
+    length = tl.sum(listed, axis=0) * GROUP
+    few = (length > 0) & (length <= CAPACITY)
+    source = candidates + widen(row, INT64) * CAPACITY if few else logits + widen(row, INT64) * stride_b
+    stride = tl.where(few, 1, stride_v)
+    begins = tl.where(few, (tl.cumsum(listed, axis=0) - listed) * GROUP, s * SPLIT)
+    length = tl.where(few, length, v)
     cut = float("-inf")
     quota = v
+    smallest = top_x
+    if HAS_K or HAS_P:  # noqa: SIM102 (the first is the compiler's, the second the row's)
+        if (k > 0) | (share < 1.0):
+            for start in range(0, length, BLOCK_V):
+                x = _load_logits(source, start + tl.arange(0, BLOCK_V), length, stride, INT64)
+                smallest = tl.minimum(smallest, tl.min(tl.where(x == float("-inf"), top_x, x), axis=0))
+    total = tl.sum(shares, axis=0)
     if HAS_K:
-        k = _setting(top_k, row, PER_ROW_K).to(tl.int32)
-        active = usable & (k >= 1) & (k < v)
         found, count_above, mass_above = _last_kept(
-            row_logits, smallest, largest, k, active, top, inverse, residual, v, stride_v, False, INT64, PIVOTS, BLOCK_V
+            source, smallest, top_x, k, k > 0, top_x, slope, length, stride, False, INT64, PIVOTS, BLOCK_V
         )
-        if active:
+        if k > 0:
             ties = 0
-            for start in range(0, v, BLOCK_V):
-                x = _load_logits(row_logits, start + tl.arange(0, BLOCK_V), v, stride_v, INT64)
+            for start in range(0, length, BLOCK_V):
+                x = _load_logits(source, start + tl.arange(0, BLOCK_V), length, stride, INT64)
                 ties += tl.sum((x == found).to(tl.int32), axis=0)
             cut = found
             quota = tl.minimum(k - count_above, ties)
-            total = mass_above + quota * tl.exp(scale(found, inverse, residual) - top)
+            total = mass_above + quota * tl.exp2((found - top_x) * slope)
             smallest = found
     if HAS_P:
-        share = _setting(top_p, row, PER_ROW_P).to(tl.float32)
-        active = usable & (share < 1.0)
         found, count_above, mass_above = _last_kept(
-            row_logits, smallest, largest, share * total, active, top, inverse, residual, v, stride_v, True, INT64,
-            PIVOTS, BLOCK_V,
+            source, smallest, top_x, share * total, share < 1.0, top_x, slope, length, stride, True, INT64, PIVOTS,
+            BLOCK_V,
         )  # fmt: skip
-        if active:
+        if share < 1.0:
             # Of equal logits as many as begin below the target.
-            each = tl.exp(scale(found, inverse, residual) - top)
-            wanted = tl.minimum(tl.ceil((share * total - mass_above) / each), v * 1.0).to(tl.int32)
+            each = tl.exp2((found - top_x) * slope)
+            wanted = tl.minimum(tl.ceil(tl.div_rn(share * total - mass_above, each)), v * 1.0).to(tl.int32)
             wanted = tl.maximum(wanted, 1)
             # Beyond top-k's own share of them only by rounding.
             quota = tl.minimum(wanted, quota) if found == cut else wanted
             cut = found
-    least = float("-inf")
-    if HAS_M:
-        least = tl.log(_setting(min_p, row, PER_ROW_M).to(tl.float32))
     tl.store(cuts + row * 2, cut)
     tl.store(cuts + row * 2 + 1, least)
     tl.store(quotas + row, quota)
-    ties = 0
-    for split in range(splits):
-        columns = split * SPLIT + tl.arange(0, SPLIT)
-        x = _load_logits(row_logits, columns, v, stride_v, INT64)
-        split_top = tl.load(best_values + (row * splits + split) * BEST)
-        e = _kept_mass(x, split_top, top, cut, quota, least, ties, inverse, residual)
-        tl.store(kept_mass + row * splits + split, tl.sum(e, axis=0))
-        tl.store(ties_before + row * splits + split, ties)
-        ties += tl.sum((x == cut).to(tl.int32), axis=0)
+    # What each piece keeps, and how many logits equal to the cut came before it.
+    tied_in = tl.zeros([BLOCK_S], tl.int32)
+    if (k > 0) | (share < 1.0) | (least > float("-inf")):
+        ends = tl.where(few, begins + listed * GROUP, begins + SPLIT)
+        shares = tl.zeros([BLOCK_S], tl.float32)
+        ties = 0
+        for start in range(0, length, BLOCK_C):
+            place = start + tl.arange(0, BLOCK_C)
+            x = _load_logits(source, place, length, stride, INT64)
+            e, tied = _kept(x, top_x, slope, cut, quota, least, ties)
+            within = (place[None, :] >= begins[:, None]) & (place[None, :] < ends[:, None])
+            shares += tl.sum(tl.where(within, e[None, :], 0.0), axis=1)
+            tied_in += tl.sum(tl.where(within, tied[None, :], 0), axis=1)
+            ties += tl.sum(tied, axis=0)
+    tl.store(kept_mass + row * splits + s, shares, mask=s < splits)
+    tl.store(ties_before + row * splits + s, tl.cumsum(tied_in, axis=0) - tied_in, mask=s < splits)
 
 
 @triton.jit
-def _kept_mass(x, split_top, top, cut, quota, least, ties, inverse, residual):
-    """exp(z - the piece's largest) of what the filters keep; `ties` logits equal to the cut came before the piece."""
-    z = scale(x, inverse, residual)
+def _kept(x, top_x, slope, cut, quota, least, ties):
+    """exp(z - the row's largest) of what the filters keep, and which logits equal the cut; `ties` of those came
+    before."""
+    below = (x - top_x) * slope
     tied = (x == cut).to(tl.int32)
     # Beyond every quota where x is below the cut, below every one where it is above: one comparison is left.
     place = tl.where(x == cut, ties + tl.cumsum(tied, axis=0) - tied, tl.where(x > cut, -1, _NO_ID))
-    reference = tl.where(split_top == float("-inf"), 0.0, scale(split_top, inverse, residual))
-    e = tl.where(z - top >= least, tl.exp(z - reference), 0.0)
-    return tl.where(place < quota, e, 0.0)
+    return tl.where((place < quota) & (below >= least), tl.exp2(below), 0.0), tied
 
 
-# 3. and 4. Draws and choice -----------------------------------------------------------------------------------------
+# 4. and 5. Draws and choice -----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -273,32 +411,37 @@ def _uniform(high, low):
 
 
 @triton.jit
+def _shares(mass, kept_mass, tops_x, top_x, slope, piece, s, splits, FILTER: tl.constexpr):
+    """The mass of each piece that can be drawn, as a multiple of exp(the row's largest)."""
+    if FILTER:
+        return tl.load(kept_mass + piece, mask=s < splits, other=0.0)
+    masses = tl.load(mass + piece, mask=s < splits, other=0.0)
+    return tl.where(tops_x == float("-inf"), 0.0, masses * tl.exp2((tops_x - top_x) * slope))
+
+
+@triton.jit
 def _draw(
-    u, row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas, top, inverse, residual, v, splits,
-    stride_v,
-    BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, FILTER: tl.constexpr, INT64: tl.constexpr,
+    u, row_logits, shares, row, ties_before, cuts, quotas, top_x, slope, v, splits, stride_v,
+    BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, FILTER: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """The token at which the mass, in id order, first exceeds u times the total: first its piece, then in it."""
     s = tl.arange(0, BLOCK_S)
-    shares = (masses * shrink).to(tl.float64)
+    shares = shares.to(tl.float64)
     ends = tl.cumsum(shares, axis=0)
     target = u * tl.sum(shares, axis=0)
     chosen = tl.min(tl.where((ends > target) & (shares > 0.0), s, BLOCK_S), axis=0)
     chosen = tl.where(chosen < BLOCK_S, chosen, tl.max(tl.where(shares > 0.0, s, 0), axis=0))
-    mine = s == chosen
-    before = tl.sum(tl.where(mine, ends - shares, 0.0), axis=0)
-    rest = ((target - before) / tl.sum(tl.where(mine, shrink, 0.0), axis=0).to(tl.float64)).to(tl.float32)
+    rest = (target - tl.sum(tl.where(s == chosen, ends - shares, 0.0), axis=0)).to(tl.float32)
     columns = chosen * SPLIT + tl.arange(0, SPLIT)
     y = _load_logits(row_logits, columns, v, stride_v, INT64)
-    split_top = tl.load(best_values + (row * splits + chosen) * BEST)
     if FILTER:
         cut = tl.load(cuts + row * 2)
         least = tl.load(cuts + row * 2 + 1)
         quota = tl.load(quotas + row)
         ties = tl.load(ties_before + row * splits + chosen)
-        e = _kept_mass(y, split_top, top, cut, quota, least, ties, inverse, residual)
+        e, _ = _kept(y, top_x, slope, cut, quota, least, ties)
     else:
-        e = tl.exp(scale(y, inverse, residual) - scale(split_top, inverse, residual))
+        e = tl.exp2((y - top_x) * slope)
     crossed = (tl.cumsum(e, axis=0) > rest) & (e > 0.0)
     token = tl.min(tl.where(crossed, columns, _NO_ID), axis=0)
     return tl.where(token == _NO_ID, tl.max(tl.where(e > 0.0, columns, 0), axis=0), token)
@@ -323,26 +466,24 @@ def decode_draws_kernel(
     )
     high = tl.where(i == 0, w1, tl.where(i % 2 == 1, w0, w2))
     low = tl.where(i == 0, w2, tl.where(i % 2 == 1, w1, w3))
-    inverse, residual = _inverse(_setting(temperature, row, PER_ROW_T))
+    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T))
     s = tl.arange(0, BLOCK_S)
     piece = row * splits + s
     tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
     top_x = tl.max(tops_x, axis=0)
-    top = tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
-    shrink = tl.exp(tl.where(tops_x == float("-inf"), 0.0, scale(tops_x, inverse, residual) - top))
-    masses = tl.load((kept_mass if FILTER else mass) + piece, mask=s < splits, other=0.0)
+    shares = _shares(mass, kept_mass, tops_x, top_x, slope, piece, s, splits, FILTER)
     token = _draw(
-        _uniform(high, low), logits + widen(row, INT64) * stride_b, masses, shrink, row, best_values, ties_before, cuts,
-        quotas, top, inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
+        _uniform(high, low), logits + widen(row, INT64) * stride_b, shares, row, ties_before, cuts, quotas, top_x,
+        slope, v, splits, stride_v, BLOCK_S, SPLIT, FILTER, INT64,
     )  # fmt: skip
     tl.store(draws + pid, token)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "threshold"])
+@triton.jit(do_not_specialize=["seed", "step", "threshold_high", "threshold_low"])
 def decode_choice_kernel(
-    logits, embedding, neighbor_ids, temperature, mixing_temperature, seed, step, row_ids, enabled, threshold,
-    entropy_threshold, noise_scale, moi_beta, draws, best_values, best_ids, mass, moment, kept_mass, ties_before, cuts,
-    quotas,
+    logits, embedding, neighbor_ids, temperature, mixing_temperature, seed, step, row_ids, enabled, threshold_high,
+    threshold_low, entropy_threshold, noise_scale, moi_beta, draws, best_values, best_ids, mass, moment, kept_mass,
+    ties_before, cuts, quotas,
     token_ids, gates, ids_out, weights_out, embeddings, logprobs, entropies, faults, v, d, splits,
     stride_b, stride_v, stride_e, stride_d, stride_n, stride_k, stride_s,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BEST: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
@@ -355,7 +496,7 @@ def decode_choice_kernel(
     row = tl.program_id(0)
     row_logits = logits + widen(row, INT64) * stride_b
     temperature = _setting(temperature, row, PER_ROW_T)
-    inverse, residual = _inverse(temperature)
+    inverse, residual, slope = _inverse(temperature)
     seed = _counter(seed, SEED_TENSOR)
     step = _counter(step + row * stride_s, STEP_TENSOR)
     row_id = tl.load(row_ids + row) if HAS_ROWS else row.to(tl.int64)
@@ -364,17 +505,9 @@ def decode_choice_kernel(
     s = tl.arange(0, BLOCK_S)
     piece = row * splits + s
     tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
-    tops = scale(tops_x, inverse, residual)
     masses = tl.load(mass + piece, mask=s < splits, other=0.0)
     moments = tl.load(moment + piece, mask=s < splits, other=0.0)
-    top_x = tl.max(tops_x, axis=0)
-    top = tl.where(top_x == float("-inf"), 0.0, scale(top_x, inverse, residual))
-    empty = tops_x == float("-inf")
-    shift = tl.where(empty, 0.0, tops - top)
-    shrink = tl.exp(shift)
-    total = tl.sum(tl.where(empty & (masses == masses), 0.0, masses * shrink), axis=0)
-    log_total = tl.log(total)
-    entropy = log_total - tl.sum(tl.where(empty, 0.0, shrink * (moments + shift * masses)), axis=0) / total
+    top_x, total, log_total, entropy = merged(tops_x, masses, moments, slope)
     fault = tl.where(total != total, _NOT_A_NUMBER, tl.where(total == 0.0, _NO_TOKEN, 0))
 
     # Candidates, the first the anchor.
@@ -412,18 +545,19 @@ def decode_choice_kernel(
         ids = tl.where(c == first, drawn, ids)
     x = tl.load(row_logits + widen(ids, INT64) * stride_v, mask=c < K, other=float("-inf")).to(tl.float32)
     x = tl.where(missing > 0, float("-inf"), x)
-    z = scale(x, inverse, residual) - top
+    x -= top_x
+    z = scale(x, inverse, residual)
     if RELEASED:
-        z = tl.where((c < K) & (missing == 0), tl.exp(z) / total, float("-inf"))
+        z = tl.where((c < K) & (missing == 0), tl.div_rn(tl.exp(z), total), float("-inf"))
     if GUMBEL:
         z = z - tl.log(-tl.log(noise_uniform(seed, step, row_id, c)))
     if HAS_MIXING_TEMPERATURE:
-        inverse_m, residual_m = _inverse(mixing_temperature)
+        inverse_m, residual_m, _ = _inverse(mixing_temperature)
         z = scale(z, inverse_m, residual_m) if GUMBEL else scale(x, inverse_m, residual_m)
     elif GUMBEL:
         z = scale(z, inverse, residual)
     weights = tl.exp(z - tl.max(z, axis=0))
-    weights = weights / tl.sum(weights, axis=0)
+    weights = tl.div_rn(weights, tl.broadcast_to(tl.sum(weights, axis=0), (BLOCK_K,)))  # exactly 1 where there is one
     if GUMBEL:  # the heaviest
         # Of a row at fault no weight is the largest. Its candidates stay within the row too.
         first = tl.min(tl.where((weights == tl.max(weights, axis=0)) & (c < K), c, K - 1), axis=0)
@@ -440,7 +574,8 @@ def decode_choice_kernel(
 
     if SAMPLE:
         gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
-        gate = (gate_word.to(tl.int64) < tl.to_tensor(threshold).to(tl.int64)) & (bad == 0)
+        threshold = (tl.to_tensor(threshold_high).to(tl.int64) << 16) + threshold_low
+        gate = (gate_word.to(tl.int64) < threshold) & (bad == 0)
         if HAS_ENABLED:
             gate = gate & (tl.load(enabled + row) != 0)
         if HAS_ENTROPY:
@@ -450,14 +585,13 @@ def decode_choice_kernel(
             if (gate == 0) & (bad == 0):
                 token = greedy_token
                 if temperature != 0.0:
-                    if FILTER:
-                        masses = tl.load(kept_mass + piece, mask=s < splits, other=0.0)
+                    shares = _shares(mass, kept_mass, tops_x, top_x, slope, piece, s, splits, FILTER)
                     token = _draw(
-                        _uniform(high, low), row_logits, masses, shrink, row, best_values, ties_before, cuts, quotas,
-                        top, inverse, residual, v, splits, stride_v, BEST, BLOCK_S, SPLIT, FILTER, INT64,
+                        _uniform(high, low), row_logits, shares, row, ties_before, cuts, quotas, top_x, slope, v,
+                        splits, stride_v, BLOCK_S, SPLIT, FILTER, INT64,
                     )  # fmt: skip
         chosen_x = tl.load(row_logits + widen(token, INT64) * stride_v).to(tl.float32)
-        tl.store(logprobs + row, tl.where(bad, float("nan"), scale(chosen_x, inverse, residual) - top - log_total))
+        tl.store(logprobs + row, tl.where(bad, float("nan"), scale(chosen_x - top_x, inverse, residual) - log_total))
         tl.store(token_ids + row, token.to(tl.int64))
         tl.store(gates + row, gate)
 
@@ -471,7 +605,7 @@ def decode_choice_kernel(
                 columns = start + tl.arange(0, BLOCK_D)
                 value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)
                 unit, squares = add_squares(unit, squares, value)
-            size = tl.where(gate, noise_scale * unit * tl.sqrt(squares / d), 0.0)
+            size = tl.where(gate, noise_scale * unit * tl.sqrt_rn(squares / d), 0.0)
         for start in range(0, d, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             value = _mixed(embedding, ids, weights, columns, d, stride_e, stride_d, K, BLOCK_K, BLOCK_D, INT64)
@@ -507,15 +641,21 @@ def _per_row(value: Any) -> bool:
 class _Partials:
     """The first launch: what the others need of each row's pieces."""
 
-    def __init__(self, logits: Tensor, temperature: Tensor, best: int) -> None:
+    def __init__(self, logits: Tensor, temperature: Tensor, best: int, filtered: bool) -> None:
         rows, v = logits.shape
         kernel = decode_partials_kernel
         config = configs.pinned(kernel.__name__, v, interpreted=primitives.interpreted(kernel))
         self.split: int = config.kwargs["BLOCK_V"]
         self.splits, self.best = triton.cdiv(v, self.split), best
-        floats = torch.empty(2 + best, rows * self.splits, dtype=torch.float32, device=logits.device)
+        floats = primitives.aligned_rows(2 + best, rows * self.splits, logits.device)
         self.mass, self.moment, self.values = floats[0], floats[1], floats[2:]
         self.ids = torch.empty(rows * self.splits * best, dtype=torch.int32, device=logits.device)
+        self.group = 16 // logits.element_size()
+        self.edges: dict[str, Any] = dict.fromkeys(("edge_counts", "edge_masses"))
+        if filtered:
+            shape, device = (rows * self.splits, EDGES), logits.device
+            self.edges["edge_counts"] = torch.empty(shape, dtype=torch.int32, device=device)
+            self.edges["edge_masses"] = torch.empty(shape, dtype=torch.float32, device=device)
         t = _strided(temperature, rows)
         self.row_arguments: dict[str, Any] = {
             "logits": logits, "temperature": t, "v": v, "splits": self.splits, "stride_b": logits.stride(0),
@@ -523,7 +663,8 @@ class _Partials:
         }  # fmt: skip
         launch(
             kernel, lambda meta: (rows * self.splits,), width=v, int64_for=(logits,), **self.row_arguments,
-            best_values=self.values, best_ids=self.ids, mass=self.mass, moment=self.moment, BEST=best,
+            best_values=self.values, best_ids=self.ids, mass=self.mass, moment=self.moment, **self.edges, BEST=best,
+            FILTER=filtered, GROUP=self.group, EDGES=EDGES,
         )  # fmt: skip
 
     @property
@@ -535,11 +676,11 @@ class _Partials:
 
 
 def _filter(logits: Tensor, settings: Any, partials: _Partials) -> dict[str, Any]:
-    """The second launch, where there is a filter."""
+    """The second and third launch, where there is a filter."""
     filters = settings.top_k, settings.top_p, settings.min_p
-    if all(setting is None for setting in filters):
+    if partials.edges["edge_counts"] is None:
         return dict.fromkeys(("kept_mass", "ties_before", "cuts", "quotas"))
-    rows = logits.shape[0]
+    rows, v = logits.shape
     k, p, m = (_strided(setting, rows) for setting in filters)
     like = partials.mass
     kept: dict[str, Any] = {
@@ -547,11 +688,17 @@ def _filter(logits: Tensor, settings: Any, partials: _Partials) -> dict[str, Any
         "cuts": torch.empty(rows, 2, dtype=torch.float32, device=logits.device),
         "quotas": torch.empty(rows, dtype=torch.int32, device=logits.device),
     }  # fmt: skip
+    capacity = min(CANDIDATES, partials.splits * partials.split)
+    common: dict[str, Any] = {
+        **partials.row_arguments, **partials.piece_arguments, **partials.edges, "top_k": k, "top_p": p, "min_p": m,
+        "candidates": torch.empty(rows, capacity, dtype=logits.dtype, device=logits.device), "HAS_K": k is not None,
+        "HAS_P": p is not None, "HAS_M": m is not None, "PER_ROW_K": _per_row(k), "PER_ROW_P": _per_row(p),
+        "PER_ROW_M": _per_row(m), "GROUP": partials.group, "EDGES": EDGES, "SEARCHED": SEARCHED, "CAPACITY": capacity,
+    }  # fmt: skip
+    int64_for = (logits, common["candidates"])
+    launch(decode_gather_kernel, lambda meta: (rows * partials.splits,), width=v, int64_for=int64_for, **common)
     launch(
-        decode_filter_kernel, lambda meta: (rows,), width=logits.shape[1], int64_for=(logits,),
-        **partials.row_arguments, **partials.piece_arguments, **kept, top_k=k, top_p=p, min_p=m, HAS_K=k is not None,
-        HAS_P=p is not None, HAS_M=m is not None, PER_ROW_K=_per_row(k), PER_ROW_P=_per_row(p), PER_ROW_M=_per_row(m),
-        PIVOTS=PIVOTS,
+        decode_filter_kernel, lambda meta: (rows,), width=v, int64_for=int64_for, **common, **kept, PIVOTS=PIVOTS
     )  # fmt: skip
     return kept
 
@@ -580,23 +727,26 @@ def _draws(logits: Tensor, settings: Any, common: dict[str, Any]) -> Tensor | No
 
 def _sampling_arguments(embedding: Tensor | None, settings: Any) -> dict[str, Any]:
     """What the choice reads of a whole step; without an embedding it only finds the candidates."""
-    enabled, threshold = settings.enabled, settings.entropy_threshold
+    enabled, least_entropy = settings.enabled, settings.entropy_threshold
+    threshold = round(settings.mixing_rate * 2**32)  # in two halves: a rate of 0.5 would not fit in 32 bits with a sign
     if embedding is None:
-        d, stride_e, stride_d, enabled, threshold = 0, 0, 0, None, None
+        d, stride_e, stride_d, enabled, least_entropy = 0, 0, 0, None, None
     else:
         d, stride_e, stride_d = embedding.shape[1], embedding.stride(0), embedding.stride(1)
     return {
         "embedding": embedding, "enabled": None if enabled is None else enabled.contiguous(),
-        "threshold": round(settings.mixing_rate * 2**32), "entropy_threshold": 0.0 if threshold is None else threshold,
+        "threshold_high": threshold >> 16, "threshold_low": threshold & 0xFFFF,
+        "entropy_threshold": 0.0 if least_entropy is None else least_entropy,
         "d": d, "stride_e": stride_e, "stride_d": stride_d, "SAMPLE": embedding is not None,
-        "HAS_ENABLED": enabled is not None, "HAS_ENTROPY": threshold is not None,
+        "HAS_ENABLED": enabled is not None, "HAS_ENTROPY": least_entropy is not None,
     }  # fmt: skip
 
 
 def _choose(logits: Tensor, embedding: Tensor | None, settings: Any, outputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """All launches of a step. ids, weights, entropy, fault; the outputs of a whole step are written where they are."""
     rows, k, strategy = logits.shape[0], settings.k, settings.strategy
-    partials = _Partials(logits, settings.temperature, k if strategy in OF_THE_LIKELIEST else 1)
+    filtered = any(setting is not None for setting in (settings.top_k, settings.top_p, settings.min_p))
+    partials = _Partials(logits, settings.temperature, k if strategy in OF_THE_LIKELIEST else 1, filtered)
     kept = _filter(logits, settings, partials)
     common = {
         **partials.row_arguments, **partials.piece_arguments, **kept, **_counter_arguments(settings),
@@ -628,7 +778,7 @@ def _choose(logits: Tensor, embedding: Tensor | None, settings: Any, outputs: di
 
 @launcher()
 def mixing_candidates(logits: Tensor, settings: Any, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, one each for filters and draws."""
+    """ids [B, k], weights [B, k], entropy [B] (or empty), fault [B]: two launches, two for filters, one for draws."""
     nothing: dict[str, Any] = dict.fromkeys(("token_ids", "gates", "embeddings", "logprobs"))
     ids, weights, entropy, fault = _choose(logits, None, settings, nothing)
     return ids, weights, entropy if return_entropy else entropy.new_empty(0), fault
@@ -638,7 +788,7 @@ def mixing_candidates(logits: Tensor, settings: Any, return_entropy: bool) -> tu
 def decode_step(
     logits: Tensor, embedding: Tensor, settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of `ngrpo_ops.decode_step`, in their order: two launches, one each for filters and draws."""
+    """The outputs of `ngrpo_ops.decode_step`, in their order: two launches, two for filters, one for draws."""
     rows = logits.shape[0]
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     gates = torch.empty(rows, dtype=torch.bool, device=logits.device)

@@ -76,7 +76,7 @@ def gaussian_noise_kernel(
         columns = start + tl.arange(0, BLOCK_D)
         value = tl.load(base + widen(columns, INT64) * stride_d, mask=columns < d, other=0.0).to(tl.float32)
         unit, squares = add_squares(unit, squares, value)
-    size = tl.load(scales + row) * unit * tl.sqrt(squares / d)
+    size = tl.load(scales + row) * unit * tl.sqrt_rn(squares / d)
     for start in range(0, d, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         where = out + widen(row, INT64) * d + columns

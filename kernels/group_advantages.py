@@ -89,7 +89,7 @@ def _statistics(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
         )
         shifted_sum += tl.sum(tl.where(w != 0.0, w * (x - max_reward[:, None]), 0.0), axis=1)
-    shifted_mean = shifted_sum / tl.maximum(weight, 1.0)
+    shifted_mean = tl.div_rn(shifted_sum, tl.maximum(weight, 1.0))
     scale = tl.full([BLOCK_G], 1.0, tl.float32)
     if SCALE == 0:
         # A power of two. The mean is measured from the largest reward: it is that reward's own deviation, and the
@@ -103,7 +103,7 @@ def _statistics(
             centered = ((x - max_reward[:, None]) - shifted_mean[:, None]) * inverse_unit[:, None]
             squares += tl.sum(tl.where(w != 0.0, w * centered * centered, 0.0), axis=1)
         # An approximate square root would flush small deviations to 0.
-        scale = inverse_of_power(inverse_unit) * tl.sqrt_rn(squares / tl.maximum(weight - ddof, 1.0))
+        scale = inverse_of_power(inverse_unit) * tl.sqrt_rn(tl.div_rn(squares, tl.maximum(weight - ddof, 1.0)))
     if SCALE == 1:
         scale = max_reward + shifted_mean
     divisor = scale
@@ -125,7 +125,8 @@ def _factor(w, weight, members, BASELINE: tl.constexpr):
     if BASELINE == 1:
         rest = weight[:, None] - w
         several = (members > 1)[:, None] & (rest != 0.0)
-        factor = tl.where(several, weight[:, None] / tl.where(rest != 0.0, rest, 1.0), 1.0)
+        whole = tl.broadcast_to(weight[:, None], w.shape)
+        factor = tl.where(several, tl.div_rn(whole, tl.where(rest != 0.0, rest, 1.0)), 1.0)
     else:
         factor = tl.zeros_like(w) + 1.0
     return factor
@@ -147,7 +148,7 @@ def group_advantages_kernel(
         BASELINE, SCALE, SINGLETON_GROUPS, OMIT_NAN, INT64, BLOCK_G, BLOCK_R,
     )  # fmt: skip
     tl.store(scales + group * columns + column, scale, mask=group < groups)
-    safe_divisor = tl.where(divisor != 0.0, divisor, 1.0)[:, None]
+    safe_divisor = tl.broadcast_to(tl.where(divisor != 0.0, divisor, 1.0)[:, None], (BLOCK_G, BLOCK_R))
     for start in range(0, longest, BLOCK_R):
         rows, live, x, w = _rows(
             rewards, weights, order, first, size, start, column, n, stride_n, stride_r, OMIT_NAN, INT64, BLOCK_R
@@ -155,7 +156,7 @@ def group_advantages_kernel(
         value = x
         if BASELINE != 2:
             value = ((x - max_reward[:, None]) - shifted_mean[:, None]) * _factor(w, weight, members, BASELINE)
-        value = tl.where((w != 0.0) & (divisor != 0.0)[:, None], value / safe_divisor, 0.0)
+        value = tl.where((w != 0.0) & (divisor != 0.0)[:, None], tl.div_rn(value, safe_divisor), 0.0)
         if SINGLETON_GROUPS == 2:
             value = tl.where((w != 0.0) & (members == 1)[:, None], float("nan"), value)
         tl.store(out + rows * columns + column, value.to(out.dtype.element_ty), mask=live)

@@ -4,9 +4,9 @@ Forward: one program a tile of [positions, columns]; ids and weights stay in reg
 
 Gradient of the embedding, deterministic: the n * K entries (position, candidate) are sorted by id (stable), so that a
 row's entries are one segment. A program owns a tile of [vocabulary rows, columns], adds up their segments entry by
-entry in float32 and writes each row once, zero rows included, in the table's dtype. A token that is everywhere would
-make one program late: a segment longer than SEGMENT entries is summed by many programs, each over one SEGMENT-entry
-tile of the sorted list, and merged in order. No step waits for the host.
+entry in float32, of which a few are under way at once, and writes each row once, zero rows included, in the table's
+dtype. A token that is everywhere would make one program late: a segment longer than SEGMENT entries is summed by many
+programs, each over one SEGMENT-entry tile of the sorted list, and merged in order. No step waits for the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .primitives import launch, launcher, widen
 
-SEGMENT = 128
+SEGMENT = 32
+_UNDER_WAY = tl.constexpr(4)  # entries of a row that are loaded at once
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _add_candidate(
     return total, bad | (used & (known == 0))
 
 
-@triton.jit(do_not_specialize=["n", "m", "padding_id"])
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
 def mix_forward_kernel(
     embedding, ids, weights, out, n, d, v, stride_v, stride_d, padding_id,
     K: tl.constexpr, INT64: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -62,29 +63,58 @@ def mix_forward_kernel(
     tl.store(out + rows[:, None] * d + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "m", "padding_id"])
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
 def mix_grad_weights_kernel(
     grad, embedding, ids, out, n, d, v, stride_n, stride_g, stride_v, stride_d, padding_id,
-    K: tl.constexpr, INT64: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, BLOCK_C: tl.constexpr, INT64: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One dot product an entry, its two rows read once and never stored side by side."""
+    """One dot product an entry. Its two rows are never stored side by side, and the gradient's is read once for all
+    candidates of a tile."""
     rows = widen(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), INT64)
     live = rows < n
-    for c in range(K):
-        token = tl.load(ids + rows * K + c, mask=live, other=0)
-        used = live & (token >= 0) & (token < v) & (token != padding_id)
-        token = widen(token, INT64)
-        total = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, K, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        where = rows[:, None] * K + c[None, :]
+        there = live[:, None] & (c < K)[None, :]
+        token = tl.load(ids + where, mask=there, other=-1)
+        used = (token >= 0) & (token < v) & (token != padding_id)
+        candidates = embedding + widen(token, INT64)[:, :, None] * stride_v
+        products = tl.zeros([BLOCK_N, BLOCK_C, BLOCK_D], tl.float32)
         for start in range(0, d, BLOCK_D):
             columns = widen(start + tl.arange(0, BLOCK_D), INT64)
-            mask = used[:, None] & (columns < d)[None, :]
+            mask = live[:, None] & (columns < d)[None, :]
             g = tl.load(grad + rows[:, None] * stride_n + columns[None, :] * stride_g, mask=mask, other=0.0)
-            x = tl.load(embedding + token[:, None] * stride_v + columns[None, :] * stride_d, mask=mask, other=0.0)
-            total += tl.sum(g.to(tl.float32) * x.to(tl.float32), axis=1)
-        tl.store(out + rows * K + c, total.to(out.dtype.element_ty), mask=live)
+            mask = used[:, :, None] & (columns < d)[None, None, :]
+            x = tl.load(candidates + columns[None, None, :] * stride_d, mask=mask, other=0.0)
+            products += g.to(tl.float32)[:, None, :] * x.to(tl.float32)
+        total = tl.where(used, tl.sum(products, axis=2), 0.0)
+        tl.store(out + where, total.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["n", "m", "padding_id"])
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
+def mix_keys_kernel(ids, keys, m, v, padding_id, INT64: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the entries are sorted by: those that count for nothing come behind the vocabulary, as row v."""
+    entries = widen(tl.program_id(0), INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(ids + entries, mask=entries < m, other=-1)
+    used = (token >= 0) & (token < v) & (token != padding_id)
+    tl.store(keys + entries, tl.where(used, token, v).to(tl.int32), mask=entries < m)
+
+
+@triton.jit(do_not_specialize=["n", "m", "v", "halvings"])
+def mix_offsets_kernel(sorted_ids, offsets, m, v, halvings, INT64: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Where the segments of the rows 0 .. v begin, by binary search."""
+    tokens = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    low = widen(tl.zeros([BLOCK_V], tl.int32), INT64)
+    high = low + m
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        less = tl.load(sorted_ids + middle, mask=low < high, other=0) < tokens
+        high = tl.where((low < high) & (less == 0), middle, high)
+        low = tl.where((low < high) & less, middle + 1, low)
+    tl.store(offsets + tokens, low, mask=tokens <= v)
+
+
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
 def mix_grad_embedding_kernel(
     grad, order, offsets, weights, out, d, v, stride_n, stride_g,
     K: tl.constexpr, SEGMENT: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -97,14 +127,15 @@ def mix_grad_embedding_kernel(
     mine = live & (length <= SEGMENT)
     length = tl.where(mine, length, 0)
     total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
-    for i in range(tl.max(length, axis=0).to(tl.int32)):
-        more = i < length
-        entry = tl.load(order + start + i, mask=more, other=0)
-        weight = tl.load(weights + entry, mask=more, other=0.0).to(tl.float32)
-        more = more & (weight != 0.0)
-        where = grad + widen(entry // K, INT64)[:, None] * stride_n + columns[None, :] * stride_g
-        g = tl.load(where, mask=more[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += tl.where(more[:, None], weight[:, None] * g, 0.0)
+    for i in range(0, tl.max(length, axis=0).to(tl.int32), _UNDER_WAY):
+        for ahead in tl.static_range(_UNDER_WAY):
+            more = i + ahead < length
+            entry = tl.load(order + start + i + ahead, mask=more, other=0)
+            weight = tl.load(weights + entry, mask=more, other=0.0).to(tl.float32)
+            more = more & (weight != 0.0)
+            where = grad + widen(entry // K, INT64)[:, None] * stride_n + columns[None, :] * stride_g
+            g = tl.load(where, mask=more[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            total += tl.where(more[:, None], weight[:, None] * g, 0.0)
     mask = mine[:, None] & inside[None, :]
     tl.store(out + tokens[:, None] * d + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
 
@@ -116,7 +147,7 @@ def _is_long(offsets, token, v, SEGMENT: tl.constexpr):
     return known & (tl.load(offsets + token + 1, mask=known, other=0) - start > SEGMENT)
 
 
-@triton.jit(do_not_specialize=["n", "m", "padding_id"])
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
 def mix_grad_long_segments_kernel(
     grad, sorted_ids, order, offsets, weights, partial, m, d, v, stride_n, stride_g,
     K: tl.constexpr, SEGMENT: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -131,9 +162,9 @@ def mix_grad_long_segments_kernel(
     first_long = _is_long(offsets, first, v, SEGMENT)
     last_long = _is_long(offsets, last, v, SEGMENT) & (last != first)
     if first_long | last_long:
-        head = tl.zeros([BLOCK_D], tl.float32)
-        tail = tl.zeros([BLOCK_D], tl.float32)
-        for i in range(0, SEGMENT, BLOCK_M):
+        head = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        tail = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for i in tl.static_range(0, SEGMENT, BLOCK_M):
             entries = begin + i + tl.arange(0, BLOCK_M)
             token = tl.load(sorted_ids + entries, mask=entries < end, other=v)
             of_head = (token == first) & first_long & (entries < end)
@@ -145,13 +176,13 @@ def mix_grad_long_segments_kernel(
             where = grad + widen(entry // K, INT64)[:, None] * stride_n + columns[None, :] * stride_g
             g = tl.load(where, mask=used[:, None] & inside[None, :], other=0.0).to(tl.float32)
             g = tl.where(used[:, None], weight[:, None] * g, 0.0)
-            head += tl.sum(tl.where(of_head[:, None], g, 0.0), axis=0)
-            tail += tl.sum(tl.where(of_tail[:, None], g, 0.0), axis=0)
-        tl.store(partial + tile * 2 * d + columns, head, mask=inside)
-        tl.store(partial + (tile * 2 + 1) * d + columns, tail, mask=inside)
+            head += tl.where(of_head[:, None], g, 0.0)
+            tail += tl.where(of_tail[:, None], g, 0.0)
+        tl.store(partial + tile * 2 * d + columns, tl.sum(head, axis=0), mask=inside)
+        tl.store(partial + (tile * 2 + 1) * d + columns, tl.sum(tail, axis=0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "m", "padding_id"])
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
 def mix_grad_merge_kernel(
     sorted_ids, offsets, partial, out, m, d, v,
     SEGMENT: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -165,18 +196,19 @@ def mix_grad_merge_kernel(
     if _is_long(offsets, last, v, SEGMENT):  # noqa: SIM102 (the second condition reads what the first allows)
         if tl.load(offsets + last) >= begin:
             slot = tl.where(first == last, 0, 1)
-            total = tl.load(partial + (tile * 2 + slot) * d + columns, mask=inside, other=0.0)
+            total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             final = ((tl.load(offsets + last + 1) - 1) // SEGMENT).to(tl.int32)
             for i in range(tl.program_id(0) + 1, final + 1, BLOCK_M):
                 tiles = widen(i + tl.arange(0, BLOCK_M), INT64)
                 mask = (tiles <= final)[:, None] & inside[None, :]
                 parts = tl.load(partial + tiles[:, None] * 2 * d + columns[None, :], mask=mask, other=0.0)
-                total += tl.sum(parts, axis=0)
+                total += parts
+            total = tl.sum(total, axis=0) + tl.load(partial + (tile * 2 + slot) * d + columns, mask=inside, other=0.0)
             where = out + widen(last, INT64) * d + columns
             tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "m", "padding_id"])
+@triton.jit(do_not_specialize=["n", "m", "v", "padding_id"])
 def mix_grad_atomic_kernel(
     grad, ids, weights, out, n, d, v, stride_n, stride_g, padding_id,
     K: tl.constexpr, INT64: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -231,6 +263,7 @@ def grad_weights(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, 
             grad=grad, embedding=embedding, ids=ids, out=out, n=n, d=d, v=v,
             stride_n=grad.stride(0), stride_g=grad.stride(1), stride_v=embedding.stride(0),
             stride_d=embedding.stride(1), padding_id=_padding(padding_id), K=k,
+            BLOCK_C=min(4, triton.next_power_of_2(k)),
         )  # fmt: skip
     return out
 
@@ -253,14 +286,18 @@ def grad_embedding(
             stride_n=grad.stride(0), stride_g=grad.stride(1), padding_id=_padding(padding_id), K=k,
         )  # fmt: skip
         return total.to(embedding.dtype)
-    # Entries that count for nothing are sorted behind the vocabulary, as row v.
-    entries = ids.reshape(-1)
-    used = (entries >= 0) & (entries < v)
-    if padding_id is not None:
-        used &= entries != padding_id
-    sorted_ids, order = torch.where(used, entries, v).to(torch.int32).sort(stable=True)
-    bounds = torch.arange(v + 1, dtype=torch.int32, device=ids.device)
-    offsets = torch.searchsorted(sorted_ids, bounds, out_int32=n * k < 2**31)
+    m, device = n * k, ids.device
+    keys = torch.empty(m, dtype=torch.int32, device=device)
+    launch(
+        mix_keys_kernel, lambda meta: (triton.cdiv(m, meta["BLOCK_M"]),), width=m, int64_for=(ids,),
+        ids=ids, keys=keys, m=m, v=v, padding_id=_padding(padding_id),
+    )  # fmt: skip
+    sorted_ids, order = keys.sort(stable=True)
+    offsets = torch.empty(v + 1, dtype=torch.int32 if m < 2**31 else torch.int64, device=device)
+    launch(
+        mix_offsets_kernel, lambda meta: (triton.cdiv(v + 1, meta["BLOCK_V"]),), width=v, int64_for=(ids,),
+        sorted_ids=sorted_ids, offsets=offsets, m=m, v=v, halvings=m.bit_length(),
+    )  # fmt: skip
     out = torch.empty(v, d, dtype=embedding.dtype, device=embedding.device)
     common: dict[str, Any] = {"grad": grad, "weights": weights, "d": d, "v": v, "K": k, "SEGMENT": SEGMENT,
               "stride_n": grad.stride(0), "stride_g": grad.stride(1)}  # fmt: skip
@@ -269,7 +306,6 @@ def grad_embedding(
         lambda meta: (triton.cdiv(v, meta["BLOCK_V"]), triton.cdiv(d, meta["BLOCK_D"])),
         width=d, int64_for=(out, grad, ids), order=order, offsets=offsets, out=out, **common,
     )  # fmt: skip
-    m = n * k
     if m > SEGMENT:
         tiles = triton.cdiv(m, SEGMENT)
         partial = torch.empty(tiles, 2, d, dtype=torch.float32, device=grad.device)

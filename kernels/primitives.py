@@ -31,6 +31,8 @@ def widen(index, INT64: tl.constexpr):
 
 
 LEAST_UNIT = tl.constexpr(2.0**-100)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -50,7 +52,36 @@ def inverse_of_power(unit):
 def scale(z, inverse, residual):
     """z / temperature, to the last bit or so, without a division: 1 / temperature is inverse + residual. -inf stays."""
     scaled = z * inverse
-    return tl.where(scaled - scaled == 0.0, tl.fma(z, inverse, z * residual), scaled)
+    # Not `scaled - scaled == 0.0`: the compiler makes that fma(z, inverse, -scaled), which is seldom 0.
+    return tl.where(tl.abs(scaled) < float("inf"), tl.fma(z, inverse, z * residual), scaled)
+
+
+@triton.jit
+def exponentials(x, top_x, slope):
+    """exp(z - largest) and its product with log2 of itself, where z is the logits x over the temperature and slope
+    log2(e) / temperature. Of a NaN, and of +inf, which is then the largest, it is NaN."""
+    # Nothing but -inf: any finite reference will do.
+    below = (x - tl.where(top_x == float("-inf"), 0.0, top_x)) * slope
+    e = tl.exp2(below)
+    # Whatever is 2^-200 of the largest counts for nothing, and 0 times -inf would be NaN.
+    return e, e * tl.maximum(below, -200.0)
+
+
+@triton.jit
+def merged(tops_x, masses, moments, slope):
+    """Pieces of a row put together: largest logit, sum of the exponentials, its logarithm, entropy.
+
+    A piece has its largest logit, the sum of its exponentials and their moment in nats. Without logits above -inf, or
+    without logits, it counts for nothing.
+    """
+    top_x = tl.max(tops_x, axis=0)
+    empty = tops_x == float("-inf")
+    shift = tl.where(empty, 0.0, (tops_x - top_x) * slope)
+    shrink = tl.exp2(shift)
+    total = tl.sum(tl.where(empty & (masses == masses), 0.0, masses * shrink), axis=0)
+    log_total = tl.log(total)
+    moments += shift * LN_2 * masses
+    return top_x, total, log_total, log_total - tl.sum(tl.where(empty, 0.0, shrink * moments), axis=0) / total
 
 
 @triton.jit
@@ -75,6 +106,12 @@ def needs_int64(*tensors: Tensor | None) -> bool:
 # Of every launch. Products and sums are contracted where the code does not forbid it by `tl.fma`: the default differs
 # between versions of triton.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+def aligned_rows(rows: int, width: int, device: torch.device) -> Tensor:
+    """float32 [rows, width], or a few columns more, so that every row begins at a multiple of 16 bytes: a kernel is
+    compiled anew for pointers that do not."""
+    return torch.empty(rows, triton.cdiv(width, 4) * 4, dtype=torch.float32, device=device)
 
 
 class Launch(NamedTuple):

@@ -1,9 +1,10 @@
 """Log-probabilities of chosen ids and the entropy in one pass over the logits, and their gradient in one more.
 
-Forward: one program a row. It keeps the running maximum m, the sum of exp(z - m) and, for the entropy, the sum of
-exp(z - m) (z - m), and rescales both sums when m grows. It stores m and the log of the first sum. So the backward needs
-no reduction: each program reads one tile of logits and writes the same tile of the gradient, which may be the memory of
-the logits.
+Forward: a program a row and a piece of the vocabulary reads its logits once and leaves their largest, the sum of
+exp(z - largest) and, for the entropy, its first moment. Then a program a row merges the pieces, and stores the row's
+largest logit and the sum. How the vocabulary is cut depends on V alone, so a row's bits do not depend on its
+batch, and a few rows keep the whole GPU busy. The backward needs no reduction: each program reads one tile of logits
+and writes the same tile of the gradient, which may be the memory of the logits.
 
 Logits are [b, t, v] with any strides: a slice logits[:, :-1] is read where it is.
 """
@@ -18,79 +19,89 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, launcher, scale, widen
+from . import configs
+from .primitives import LN_2, aligned_rows, exponentials, interpreted, launch, launcher, merged, scale, widen
+
+
+@triton.jit(do_not_specialize=["t"])
+def selective_log_softmax_partials_kernel(
+    logits, tops, masses, moments, t, v, splits, stride_b, stride_t, stride_v, slope,
+    ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row, split = widen(pid // splits, INT64), pid % splits
+    columns = split * BLOCK_V + tl.arange(0, BLOCK_V)
+    where = logits + (row // t) * stride_b + (row % t) * stride_t + widen(columns, INT64) * stride_v
+    x = tl.load(where, mask=columns < v, other=float("-inf")).to(tl.float32)
+    top_x = tl.max(x, axis=0)
+    e, e_log_e = exponentials(x, top_x, slope)
+    tl.store(tops + pid, top_x)
+    tl.store(masses + pid, tl.sum(e, axis=0))
+    if ENTROPY:
+        tl.store(moments + pid, tl.sum(e_log_e, axis=0) * LN_2)
 
 
 @triton.jit(do_not_specialize=["n", "t"])
 def selective_log_softmax_forward_kernel(
-    logits, ids, logprobs, entropy, normalizer, n, t, v, stride_b, stride_t, stride_v, inverse, residual,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, ids, tops, masses, moments, logprobs, entropies, normalizer, n, t, v, splits, stride_b, stride_t, stride_v,
+    inverse, residual, slope,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     row = widen(tl.program_id(0), INT64)
-    base = logits + (row // t) * stride_b + (row % t) * stride_t
-    max_logit = float("-inf")
-    exp_sum = 0.0
-    weighted_sum = 0.0
-    for start in range(0, v, BLOCK_V):
-        columns = widen(start + tl.arange(0, BLOCK_V), INT64)
-        z = tl.load(base + columns * stride_v, mask=columns < v, other=float("-inf")).to(tl.float32)
-        z = scale(z, inverse, residual)
-        new_max = tl.maximum(max_logit, tl.max(z, axis=0))
-        # As long as all logits are -inf, any finite reference will do.
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-        shifted = z - reference
-        e = tl.exp(shifted)
-        shift = tl.where(max_logit == float("-inf"), 0.0, max_logit - reference)
-        rescale = tl.exp(shift)
-        if ENTROPY:
-            weighted_sum = rescale * (weighted_sum + shift * exp_sum)
-            weighted_sum += tl.sum(e * tl.where(e > 0.0, shifted, 0.0), axis=0)
-        exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
-        max_logit = new_max
-    max_logit = tl.where(max_logit == float("-inf"), 0.0, max_logit)
-    log_sum = tl.log(exp_sum)
-    tl.store(normalizer + row, max_logit)
-    tl.store(normalizer + n + row, log_sum)
+    s = tl.arange(0, BLOCK_S)
+    piece, there = row * splits + s, s < splits
+    tops_x = tl.load(tops + piece, mask=there, other=float("-inf"))
+    mass = tl.load(masses + piece, mask=there, other=0.0)
+    moment = tl.load(moments + piece, mask=there, other=0.0) if ENTROPY else tl.zeros_like(mass)
+    top_x, total, log_sum, entropy = merged(tops_x, mass, moment, slope)
+    top_x = tl.where(top_x == float("-inf"), 0.0, top_x)
+    tl.store(normalizer + row, top_x)
+    tl.store(normalizer + n + row, total)
     if ENTROPY:
-        tl.store(entropy + row, log_sum - weighted_sum / exp_sum)
+        tl.store(entropies + row, entropy)
     c = tl.arange(0, BLOCK_K)
     token = tl.load(ids + row * K + c, mask=c < K, other=-1)
     known = (token >= 0) & (token < v)
-    z = tl.load(base + widen(token, INT64) * stride_v, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(logprobs + row * K + c, (scale(z, inverse, residual) - max_logit) - log_sum, mask=c < K)
+    where = logits + (row // t) * stride_b + (row % t) * stride_t + widen(token, INT64) * stride_v
+    x = tl.load(where, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(logprobs + row * K + c, scale(x - top_x, inverse, residual) - log_sum, mask=c < K)
 
 
 @triton.jit(do_not_specialize=["n", "t"])
 def selective_log_softmax_backward_kernel(
     grad, grad_entropy, logits, ids, entropy, normalizer, out, n, t, v, stride_b, stride_t, stride_v,
-    out_b, out_t, out_v, inverse, residual,
+    out_b, out_t, out_v, inverse, slope,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ENTROPY: tl.constexpr, INT64: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = widen(tl.program_id(0), INT64)
     columns = widen(tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V), INT64)
     where = (row // t) * stride_b + (row % t) * stride_t + columns * stride_v
-    z = tl.load(logits + where, mask=columns < v, other=float("-inf")).to(tl.float32)
-    log_p = (scale(z, inverse, residual) - tl.load(normalizer + row)) - tl.load(normalizer + n + row)
-    p = tl.exp(log_p)
+    x = tl.load(logits + where, mask=columns < v, other=float("-inf")).to(tl.float32)
+    total = tl.load(normalizer + n + row)
+    e, e_log_e = exponentials(x, tl.load(normalizer + row), slope)
     c = tl.arange(0, BLOCK_K)
     token = tl.load(ids + row * K + c, mask=c < K, other=-1)
-    value = -p * tl.sum(tl.load(grad + row * K + c, mask=c < K, other=0.0), axis=0)
+    # The slope of p, and with the entropy that of p log p. One factor of the row is left, the inverse of its sum.
+    of_p = -tl.sum(tl.load(grad + row * K + c, mask=c < K, other=0.0), axis=0)
+    share = inverse / total
     if ENTROPY:
-        above_mean = tl.where(p > 0.0, log_p, 0.0) + tl.load(entropy + row)  # the mean of log p is -entropy
-        value -= tl.load(grad_entropy + row) * (p * above_mean)
+        grad_h = tl.load(grad_entropy + row)
+        of_p -= grad_h * (tl.load(entropy + row) - tl.log(total))  # the mean of log p is -entropy
+        value = e * (of_p * share) - e_log_e * (grad_h * LN_2 * share)
+    else:
+        value = e * (of_p * share)
     first = tl.program_id(1) * BLOCK_V
     # Most tiles contain none of the ids.
     if tl.max(((token >= first) & (token < first + BLOCK_V)).to(tl.int32), axis=0) > 0:
         for i in range(K):
             chosen = tl.load(ids + row * K + i)
-            value += tl.where(columns == chosen, tl.load(grad + row * K + i), 0.0)
+            value += tl.where(columns == chosen, tl.load(grad + row * K + i) * inverse, 0.0)
     where = (row // t) * out_b + (row % t) * out_t + columns * out_v
-    tl.store(out + where, (value * inverse).to(out.dtype.element_ty), mask=columns < v)
+    tl.store(out + where, value.to(out.dtype.element_ty), mask=columns < v)
 
 
-def _inverse(temperature: float) -> dict[str, Any]:
-    inverse = float(np.float32(1.0 / temperature))
-    return {"inverse": inverse, "residual": 1.0 / temperature - inverse}
+def _of_temperature(temperature: float) -> dict[str, Any]:
+    return {"inverse": float(np.float32(1.0 / temperature)), "slope": 1.4426950408889634 / temperature}
 
 
 @launcher("ids")
@@ -103,11 +114,23 @@ def forward(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> t
     logprobs = torch.empty(n, k, dtype=torch.float32, device=logits.device)
     entropies = torch.empty(n if entropy else 0, dtype=torch.float32, device=logits.device)
     normalizer = torch.empty(2, n, dtype=torch.float32, device=logits.device)
+    kernel = selective_log_softmax_partials_kernel
+    config = configs.pinned(kernel.__name__, v, interpreted=interpreted(kernel))
+    splits = triton.cdiv(v, config.kwargs["BLOCK_V"])
+    pieces = aligned_rows(3, n * splits, logits.device)
+    of_temperature = _of_temperature(temperature)
+    common: dict[str, Any] = {
+        "logits": logits, "tops": pieces[0], "masses": pieces[1], "moments": pieces[2], "t": t, "v": v,
+        "splits": splits, "stride_b": logits.stride(0), "stride_t": logits.stride(1), "stride_v": logits.stride(2),
+        "slope": of_temperature["slope"], "ENTROPY": entropy,
+    }  # fmt: skip
+    launch(kernel, lambda meta: (n * splits,), width=v, int64_for=(logits,), **common)
+    inverse = of_temperature["inverse"]
     launch(
-        selective_log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids),
-        logits=logits, ids=ids, logprobs=logprobs, entropy=entropies, normalizer=normalizer, n=n, t=t, v=v,
-        stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),
-        **_inverse(temperature), K=k, BLOCK_K=triton.next_power_of_2(k), ENTROPY=entropy,
+        selective_log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids), **common, ids=ids,
+        logprobs=logprobs, entropies=entropies, normalizer=normalizer, n=n, inverse=inverse,
+        residual=1.0 / temperature - inverse, K=k, BLOCK_K=triton.next_power_of_2(k),
+        BLOCK_S=triton.next_power_of_2(splits),
     )  # fmt: skip
     return logprobs, entropies, normalizer
 
@@ -125,7 +148,7 @@ def backward(
         width=v, int64_for=(logits, out, ids), tunable=not in_place,
         grad=grad, grad_entropy=grad_entropy, logits=logits, ids=ids, entropy=entropy, normalizer=normalizer,
         out=out, n=n, t=t, v=v, stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),
-        out_b=out.stride(0), out_t=out.stride(1), out_v=out.stride(2), **_inverse(temperature),
+        out_b=out.stride(0), out_t=out.stride(1), out_v=out.stride(2), **_of_temperature(temperature),
         K=k, BLOCK_K=triton.next_power_of_2(k), ENTROPY=entropy.numel() > 0,
     )  # fmt: skip
     return out

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._messages import shown
 from .files import FileError, read_json, require_file
 from .ops._checks import require_embedding
-from .ops.nearest_neighbors.equal_rows import equal_rows, row_hashes
+from .ops.nearest_neighbors.row_hashes import equal_rows, row_hashes
 from .tokens import is_reserved
 
 # How the input embedding is named in checkpoints: the Llama family, GPT-2, GPT-NeoX, BLOOM, OPT and BERT alike.

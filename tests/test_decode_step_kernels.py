@@ -167,25 +167,44 @@ def test_offsets_are_64_bits_wide_where_they_must_be():
             kernels("decode_step").decode_step(torch.empty(b, v, **meta), torch.empty(v, d, **meta), settings)
         return [launch.arguments["INT64"] for launch in launches]
 
-    assert launched() == [False, False, False]
-    assert launched(b=20_000, v=262_144) == [True, True, True]
-    assert launched(v=262_144, d=8200) == [False, False, True]
-    assert launched(strategy="moi") == [False] * 4
-    assert launched(b=20_000, v=262_144, strategy="multiplex") == [True] * 4
+    assert launched() == [False] * 4  # partials, gather, filter, choice
+    assert launched(b=20_000, v=262_144) == [True] * 4
+    assert launched(v=262_144, d=8200) == [False, False, False, True]
+    assert launched(strategy="moi") == [False] * 5
+    assert launched(b=20_000, v=262_144, strategy="multiplex") == [True] * 5
 
 
 @pytest.mark.slow
-def test_two_launches_three_with_a_cut_and_no_other_work():
+def test_two_launches_four_with_a_cut_and_no_other_work():
     """The launches of a step, and that nothing depends on the values: a CUDA graph could hold it."""
     a = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in plain(4, 1000).items()}
     tensors = {"seed": torch.empty((), dtype=torch.int64, device="meta")}
     tensors["step"] = tensors["seed"]
-    for cut, names in (({}, ["partials", "choice"]), ({"top_k": 5, "top_p": 0.5}, ["partials", "filter", "choice"])):
+    for cut, names in (
+        ({}, ["partials", "choice"]),
+        ({"top_k": 5, "top_p": 0.5}, ["partials", "gather", "filter", "choice"]),
+    ):
         with recording() as launches:
             filters = {name: torch.tensor(value) for name, value in cut.items()}
             settings = settings_of(neighbor_ids=a["neighbor_ids"], mixing_rate=0.1, **filters, **tensors)
             kernels("decode_step").decode_step(a["logits"], a["embedding"], settings)
         assert [launch.kernel.__name__ for launch in launches] == [f"decode_{name}_kernel" for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuts", [{"top_k": 300}, {"top_p": 0.9}, {"min_p": 0.01}, {"top_k": 9, "top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 2.5, 40.0])
+def test_too_many_candidates_are_searched_for_in_the_row(cuts, scale, monkeypatch):
+    """With room for a few candidates, with room for all of them and without the kernel: the same tokens."""
+    a = plain(6, 2500, strategy="anchor", neighbor_ids=None, mixing_rate=0.0, seed=3, **cuts)
+    a["logits"] = (scale * a["logits"]).to(torch.bfloat16)
+    a["logits"][0, ::3], a["logits"][1, 7] = -torch.inf, 100.0  # a token far above all others of its piece
+    tokens = []
+    for room in (16, 16384):
+        monkeypatch.setattr(kernels("decode_step"), "CANDIDATES", room)
+        tokens.append([decode_step(**on("triton", a | {"step": step})).token_ids for step in range(2)])
+    tokens.append([decode_step(**on("eager", a | {"step": step})).token_ids for step in range(2)])
+    assert all(torch.equal(x, y) for found in tokens[1:] for x, y in zip(tokens[0], found, strict=True))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph needs a GPU (NGRPO_OPS_TEST_DEVICE=cuda)")

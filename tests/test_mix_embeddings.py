@@ -292,7 +292,8 @@ def test_offsets_are_64_bits_wide_where_they_must_be():
             kernels.grad_weights(grad, table, ids, weights, None)
             kernels.grad_embedding(grad, table, ids, weights, None, True)
             kernels.grad_embedding(grad, table, ids, weights, None, False)
-        assert [launch.arguments["INT64"] for launch in launches] == [wide] * 4
+        of_rows = [launch for launch in launches if "d" in launch.arguments]
+        assert [launch.arguments["INT64"] for launch in of_rows] == [wide] * 4
         with recording() as launches:  # a row of the table is far from the first although few are read
             kernels.forward(table[:2], ids, weights, None)
             kernels.forward(torch.empty(2, 4, device="meta").as_strided((2, 4), (2**31, 1)), ids, weights, None)

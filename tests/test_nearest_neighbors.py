@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngrpo_ops import nearest_neighbors
-from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, search
+from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, fused, search
 from ngrpo_ops.ops.nearest_neighbors import scores as scores_module
 from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
 from ngrpo_ops.ops.nearest_neighbors.oracle import brute_force_scores
@@ -96,8 +96,8 @@ def every_row(table: Tensor, queries: Tensor | None = None) -> Tensor:
 @pytest.fixture(autouse=True)
 def _few_rows_as_many(monkeypatch):
     """A search of few rows would score pairs with the kernels, and scan without them, equal rows each for itself."""
-    monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
-    monkeypatch.setattr(search, "_SHARED_FROM", 0)
+    monkeypatch.setattr(fused, "_KERNELS_FROM", 0)
+    monkeypatch.setattr(search, "SHARED_FROM", 0)
 
 
 @pytest.fixture
@@ -177,12 +177,16 @@ def test_tiles_do_not_show(data, metric, limit, backend):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
         patch.setattr(search, "_SQUARE_TILE", 16)
-        patch.setattr(search, "_KERNEL_ROWS", 20)
+        patch.setattr(fused, "_BLOCK_ROWS", 20)
+        patch.setattr(fused, "_SPARE_PLACES", limit)
+        patch.setattr(fused, "_MOST_PLACES", limit)
+        patch.setattr(fused, "_FINISHED_PLACES", 64 * limit)
+        patch.setattr(fused, "_PLACES_BYTES", 2**27 if limit == 7 else 64 * limit)  # or for a few queries at a time
         patch.setattr(scores_module, "_COLUMN_TILE", limit)
         patch.setattr(scores_module, "_TILE_ELEMENTS", limit * table.shape[1])
         patch.setattr(scores_module, "_CAST_ELEMENTS", limit)
         patch.setattr(search, "_WORKSPACE_BYTES", 64 * limit * k)  # too few bytes for the triangle, or enough
-        patch.setattr(search, "_SHARED_FROM", 0 if limit == 7 else 2**60)
+        patch.setattr(search, "SHARED_FROM", 0 if limit == 7 else 2**60)
         patch.setattr(candidates, "_MAX_GROUPS", limit)
         patch.setattr(equal_rows, "_EXPANDED_PAIRS", limit)
         tiled = nearest_neighbors(table, k, **options)
@@ -196,8 +200,10 @@ def test_small_tiles_are_exact_too(metric, data, backend):
     table = for_backend(data.draw(exact_tables(metric, st.integers(20, 30))), backend)
     k, queries, allowed = data.draw(requests(table.shape[0]))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_QUERY_TILE", 8), ("_SQUARE_TILE", 16), ("_KERNEL_ROWS", 7)):
+        for name, value in (("_QUERY_TILE", 8), ("_SQUARE_TILE", 16)):
             patch.setattr(search, name, value)
+        for name, value in (("_BLOCK_ROWS", 7), ("_SPARE_PLACES", 1), ("_MOST_PLACES", 1)):
+            patch.setattr(fused, name, value)
         for name, value in (("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
             patch.setattr(scores_module, name, value)
         patch.setattr(candidates, "_MAX_GROUPS", 3)
@@ -255,7 +261,7 @@ def drops(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("metric", METRICS)
 def test_thousands_of_equal_rows(metric, shared, backend, monkeypatch, drops):
     """More equal rows than can be held: the lowest ids are found whether they share a search or not."""
-    monkeypatch.setattr(search, "_SHARED_FROM", 0 if shared else 2**60)
+    monkeypatch.setattr(search, "SHARED_FROM", 0 if shared else 2**60)
     table = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     table[500:2900] = table[2950].clone()
     queries = torch.tensor([2950, 500, 501, 2899, 3, 0], device=DEVICE)
@@ -299,17 +305,14 @@ def test_matmul_precision_changes_nothing(metric):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    "precision", ["highest", "medium", "bfloat16", pytest.param("kernels", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("precision", ["highest", "medium", "bfloat16"])
 @pytest.mark.parametrize("metric", METRICS)
 @given(data=st.data())
 def test_optimistic_scores_are_optimistic(metric, precision, data):
     """None below the score it stands for, on any device: matmuls may round their inputs to bfloat16 ("medium"), tiles
-    may be bfloat16 altogether, or the kernels'; and none further above than `error_bound` says."""
-    backend = "triton" if precision == "kernels" else "eager"
-    table = for_backend(data.draw(tables(st.integers(2, 40), st.integers(1, 70))), backend)
-    rows = ScoredRows(table, metric, backend=backend)
+    may be bfloat16 altogether; and none further above than `error_bound` says."""
+    table = data.draw(tables(st.integers(2, 40), st.integers(1, 70)))
+    rows = ScoredRows(table, metric)
     every = every_row(table)
     before = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
@@ -326,13 +329,8 @@ def test_optimistic_scores_are_optimistic(metric, precision, data):
     if precision == "medium" and metric != "l1":  # as a device would round them
         queries, columns = queries.bfloat16().float(), columns.bfloat16().float()
     tile = torch.empty(len(rows), len(rows), dtype=optimistic.dtype, device=table.device)
-    if optimistic.kernels is not None:  # which return no tiles: all of their best, back in their places
-        excluded = torch.full((len(rows),), -1, dtype=torch.int32, device=table.device)
-        values, places = optimistic.tile_best(queries, columns, excluded, len(rows))
-        tile.scatter_(1, places[:, 0].long(), values[:, 0])
-    else:
-        optimistic.write_tile(queries, columns, tile)
-    true, upper_bounds = defined_scores(table, metric, backend), optimistic.upper_bound(tile)
+    optimistic.write_tile(queries, columns, tile)
+    true, upper_bounds = defined_scores(table, metric), optimistic.upper_bound(tile)
     assert bool((upper_bounds >= true).all())
     left, right = every[:, None].expand_as(true), every.expand_as(true)
     assert bool((upper_bounds - optimistic.error_bound(upper_bounds, left, right) <= true).all())

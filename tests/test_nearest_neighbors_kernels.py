@@ -1,4 +1,4 @@
-"""The kernels behind nearest_neighbors against float64: the best of a tile, both sides of a tile, scores of pairs."""
+"""Scores of pairs by the kernel against float64, and which searches the kernels are for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ngrpo_ops.kernels import nearest_neighbors as kernels
 from ngrpo_ops.kernels.primitives import forced_int64, recording
 from ngrpo_ops.ops import _precision
-from ngrpo_ops.ops.nearest_neighbors import bounds
-from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
+from ngrpo_ops.ops.nearest_neighbors import fused
+from ngrpo_ops.ops.nearest_neighbors.fused import FusedScan
 from ngrpo_ops.ops.nearest_neighbors.scores import ScoredRows
 from ngrpo_ops.testing import (
     DEVICE,
@@ -52,76 +52,10 @@ def as_wide(x: Tensor, y: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, max(0, y.shape[1] - x.shape[1])))[:, : y.shape[1]]
 
 
-def best_of_tiles(scores: Tensor, tiles: int, best: int) -> tuple[Tensor, Tensor]:
-    """Scores and columns [q, tiles, best] of the highest of each tile of columns, ties to the lower; -inf and -1."""
-    q, c = scores.shape
-    size = -(-c // tiles)
-    size = 1 << (size - 1).bit_length()  # tiles are powers of two
-    assert -(-c // size) == tiles
-    values = scores.new_full((q, tiles, best), -torch.inf)
-    places = torch.full((q, tiles, best), -1, device=scores.device)
-    for t, part in enumerate(scores.split(size, dim=1)):
-        found, order = part.sort(dim=1, descending=True, stable=True)
-        n = min(best, part.shape[1])
-        values[:, t, :n] = found[:, :n]
-        places[:, t, :n] = torch.where(found[:, :n] > -torch.inf, order[:, :n] + t * size, -1)
-    return values, places
-
-
-def assert_best(found: tuple[Tensor, Tensor], scores: Tensor, best: int) -> None:
-    values, places = best_of_tiles(scores, found[0].shape[1], best)
-    assert torch.equal(found[1].long(), places)
-    assert torch.equal(found[0].double(), values) and found[0].dtype == torch.float32
-
-
 def rows_per_tile(kernel: object, monkeypatch: pytest.MonkeyPatch, **blocks: int) -> None:
     """Small tiles under the interpreter, so that small inputs have several in both directions."""
     name = kernel.__name__  # type: ignore[attr-defined]
     monkeypatch.setitem(kernels.configs._INTERPRETED, name, {**kernels.configs._INTERPRETED[name], **blocks})
-
-
-@pytest.fixture(params=[False, True], ids=["wide tiles", "small tiles"])
-def tile_sizes(request, monkeypatch):
-    if request.param:
-        for kernel in (kernels.tile_best_kernel, kernels.tile_best_symmetric_kernel):
-            rows_per_tile(kernel, monkeypatch, BLOCK_N=32, BLOCK_M=16)
-
-
-@pytest.mark.usefixtures("tile_sizes")
-@pytest.mark.parametrize("metric", ["dot", "l1"])
-@given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), int64=st.booleans())
-def test_tile_best_kernel_against_oracle(metric, data, q, c, best, int64):
-    y = data.draw(prepared(c, metric))
-    x = as_wide(data.draw(prepared(q, metric)), y)
-    excluded = integers(data.draw(generators), c + 1, q).int() - 1
-    scores = all_scores(x, y, metric)
-    scores[excluded >= 0, excluded[excluded >= 0].long()] = -torch.inf
-    if int64:
-        with forced_int64():
-            found = kernels.tile_best(x, y, metric, excluded, best)
-    else:
-        found = kernels.tile_best(x, y, metric, excluded, best)
-    assert_best(found, scores, best)
-
-
-@pytest.mark.usefixtures("tile_sizes")
-@pytest.mark.parametrize("metric", ["dot", "l1"])
-@given(data=st.data(), q=_sizes, c=_sizes, best=st.integers(1, 4), diagonal=st.booleans(), int64=st.booleans())
-def test_tile_best_symmetric_kernel_against_oracle(metric, data, q, c, best, diagonal, int64):
-    """On the diagonal every pair once, from its row's side and from its column's; off it all pairs."""
-    x = data.draw(prepared(q, metric))
-    y = x if diagonal else data.draw(prepared(c, metric))
-    x = as_wide(x, y)
-    scores = all_scores(x, y, metric)
-    if diagonal:
-        scores[torch.ones_like(scores, dtype=torch.bool).tril()] = -torch.inf
-    if int64:
-        with forced_int64():
-            found = kernels.tile_best_symmetric(x, y, metric, best, diagonal=diagonal)
-    else:
-        found = kernels.tile_best_symmetric(x, y, metric, best, diagonal=diagonal)
-    assert_best(found[:2], scores, best)
-    assert_best(found[2:], scores.T, best)
 
 
 def _pairs(table: Tensor, generator: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +75,10 @@ def test_pair_scores_kernel_against_oracle(metric, data, n, generator):
     table = table.float() if table.dtype == torch.float64 else table
     scales = _inverse_norms(table) if metric == "cosine" else None
     rows, columns = _pairs(table, generator, n)
+    columns[torch.rand(n, generator=generator) < 0.3] = -1  # no pair
     got = kernels.pair_scores(table, scales, rows, table, scales, columns, metric)
+    assert bool((got[columns < 0] == -torch.inf).all())
+    got, rows, columns = got[columns >= 0], rows[columns >= 0], columns[columns >= 0]
     x, y = table.double()[rows], table.double()[columns]
     if scales is not None:
         x, y = x * scales[rows, None].double(), y * scales[columns, None].double()
@@ -189,11 +126,13 @@ def test_rows_that_lie_otherwise_score_as_their_copy():
 
 
 def test_gpus_without_matrix_units_search_in_plain_torch(monkeypatch):
-    monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
     rows = ScoredRows(torch.randn(40, 8), "cosine", backend="triton")
-    assert OptimisticScores(rows, rows, 40).kernels is not None
-    monkeypatch.setattr(bounds, "has_matrix_units", lambda device: False)
-    assert OptimisticScores(rows, rows, 40).kernels is None and rows.kernels is not None
+    assert not FusedScan.serves(rows, 3)  # so few rows are scored as fast in plain torch
+    monkeypatch.setattr(fused, "_KERNELS_FROM", 0)
+    assert FusedScan.serves(rows, 3) and not FusedScan.serves(rows, 600)
+    assert not FusedScan.serves(ScoredRows(torch.randn(40, 8), "cosine"), 3)
+    monkeypatch.setattr(fused, "has_matrix_units", lambda device: False)
+    assert not FusedScan.serves(rows, 3) and rows.kernels is not None
     monkeypatch.undo()
     _precision.has_matrix_units.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
@@ -222,10 +161,7 @@ def test_offsets_of_64_bits_where_rows_need_them():
 
     ids = meta(10, dtype=torch.int64)
     for rows, wide in ((2**18, False), (2**21, True)):
-        table, prepared = meta(rows, 2048), meta(rows, 2048)
+        table = meta(rows, 2048)
         assert launched(lambda t=table: kernels.pair_scores(t, None, ids, t, None, ids, "dot")) == [wide]
-        few, excluded = meta(16, 2048), meta(16, dtype=torch.int32)
-        assert launched(lambda p=prepared: kernels.tile_best(few, p, "dot", excluded, 2)) == [wide]  # noqa: B023
-        assert launched(lambda p=prepared: kernels.tile_best_symmetric(few, p, "dot", 2, diagonal=False)) == [wide]  # noqa: B023
     strided = torch.empty(1, device="meta").as_strided((1000, 8), (2**22, 1))
     assert launched(lambda: kernels.pair_scores(strided, None, ids, strided, None, ids, "dot")) == [True]

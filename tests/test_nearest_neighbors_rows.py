@@ -241,11 +241,12 @@ def test_kernels_bound_the_scores_of_kernels(metric, data):
     y = data.draw(row_tables(d=x.shape[1]))
     q, c = len(x), len(y)
     excluded = torch.full((q,), -1, dtype=torch.int32, device=DEVICE)
-    values, places = kernels.tile_best(prepare(x, metric, True), prepare(y, metric, False), metric, excluded, 4)
-    row = torch.arange(q, device=DEVICE)[:, None, None].expand_as(places)[places >= 0]
+    pairs, everything = kernels.no_pairs(q, c, DEVICE), torch.full((q,), -torch.inf, device=DEVICE)
+    kernels.append_pairs(prepare(x, metric, True), prepare(y, metric, False), metric, everything, excluded, pairs)
+    row = torch.arange(q, device=DEVICE)[:, None].expand(q, c).flatten()
     scales = [row_kernels.row_statistics(z, metric)[1] if metric == "cosine" else None for z in (x, y)]
-    scores = kernels.pair_scores(x, scales[0], row, y, scales[1], places[places >= 0].long(), metric)
-    assert bool((values[places >= 0] >= scores).all()) and scores.numel() >= min(4, c) * q
+    scores = kernels.pair_scores(x, scales[0], row, y, scales[1], pairs.columns.flatten().long(), metric)
+    assert bool((pairs.scores.flatten() >= scores).all()) and pairs.counts.tolist() == [c] * q
 
 
 # Movements --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngrpo_ops import NeighborTable, nearest_neighbors
-from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, search
+from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, fused, row_hashes, search
 from ngrpo_ops.ops.nearest_neighbors import scores as scores_module
 from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
 from ngrpo_ops.ops.nearest_neighbors.scores import ScoredRows
@@ -23,7 +23,7 @@ from ngrpo_ops.testing import METRICS, generators, metrics, tables
 @pytest.fixture(autouse=True)
 def _small_searches(monkeypatch):
     """Equal rows are looked for in small tables too, and the blocks of re-scored pairs are small."""
-    monkeypatch.setattr(search, "_SHARED_FROM", 0)
+    monkeypatch.setattr(search, "SHARED_FROM", 0)
     monkeypatch.setattr(scores_module, "_PAIR_ELEMENTS", 2**13)
 
 
@@ -53,16 +53,16 @@ def tables_with_copies(draw: st.DrawFn) -> Tensor:
     k=st.integers(1, 3),
     more=st.integers(0, 6),
     share=st.booleans(),
-    low_precision=st.booleans(),
+    scan_by=st.sampled_from(["float32", "bfloat16", "kernels"]),
     size=st.sampled_from([5, 16, 2**12]),
     use_mask=st.booleans(),
     use_floor=st.booleans(),
     generator=generators,
 )
 def test_no_row_outside_the_candidates_is_above_the_bound(
-    table, metric, k, more, share, low_precision, size, use_mask, use_floor, generator
+    table, metric, k, more, share, scan_by, size, use_mask, use_floor, generator
 ):
-    rows = ScoredRows(table, metric)
+    rows = ScoredRows(table, metric, backend="triton" if scan_by == "kernels" else "eager")
     true = pair_scores(rows)
     allowed = torch.rand(len(table), generator=generator) < 0.7 if use_mask else torch.ones(len(table), dtype=bool)
     allowed[torch.randperm(len(table), generator=generator)[: k + 1]] = True
@@ -70,7 +70,7 @@ def test_no_row_outside_the_candidates_is_above_the_bound(
     right, order = true.sort(dim=1, descending=True, stable=True)
     floor = right[:, k - 1].clone() if use_floor else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_SHARED_FROM", 0 if share else 2**60)
+        patch.setattr(search, "SHARED_FROM", 0 if share else 2**60)
         patch.setattr(search, "_SQUARE_TILE", max(16, size))
         patch.setattr(search, "_QUERY_TILE", size)
         patch.setattr(scores_module, "_COLUMN_TILE", size)
@@ -78,7 +78,12 @@ def test_no_row_outside_the_candidates_is_above_the_bound(
         patch.setattr(candidates, "_MAX_PAIRS", size)
         patch.setattr(candidates, "_MAX_GROUPS", size)
         patch.setattr(equal_rows, "_EXPANDED_PAIRS", size)
-        if low_precision:
+        patch.setattr(fused, "_KERNELS_FROM", 0)
+        patch.setattr(fused, "_BLOCK_ROWS", size)
+        patch.setattr(fused, "_SPARE_PLACES", min(size, 40))
+        patch.setattr(fused, "_MOST_PLACES", min(size, 2**10))
+        patch.setattr(fused, "_FINISHED_PLACES", 64 * size)
+        if scan_by == "bfloat16":
             patch.setattr(bounds, "cpu_multiplies_bfloat16", lambda: True)
             patch.setattr(bounds, "_LOW_PRECISION_FROM", 0)
             patch.setattr(bounds, "_LOW_PRECISION_QUERIES", 0)
@@ -242,14 +247,14 @@ def test_every_query_is_settled_by_one_scan(metric, work):
 
 def test_rows_that_seem_equal_are_compared(monkeypatch):
     """Two rows with one hash, which random rows never have, are not taken for equal."""
-    monkeypatch.setattr(equal_rows, "row_hashes", lambda rows: torch.zeros(len(rows), 2, dtype=torch.int64))
+    monkeypatch.setattr(row_hashes, "row_hashes", lambda rows: torch.zeros(len(rows), 2, dtype=torch.int64))
     table = torch.tensor([[1.0, 2.0], [3.0, 1.0], [1.0, 2.0], [0.0, -0.0], [-0.0, 0.0]])
-    found = equal_rows.first_equal_rows(table)
+    found = row_hashes.first_equal_rows(table, row_hashes.suspected_rows(table))
     assert found is not None and found.tolist() == [0, 1, 0, 3, 4]  # compared with the first of their hash alone
     monkeypatch.undo()
-    found = equal_rows.first_equal_rows(table)
+    found = row_hashes.first_equal_rows(table, row_hashes.suspected_rows(table))
     assert found is not None and found.tolist() == [0, 1, 0, 3, 3]
-    assert equal_rows.first_equal_rows(table[:2]) is None
+    assert row_hashes.first_equal_rows(table[:2], row_hashes.suspected_rows(table[:2])) is None
 
 
 def test_ids_and_scores_stay_in_place():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ngrpo_ops import NeighborTable, nearest_neighbors
 from ngrpo_ops.ops.nearest_neighbors import bounds, scores, table
-from ngrpo_ops.ops.nearest_neighbors.equal_rows import row_hashes
+from ngrpo_ops.ops.nearest_neighbors.row_hashes import row_hashes
 from ngrpo_ops.testing import DEVICE, METRICS, for_backend, generators, metrics, tables
 
 

@@ -154,12 +154,17 @@ def _prepared(rows: int, metric: str) -> Tensor:
     return torch.randint(-2, 3, (rows, 2 * nearest_neighbors.STEP)).bfloat16()
 
 
-def _tiles(metric: str, order: tuple[float, ...], best: int) -> None:
-    x, y = _faulty(_prepared(37, metric), order), _prepared(53, metric)
-    excluded = torch.randint(-1, 53, (37,)).int()
-    nearest_neighbors.tile_best(x, y, metric, excluded, best)
-    nearest_neighbors.tile_best_symmetric(x, y, metric, best, diagonal=False)
-    nearest_neighbors.tile_best_symmetric(y, y, metric, best, diagonal=True)
+def _keep_best(metric: str, capacity: int, room: int) -> None:
+    pairs = nearest_neighbors.no_pairs(130, capacity, DEVICE)
+    pairs.counts.copy_(torch.randint(capacity - room + 1, (130,)).int())
+    pairs.columns.copy_(torch.stack([torch.randperm(40)[:capacity] for _ in range(130)]))
+    pairs.scores.copy_(torch.randn(130, capacity))
+    x, y = torch.rand(130), torch.rand(40)
+    lowest = torch.full((130,), -torch.inf)
+    nearest_neighbors.keep_best(
+        pairs, metric, lowest, lowest.clone(), torch.zeros(130, dtype=torch.bool), x, 0.01 * x, y, 0.01 * y,
+        k=2, kept=5, rounding=1e-5, underflow=0.0,
+    )  # fmt: skip
 
 
 def _append(metric: str, order: tuple[float, ...], capacity: int, threshold: float) -> None:
@@ -169,11 +174,11 @@ def _append(metric: str, order: tuple[float, ...], capacity: int, threshold: flo
     y_limits[7] = torch.inf
     if capacity == 0:  # every pair of a row, in many rounds
         x_limits[5] = -torch.inf
-    pairs = nearest_neighbors.no_pairs(capacity, 200, DEVICE)
+    pairs = nearest_neighbors.no_pairs(200, capacity, DEVICE)
     excluded, allowed = torch.randint(-1, 131, (37,)).int(), torch.rand(131) < 0.7
     nearest_neighbors.append_pairs(x, y, metric, x_limits, excluded, pairs, x_ids=3, y_ids=torch.randperm(200)[:131])
     for rows, limits, diagonal in ((x, x_limits, False), (y, y_limits, True)):
-        pairs = nearest_neighbors.no_pairs(capacity, 200, DEVICE)
+        pairs = nearest_neighbors.no_pairs(200, capacity, DEVICE)
         nearest_neighbors.append_pairs_symmetric(
             rows, y, metric, limits, y_limits, allowed[: len(rows)], allowed, pairs, x_ids=5, y_ids=9,
             diagonal=diagonal,
@@ -212,7 +217,7 @@ def _cases() -> list[Case]:
     for i, (strategy, cut) in enumerate(itertools.product(STRATEGIES, (False, True))):
         for j, order in enumerate(ORDERS):
             draws = {"decode_draws_kernel"} if strategy in ("moi", "multiplex") else set()
-            filters = {"decode_filter_kernel"} if cut else set()
+            filters = {"decode_gather_kernel", "decode_filter_kernel"} if cut else set()
             add(
                 f"decode, {strategy}{', cut' if cut else ''}, {order}",
                 {"decode_partials_kernel", "decode_choice_kernel"} | draws | filters,
@@ -220,11 +225,13 @@ def _cases() -> list[Case]:
                 slow=cut or j > 0,
             )  # fmt: skip
     add(
-        "decode, every filter", {"decode_partials_kernel", "decode_choice_kernel", "decode_filter_kernel"},
+        "decode, every filter",
+        {"decode_partials_kernel", "decode_choice_kernel", "decode_gather_kernel", "decode_filter_kernel"},
         _decode, "neighbor", ORDERS[1], "sliced", True, fp32, enabled=torch.arange(5) % 2 == 0,
     )  # fmt: skip
     forward = {"mix_forward_kernel", "mix_grad_weights_kernel"}
     segments = {"mix_grad_embedding_kernel", "mix_grad_long_segments_kernel", "mix_grad_merge_kernel"}
+    segments |= {"mix_keys_kernel", "mix_offsets_kernel"}
     for i, order in enumerate(ORDERS):
         for deterministic in (True, False):
             add(
@@ -233,7 +240,7 @@ def _cases() -> list[Case]:
                 _mix, order, LAYOUTS[i], deterministic, slow=i > 0,
             )  # fmt: skip
     add("mix, operation", forward | segments, _mix_operation, "transposed", slow=True)
-    both = {"selective_log_softmax_forward_kernel", "selective_log_softmax_backward_kernel"}
+    both = {f"selective_log_softmax_{name}_kernel" for name in ("partials", "forward", "backward")}
     for i, order in enumerate(ORDERS):
         for entropy, in_place in itertools.product((False, True), repeat=2):
             name = f"log-softmax{', entropy' if entropy else ''}{', in place' if in_place else ''}, {order}"
@@ -250,12 +257,12 @@ def _cases() -> list[Case]:
     add("advantages, operation", both, _advantages_operation)
     for layout in LAYOUTS:
         add(f"noise, {layout}", {"gaussian_noise_kernel"}, _noise, layout)
-    tiles = {"tile_best_kernel", "tile_best_symmetric_kernel"}
     appends = {"append_pairs_kernel", "append_pairs_symmetric_kernel"}
     for metric, (i, order) in itertools.product(("dot", "l1"), enumerate(ORDERS)):
-        add(f"tiles, {metric}, {order}", tiles, _tiles, metric, order, i + 1, slow=i > 0)
-        capacity, threshold = (100_000, 5, 0)[i], {"dot": 60.0, "l1": -33.0}[metric]
+        capacity, threshold = (200, 5, 0)[i], {"dot": 60.0, "l1": -33.0}[metric]
         add(f"append, {metric}, {order}", appends, _append, metric, order, capacity, threshold, slow=i > 0)
+        for room in (-3, 3):  # queries with more pairs than places, and without
+            add(f"keep best, {metric}, {i}, {room}", {"keep_best_kernel"}, _keep_best, metric, 20, room, slow=i > 0)
     for i, metric in enumerate(METRICS):
         kernels = {"row_statistics_kernel", "row_movements_kernel", "pair_scores_kernel"}
         kernels |= set() if metric == "l1" else {"prepare_rows_kernel"}

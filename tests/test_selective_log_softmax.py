@@ -270,7 +270,7 @@ def test_offsets_are_64_bits_wide_where_they_must_be():
             logprobs, entropy, normalizer = kernels.forward(logits, ids, 1.0, False)
             kernels.backward(logprobs, entropy, logits, ids, entropy, normalizer, 1.0, False)
             kernels.forward(logits[:, -2:], ids[-2:], 1.0, False)
-        assert [launch.arguments["INT64"] for launch in launches] == [wide, wide, False]
+        assert [launch.arguments["INT64"] for launch in launches] == [wide] * 3 + [False] * 2
 
 
 @pytest.mark.slow

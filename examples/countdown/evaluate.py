@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..measure import bootstrap_interval, pass_at_k, usable_groups
 from .rl import GROUP
 from .task import Problem, Task, normal_form
 
@@ -27,29 +28,6 @@ class Samples(NamedTuple):
     right: np.ndarray
     unique: np.ndarray
     divergence: np.ndarray
-
-
-def pass_at_k(samples: int, correct: np.ndarray, k: int) -> np.ndarray:
-    """The unbiased estimator 1 - C(n - c, k) / C(n, k) of each problem, as a product that cannot overflow.
-
-    Args:
-        samples: n, at least k.
-        correct: int [problems], c of the n samples that are right.
-        k: attempts.
-    """
-    if not 1 <= k <= samples:
-        raise ValueError(f"k must be within [1, {samples}], the samples of a problem, got {k}")
-    miss = np.ones(len(correct))
-    for i in range(k):
-        miss *= np.clip(samples - correct - i, 0, None) / (samples - i)
-    return 1.0 - miss
-
-
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean over problems."""
-    draws = np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def sample_solutions(
@@ -110,14 +88,7 @@ def summarize(runs: Sequence[Samples], ks: Sequence[int]) -> dict[str, object]:
         out[f"pass@{k}"] = float(by_seed.mean())
         out[f"pass@{k}_interval"] = bootstrap_interval(by_seed.mean(0))
         out[f"pass@{k}_seeds"] = by_seed.mean(1).tolist()
-    out["usable_groups"] = float(np.mean([usable_groups(run.right) for run in runs]))
+    out["usable_groups"] = float(np.mean([usable_groups(run.right, GROUP) for run in runs]))
     out["unique_equations"] = float(np.mean([run.unique for run in runs]))
     out["first_divergence"] = float(np.mean([run.divergence for run in runs]))
     return out
-
-
-def usable_groups(right: np.ndarray) -> float:
-    """The share of groups of GROUP samples, of [problems, samples], in which some are right and some are not."""
-    samples = right.shape[1]
-    groups = right[:, : samples - samples % GROUP].reshape(-1, GROUP)
-    return float((groups.any(-1) & ~groups.all(-1)).mean())

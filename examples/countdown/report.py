@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -61,9 +62,54 @@ def draw(arms: dict[str, Any], ks: Sequence[int], path: Path) -> None:
             xlabel="training step", ylabel=label, ylim=(0, None), title=f"{label[0].upper()}{label[1:]} in training"
         )
     for axes in (left, middle, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        bare(axes)
     left.legend(frameon=False, loc="upper left")
     middle.legend(frameon=False, loc="lower right", title=f"thick: mean of {_WINDOW} steps")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def color_of(name: str, names: Iterable[str]) -> Any:
+    """The color of an arm: its own, or one by its place among `names`."""
+    return COLORS.get(name) or plt.get_cmap("tab20")(list(names).index(name) % 20)
+
+
+def bare(axes: Any) -> None:
+    """Axes with a light grid and without a frame."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_differences(
+    comparisons: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    measures: Mapping[str, str],
+    labels: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Each arm's differences from GRPO, with their intervals.
+
+    Args:
+        comparisons: by task and arm; of each measure (value, low, high), or None.
+        measures: what is shown, with its title.
+        labels: of all arms.
+    """
+    figure, all_axes = plt.subplots(
+        len(comparisons), len(measures), layout="constrained", squeeze=False,
+        figsize=(1 + 4 * len(measures), 1.2 + 0.34 * sum(map(len, comparisons.values())) + 1.1 * len(comparisons)),
+        height_ratios=[len(c) + 2 for c in comparisons.values()],
+    )  # fmt: skip
+    for row, (task, arms) in zip(all_axes, comparisons.items(), strict=True):
+        for column, (axes, (measure, title)) in enumerate(zip(row, measures.items(), strict=True)):
+            for i, (name, comparison) in enumerate(arms.items()):
+                if comparison[measure] is None:
+                    continue
+                value, low, high = comparison[measure]
+                axes.plot([low, high], [-i, -i], color=color_of(name, labels), linewidth=2)
+                axes.plot(value, -i, "o", color=color_of(name, labels))
+            axes.set_yticks([-i for i in range(len(arms))], [labels[name] if column == 0 else "" for name in arms])
+            axes.axvline(0, color="black", linewidth=1)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.set_title(f"{task}: {title}, arm - GRPO", fontsize=10)
+            bare(axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -56,6 +56,62 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
+def train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    reward: Callable[..., list[float]],
+    *,
+    mixing: dict[str, Any] | None,
+    steps: int,
+    name: str | None,
+    resume: bool = False,
+    **settings: Any,
+) -> tuple[PreTrainedModel, dict[str, list[float]]]:
+    """Train one arm, of any example, on the CPU, by the plain GRPO loss and without a reference model.
+
+    Args:
+        mixing: the fields of NGRPOConfig that the arm sets; None: TRL's own trainer.
+        name: the progress bar's; None: no bar.
+        resume: go on from the last checkpoint in the output folder.
+        **settings: further fields of GRPOConfig: its output folder, batch, group, learning rate and so on.
+
+    Returns:
+        The trained model, and the history by metric, a value a step.
+    """
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": steps,
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "gradient_checkpointing": False,
+    } | settings
+    if mixing is None:
+        trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
+    else:
+        trainer_class, args = NGRPOTrainer, NGRPOConfig(**settings, **mixing)
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[] if name is None else [_Progress(name, steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    history = {name: [row[name] for row in rows] for name in HISTORY if name in rows[0]}
+    history["usable_groups"] = [1.0 - share for share in history.pop("frac_reward_zero_std")]
+    return trainer.model.eval(), history
+
+
 def train_arm(
     task: Task,
     checkpoint: Path,
@@ -68,7 +124,7 @@ def train_arm(
     temperature: float = 1.0,
     name: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, list[float]]]:
-    """Train one arm.
+    """Train one arm on Countdown.
 
     Args:
         mixing: the fields of NGRPOConfig that the arm sets; None: TRL's own trainer.
@@ -82,41 +138,19 @@ def train_arm(
     dataset = Dataset.from_list(
         [{"prompt": p.prompt, "numbers": list(p.numbers), "target": p.target} for p in problems]
     )
-    settings: dict[str, Any] = {
-        "output_dir": str(output),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "max_steps": steps,
-        "per_device_train_batch_size": PROMPTS * GROUP,
-        "num_generations": GROUP,
-        "max_completion_length": task.max_tokens,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "temperature": temperature,
-        "beta": 0.0,
-        "loss_type": "grpo",
-        "gradient_checkpointing": False,
-        "seed": seed,
-    }
-    if mixing is None:
-        trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
-    else:
-        trainer_class, args = NGRPOTrainer, NGRPOConfig(**settings, **mixing)
-    trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(checkpoint),
-        reward_funcs=reward_of(task),
-        args=args,
-        train_dataset=dataset,
-        processing_class=build_tokenizer(task),
-        callbacks=[] if name is None else [_Progress(f"{name}, seed {seed}", steps)],
+    return train(
+        AutoModelForCausalLM.from_pretrained(checkpoint),
+        build_tokenizer(task),
+        dataset,
+        reward_of(task),
+        mixing=mixing,
+        steps=steps,
+        name=None if name is None else f"{name}, seed {seed}",
+        output_dir=str(output),
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=task.max_tokens,
+        learning_rate=LEARNING_RATE,
+        temperature=temperature,
+        seed=seed,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward" in row]
-    history = {name: [row[name] for row in rows] for name in HISTORY if name in rows[0]}
-    history["usable_groups"] = [1.0 - share for share in history.pop("frac_reward_zero_std")]
-    return trainer.model.eval(), history

@@ -54,11 +54,11 @@ from tqdm import tqdm
 from examples.countdown.arms import ARMS
 from examples.countdown.runs import read_matched, read_run
 from examples.countdown.task import TASKS, Problem, Task
+from examples.measure import temperature_of_entropy, usable_groups
 from ngrpo_ops import MixingConfig, selective_log_softmax
 from ngrpo_ops.files import FileError, read_json, write_json
 
 PRIMARY = ("grpo", "anchor", "ngrpo")
-TEMPERATURE_TOLERANCE = 0.002  # of matched entropies, relative
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,15 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _evaluated(model: Any, task: Any, held_out: list[Problem], samples: int, seed: int) -> dict[str, Any]:
-    from examples.countdown.evaluate import sample_solutions, usable_groups
+    from examples.countdown.evaluate import sample_solutions
     from examples.countdown.model import build_tokenizer
+    from examples.countdown.rl import GROUP
 
     result = sample_solutions(model, build_tokenizer(task), task, held_out, samples, seed=seed, name=None)
     return {
         "samples": samples,
         "correct": result.right.sum(1).tolist(),
-        "usable_groups": usable_groups(result.right),
+        "usable_groups": usable_groups(result.right, GROUP),
         "unique": result.unique.tolist(),
         "divergence": [round(value, 3) for value in result.divergence],
     }
@@ -213,16 +214,11 @@ def matched_temperature(checkpoint: Path, task: Task, rollouts: int) -> dict[str
 
     config = NGRPOConfig("unused", use_cpu=True, bf16=False, **ARMS["ngrpo"].fields(task)).mixing()
     wanted = emitted_entropy(checkpoint, task, config, 1.0, rollouts)
-    low, high = 0.5, 1.5
-    while True:
-        middle = (low + high) / 2
-        found = emitted_entropy(checkpoint, task, replace(config, mixing_rate=0.0), middle, rollouts)
-        inside = 0.501 < middle < 1.499
-        if abs(found / wanted - 1) < TEMPERATURE_TOLERANCE or (high - low < 1e-4 and inside):  # few rollouts: it jumps
-            return {"temperature": middle, "entropy": found, "ngrpo_entropy": wanted}
-        if high - low < 1e-4:
-            raise RuntimeError(f"no temperature within [0.5, 1.5] has the entropy of N-GRPO, {wanted:.3f} nats")
-        low, high = (middle, high) if found < wanted else (low, middle)
+    plain = replace(config, mixing_rate=0.0)
+    temperature, found = temperature_of_entropy(
+        lambda tried: emitted_entropy(checkpoint, task, plain, tried, rollouts), wanted
+    )
+    return {"temperature": temperature, "entropy": found, "ngrpo_entropy": wanted}
 
 
 def prepare(task_name: str, preset: Preset, out: Path) -> Path:

@@ -13,12 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
+from ..measure import estimate, markdown_table, pass_at_k
 from .arms import ARMS
-from .evaluate import pass_at_k
 from .mixes import STRATEGIES, draw_mixes
-from .report import COLORS
+from .report import bare, color_of, draw_differences
 from .runs import read_matched, read_run
 from .task import TASKS
 
@@ -92,20 +91,6 @@ class Draws(NamedTuple):
         return np.einsum("ds,sp,dp->d", self.seeds, values, self.problems, optimize=True)
 
 
-class Estimate(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def estimate(value: float, draws: np.ndarray, level: float = 0.95) -> Estimate:
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high))
-
-
 class Costs(NamedTuple):
     """pass@K lost per pass@1 gained. value: of the means; draws: of the bootstrap; lost: share of them without gain."""
 
@@ -159,15 +144,6 @@ def answer(against: list[dict[str, Any]], planned: int) -> str:
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _color(name: str) -> Any:
-    return COLORS.get(name) or plt.get_cmap("tab20")(list(ARMS).index(name) % 20)
-
-
-def _bare(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
     """pass@K against pass@1: every seed, the means, and where all began."""
     figure, all_axes = plt.subplots(1, len(tasks), figsize=(4.9 * len(tasks), 5), layout="constrained", squeeze=False)
@@ -176,7 +152,7 @@ def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
         asked = ("supervised", "grpo", "anchor", "ngrpo")
         for name, arm in arms.items():
             x, y = arm.pass_at[1].mean(1), arm.pass_at[top].mean(1)
-            color, above = _color(name), name in asked
+            color, above = color_of(name, ARMS), name in asked
             label = "before (supervised)" if name == "supervised" else ARMS[name].label
             axes.plot(x, y, ".", color=color, alpha=0.25, markersize=5)
             axes.plot(
@@ -185,32 +161,7 @@ def draw_trade(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
             )  # fmt: skip
         axes.set(xlabel="pass@1", ylabel=f"pass@{top}", title=f"{task}: small points are runs, large ones means")
         axes.legend(frameon=False, fontsize=8)
-        _bare(axes)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def draw_differences(comparisons: dict[str, dict[str, dict[str, Any]]], top: int, path: Path) -> None:
-    """Each arm's differences from GRPO, with their intervals."""
-    measures = {"pass@1": "pass@1", f"pass@{top}": f"pass@{top}", "cost": "cost"}
-    figure, all_axes = plt.subplots(
-        len(comparisons), 3, figsize=(13, 1.2 + 0.34 * sum(map(len, comparisons.values())) + 1.1 * len(comparisons)),
-        layout="constrained", squeeze=False, height_ratios=[len(c) + 2 for c in comparisons.values()],
-    )  # fmt: skip
-    for row, (task, arms) in zip(all_axes, comparisons.items(), strict=True):
-        for column, (axes, (measure, title)) in enumerate(zip(row, measures.items(), strict=True)):
-            for i, (name, comparison) in enumerate(arms.items()):
-                if comparison[measure] is None:
-                    continue
-                value, low, high = comparison[measure]
-                axes.plot([low, high], [-i, -i], color=_color(name), linewidth=2)
-                axes.plot(value, -i, "o", color=_color(name))
-            labels = [ARMS[name].label for name in arms] if column == 0 else [""] * len(arms)
-            axes.set_yticks([-i for i in range(len(arms))], labels)
-            axes.axvline(0, color="black", linewidth=1)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(f"{task}: {title}, arm - GRPO", fontsize=10)
-            _bare(axes)
+        bare(axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -230,20 +181,15 @@ def draw_training(tasks: dict[str, dict[str, Arm]], path: Path) -> None:
                 curve = np.array([run["history"][measure] for run in arms[name].runs]).mean(0)
                 window = min(5, len(curve))
                 smooth = np.convolve(curve, np.ones(window) / window, "valid")
-                axes.plot(np.arange(window, len(curve) + 1), smooth, color=_color(name), label=ARMS[name].label)
+                axes.plot(np.arange(window, len(curve) + 1), smooth, color=color_of(name, ARMS), label=ARMS[name].label)
             axes.set(xlabel="step", title=f"{task}: {label}")
-            _bare(axes)
+            bare(axes)
     all_axes[0][0].legend(frameon=False, fontsize=8, title="mean over seeds, of 5 steps", title_fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cost(comparison: dict[str, Any]) -> str:
@@ -319,7 +265,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         f"Does N-GRPO lose less pass@{top} per point of pass@1 gained than GRPO, and than the anchor-only control? The "
         f"cost is pass@{top} lost per pass@1 gained; intervals of 97.5 %, paired over problems and seeds.",
         "",
-        _table(
+        markdown_table(
             ["task", "cost, GRPO", "anchor only", "N-GRPO", "N-GRPO - GRPO", "N-GRPO - anchor only", "answer"], answers
         ),
         "",
@@ -328,7 +274,9 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
     ]
     draw_trade(tasks, folder / "trade.png")
     if comparisons:
-        draw_differences(comparisons, top, folder / "differences.png")
+        measures = {name: name for name in ("pass@1", f"pass@{top}", "cost")}
+        labels = {name: arm.label for name, arm in ARMS.items()}
+        draw_differences(comparisons, measures, labels, folder / "differences.png")
     draw_training(tasks, folder / "training.png")
     for task, arms in tasks.items():
         matched = out / task / "matched.json"
@@ -346,7 +294,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
                   "unique equations", "first divergence", "usable groups in training", "policy's entropy",
                   "tokens"]  # fmt: skip
         lines += [
-            _table(header, [_arm_row(name, arms) for name in arms]),
+            markdown_table(header, [_arm_row(name, arms) for name in arms]),
             "",
             "Means and standard errors over seeds. Usable groups (of 8, some right and some not), distinct solutions "
             "of a problem up to order and grouping, and the token at which two samples first differ: of the "
@@ -361,7 +309,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
                 for name, c in comparisons[task].items()
             ]
             lines += [
-                _table(["arm - GRPO", "seeds", "pass@1", f"pass@{top}", "cost"], rows),
+                markdown_table(["arm - GRPO", "seeds", "pass@1", f"pass@{top}", "cost"], rows),
                 "",
                 "Intervals of 95 %, paired, not corrected for their number.",
                 "",
@@ -381,7 +329,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         "",
         "![mixed and noised embeddings among the tokens](mixes.png)",
         "",
-        _table(
+        markdown_table(
             [
                 "task",
                 "strategy",
@@ -410,7 +358,7 @@ def write_report(out: Path, name: str, preset: Preset, checkpoints: dict[str, Pa
         csv.writer(file).writerows([["task", "arm", "seed", "samples", *range(preset.problems)], *counts])
     seconds = sum(run.get("seconds", 0) for arms in tasks.values() for arm in arms.values() for run in arm.runs)
     lines += [
-        "<details><summary>Every seed</summary>", "", _table(header, every), "", "</details>", "",
+        "<details><summary>Every seed</summary>", "", markdown_table(header, every), "", "</details>", "",
         f"{len(every) - len(tasks)} runs; their times, of a thread each, add up to {seconds / 3600:.1f} hours.", "",
     ]  # fmt: skip
     path = folder / "report.md"

@@ -66,7 +66,7 @@ def leaves(tree: Tree) -> list[int]:
 
 def normal_form(tree: Tree) -> str:
     """Equal for equations that differ only in the order or grouping of sums and of products: 1 + 2 and 2 + 1."""
-    if isinstance(tree, int):
+    if not isinstance(tree, tuple):
         return str(tree)
     if tree[0] == "*":
         return "*".join(sorted(f"({normal_form(factor)})" for factor in _factors(tree)))
@@ -74,7 +74,7 @@ def normal_form(tree: Tree) -> str:
 
 
 def _factors(tree: Tree) -> Iterator[Tree]:
-    if isinstance(tree, int) or tree[0] != "*":
+    if not isinstance(tree, tuple) or tree[0] != "*":
         yield tree
     else:
         yield from _factors(tree[1])
@@ -82,7 +82,7 @@ def _factors(tree: Tree) -> Iterator[Tree]:
 
 
 def _terms(tree: Tree, sign: str) -> Iterator[tuple[str, Tree]]:
-    if isinstance(tree, int) or tree[0] == "*":
+    if not isinstance(tree, tuple) or tree[0] == "*":
         yield sign, tree
     else:
         yield from _terms(tree[1], sign)

@@ -93,7 +93,7 @@ def roll_out(
         ([0, 3], 3)
     """
     ids, notes = _encode(tokenizer, prompt)
-    _require_context(model, ids.shape[1], max_new_tokens)
+    require_context(model, ids.shape[1], max_new_tokens)
     note = getattr(model.config, "weights_note", None)  # of who made the checkpoint, such as: dequantized
     settings = {
         "temperature": f"{temperature:g}", "at most": f"{max_new_tokens} tokens", "seed": str(seed),
@@ -124,7 +124,14 @@ def _encode(tokenizer: Any, prompt: str) -> tuple[Tensor, list[str]]:
     return ids.long(), notes
 
 
-def _require_context(model: Any, prompt: int, new: int) -> None:
+def require_context(model: Any, prompt: int, new: int) -> None:
+    """
+    Args:
+        prompt, new: tokens.
+
+    Raises:
+        ValueError: more of them than the model's context has.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prompt + new > context:
         raise ValueError(

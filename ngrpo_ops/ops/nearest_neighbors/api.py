@@ -22,7 +22,7 @@ from .._checks import (
 )
 from .._library import HostReadingOperation, choose_backend
 from .scores import ScoredRows
-from .search import Progress, search
+from .search import SHARED_FROM, Progress, search
 from .sharded import Rounds, local_rows
 
 
@@ -65,7 +65,8 @@ def _search_table(embedding: Tensor, request: _Request, progress: Progress | Non
         require_ids_in_range(queries, embedding.shape[0], "queries")
     if allowed is not None:
         require_enough_allowed(allowed, k)
-    rows = ScoredRows(embedding, metric, backend=backend)  # type: ignore[arg-type]
+    find_equal = queries is None or queries.numel() >= SHARED_FROM
+    rows = ScoredRows(embedding, metric, backend=backend, find_equal=find_equal)  # type: ignore[arg-type]
     found = search(rows, k, queries=queries, allowed=allowed, progress=progress)
     return found.ids, found.scores
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._precision import FLOAT32_ROUNDOFF, cpu_multiplies_bfloat16, has_matrix_units, matmul_input_roundoff
+from .._precision import FLOAT32_ROUNDOFF, cpu_multiplies_bfloat16, matmul_input_roundoff
 from .scores import ScoredRows
 
 _LOW_PRECISION_FROM = 2**22  # elements of a table: in a smaller one the conversion costs more than it saves
 _LOW_PRECISION_QUERIES = 32  # with fewer queries, reading the table takes most of the time
-_KERNELS_FROM = 2**13  # rows to search: with fewer tiles, the best few of each tile leave too loose a bound
 _MIN_BFLOAT16_NORM = 1e-15  # see `underflow_error`
 
 # The constants of the proof ---------------------------------------------------------------------------------------
@@ -90,8 +89,7 @@ class OptimisticScores:
     The extra columns are bfloat16 numbers, which no multiplication rounds; each square is the sum of three.
 
     Tiles are stored in `dtype`. Storing in bfloat16 rounds the results once more: `upper_bound`, `threshold_below` and
-    `error_bound` account for that. The kernels keep their tiles in float32 registers. Their rows are bfloat16 and
-    padded to a multiple of `step`; for l1 the rows are float32.
+    `error_bound` account for that.
 
     Args:
         queries, columns: the rows of the two sides of a tile, of one metric.
@@ -102,29 +100,22 @@ class OptimisticScores:
         self.queries, self.columns = queries, columns
         self.metric = queries.metric
         d = queries.embedding.shape[1]
-        l1 = self.metric == "l1"
-        bfloat16_safe = l1 or not any(
-            bool(((rows.norms > 0) & (rows.norms < _MIN_BFLOAT16_NORM)).any()) for rows in (queries, columns)
-        )
-        use_kernels = bfloat16_safe and count and len(columns) >= _KERNELS_FROM
-        self.kernels = queries.kernels if use_kernels and has_matrix_units(columns.embedding.device) else None
-        fused = self.kernels is not None
-        low_precision = (
-            bfloat16_safe
-            and not l1
+        may_be_bfloat16 = (
+            self.metric != "l1"
             and columns.embedding.device.type == "cpu"
             and cpu_multiplies_bfloat16()
             and columns.embedding.numel() >= _LOW_PRECISION_FROM
             and count >= _LOW_PRECISION_QUERIES
         )
-        self.dtype = torch.bfloat16 if low_precision and not fused else torch.float32
-        self.input_dtype = torch.bfloat16 if fused and not l1 else self.dtype
-        self.step = self.kernels.STEP if self.kernels is not None else 1
-        if self.input_dtype == torch.bfloat16:
+        is_bfloat16 = may_be_bfloat16 and not any(
+            bool(((rows.norms > 0) & (rows.norms < _MIN_BFLOAT16_NORM)).any()) for rows in (queries, columns)
+        )
+        self.dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+        if is_bfloat16:
             roundoff = max(rows.bfloat16_roundoff for rows in (queries, columns))
         else:
             roundoff = matmul_input_roundoff()
-        self.rounding = rounding_error(d, truncating=fused)
+        self.rounding = rounding_error(d)
         self.product_error = self.rounding + input_rounding_error(roundoff)
         self.underflow = underflow_error(d)
 
@@ -159,9 +150,7 @@ class OptimisticScores:
 
     def _augmented(self, rows: ScoredRows, index: slice | Tensor, extra: list[Tensor], scale: float) -> Tensor:
         n, d = extra[0].shape[0], rows.embedding.shape[1]
-        width = -(-(d + len(extra)) // self.step) * self.step
-        out = torch.empty(n, width, dtype=self.input_dtype, device=rows.embedding.device)
-        out[:, d + len(extra) :] = 0
+        out = torch.empty(n, d + len(extra), dtype=self.dtype, device=rows.embedding.device)
         for start in range(0, n, rows.cast_size):
             span = slice(start, min(start + rows.cast_size, n))
             chosen = (
@@ -180,21 +169,6 @@ class OptimisticScores:
                 out[block] = torch.cdist(queries[block], columns, p=1.0).mul_(self.rounding - 1.0)
         else:
             torch.mm(queries, columns.T, out=out)
-
-    def tile_best(self, queries: Tensor, columns: Tensor, excluded: Tensor, best: int) -> tuple[Tensor, ...]:
-        """The kernels' `tile_best` of prepared rows, with optimistic scores."""
-        assert self.kernels is not None
-        values, places = self.kernels.tile_best(queries, columns, self.metric, excluded, best)
-        return self._optimistic(values), places
-
-    def tile_best_symmetric(self, rows: Tensor, columns: Tensor, best: int, *, diagonal: bool) -> tuple[Tensor, ...]:
-        """The kernels' `tile_best_symmetric` of prepared rows, with optimistic scores."""
-        assert self.kernels is not None
-        x, x_places, y, y_places = self.kernels.tile_best_symmetric(rows, columns, self.metric, best, diagonal=diagonal)
-        return self._optimistic(x), x_places, self._optimistic(y), y_places
-
-    def _optimistic(self, values: Tensor) -> Tensor:
-        return values.mul_(1.0 - self.rounding) if self.metric == "l1" else values
 
     def upper_bound(self, values: Tensor) -> Tensor:
         """float32: at least every result that was rounded to `values` when it was stored in a tile."""

@@ -199,7 +199,7 @@ class Candidates:
             if self.kept > self.k:
                 upper = torch.where(is_there[:, -1], pairs.upper[place[:, -1]], -torch.inf)
                 self._is_far = self._kth > upper
-                last = torch.where(self._is_far, upper, torch.minimum(last, self._kth))
+                last = torch.where(self._is_far, upper, last)
             self.thresholds = torch.maximum(self.thresholds, last)
             pairs = pairs.at(pairs.upper >= self.thresholds[pairs.rows])
         self._pairs = pairs
@@ -288,50 +288,6 @@ def parts(counts: Tensor, limit: int) -> list[slice]:
         slices.append(slice(start, start + size))
         start += size
     return slices
-
-
-class RunningBest(NamedTuple):
-    """The c highest scores that kernels have found so far of each of n rows, and the ids of their columns.
-
-    No score that was seen and is not kept is above `thresholds`.
-
-    Attributes:
-        values, ids: float32 and int32 [n, c], best first; -inf and -1 where there are fewer.
-        floor: float32 [n]: scores at or below it need not be kept.
-        dropped_bound: float32 [n]: no score that a kernel left out of its tiles is above it.
-    """
-
-    values: Tensor
-    ids: Tensor
-    floor: Tensor
-    dropped_bound: Tensor
-
-    @staticmethod
-    def empty(n: int, c: int, floor: Tensor | None, device: torch.device) -> RunningBest:
-        lowest = torch.full((n,), -torch.inf, dtype=torch.float32, device=device)
-        values = torch.full((n, c), -torch.inf, dtype=torch.float32, device=device)
-        ids = torch.full((n, c), -1, dtype=torch.int32, device=device)
-        return RunningBest(values, ids, lowest if floor is None else floor, lowest.clone())
-
-    def thresholds(self) -> Tensor:
-        """float32 [n], the values that a score must exceed to be kept."""
-        return torch.maximum(torch.maximum(self.values[:, -1], self.floor), self.dropped_bound)
-
-    def merge_tile_best(self, rows: slice, values: Tensor, places: Tensor, ids: Tensor) -> None:
-        """Takes in the best T scores of each tile, in place.
-
-        Args:
-            rows: consecutive rows.
-            values: [n, tiles, T], the scores of these rows, best first.
-            places: [n, tiles, T], where their columns are in `ids`, or -1.
-            ids: the ids of the columns.
-        """
-        self.dropped_bound[rows] = torch.maximum(self.dropped_bound[rows], values[:, :, -1].amax(1))
-        found_ids = torch.where(places < 0, -1, ids[places.clamp(min=0)]).int().flatten(1)
-        all_ids = torch.cat([self.ids[rows], found_ids], dim=1)
-        all_values = torch.cat([self.values[rows], values.flatten(1)], dim=1)
-        self.values[rows], order = all_values.topk(self.values.shape[1], dim=1)
-        self.ids[rows] = all_ids.gather(1, order)
 
 
 class ScoreTile:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._library import load_kernels
 from .bounds import distance_upper_bound, rounding_error, underflow_error
 from .scores import ScoredRows
 
@@ -31,9 +32,15 @@ class Drift:
     def __init__(self, old: ScoredRows, new: ScoredRows, largest: Callable[[Tensor], Tensor]) -> None:
         self.metric = new.metric
         d = new.embedding.shape[1]
-        order = 1 if self.metric == "l1" else 2
-        moved = [torch.linalg.vector_norm(new[t] - old[t], order, dim=1) for t in new.tiles()]
-        self.moved = distance_upper_bound(torch.cat([new.norms[:0], *moved]).double(), d)
+        if new.backend == "triton":
+            moved = load_kernels("nearest_neighbors_rows").row_movements(
+                old.embedding, old.inverse_norms, new.embedding, new.inverse_norms, self.metric
+            )
+        else:
+            order = 1 if self.metric == "l1" else 2
+            parts = [torch.linalg.vector_norm(new[t] - old[t], order, dim=1) for t in new.tiles()]
+            moved = torch.cat([new.norms[:0], *parts])
+        self.moved = distance_upper_bound(moved.double(), d)
         self.norms = torch.maximum(old.norms, new.norms).double()
         self.longest = largest(self.norms)
         self.rounding = rounding_error(d)
@@ -66,20 +73,23 @@ class Drift:
         return torch.where(bounds == -torch.inf, torch.inf, tolerance)
 
 
-def exclude_movers(moved: Tensor, tolerance: Tensor) -> tuple[float, Tensor]:
+def exclude_movers(moved: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     """Chooses the few rows that moved far and are better scored against every row than bounded.
 
     Args:
         moved, tolerance: float64 [V], of all rows.
 
     Returns:
-        The largest movement of the other rows, and the ids of the chosen ones. Their number, 0 or a power of two of at
-        most V / 8, leaves the least work.
+        The largest movement of the other rows, float64 [1], and bool [V], the chosen ones. Their number, 0 or a power
+        of two of at most V / 8, leaves the least work.
     """
+    v = len(moved)
     order = moved.argsort(descending=True, stable=True)
-    counts = torch.tensor([0, *(2**i for i in range((len(order) // 8).bit_length()))], device=order.device)
+    counts = torch.tensor([0, *(2**i for i in range((v // 8).bit_length()))], device=order.device)
     movement = moved[order[counts]]
     # Searching a row that is not certified takes as long as scoring a mover against every row.
     uncertified = torch.searchsorted(tolerance.sort().values, movement, right=True)
-    best = int((counts + uncertified).argmin())
-    return float(movement[best]), order[: int(counts[best])]
+    best = (counts + uncertified).argmin(0, keepdim=True)
+    is_mover = torch.empty(v, dtype=torch.bool, device=order.device)
+    is_mover[order] = torch.arange(v, device=order.device) < counts[best]
+    return movement[best], is_mover

@@ -1,4 +1,4 @@
-"""Which rows of a table have the values of another row, and a search in which equal rows share their work."""
+"""A search in which equal rows share their work."""
 
 from __future__ import annotations
 
@@ -7,85 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...random import philox
 from .candidates import Found, in_order, parts
+from .scores import ScoredRows
 
-_HASHED_ELEMENTS = 2**22  # elements of the table hashed together
-_SAMPLED_COLUMNS = 16  # of every row; only rows that agree in them are hashed
 _EXPANDED_PAIRS = 2**18  # pairs with the copies of columns that are ranked together
-_MULTIPLIER = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing
-_SEED = 20  # of the hash's constants, which must be the same on every rank
-
-
-def row_hashes(rows: Tensor) -> Tensor:
-    """int64 [n, 2]: 128 bits of each row's values in float32, as which rows are scored. 0.0 and -0.0 are one value.
-
-    Integer arithmetic alone is done with the values' bits, so that devices and ranks agree. Two different rows have one
-    hash with a probability of about 2^-124.
-
-    Args:
-        rows: [n, d], floating point.
-    """
-    keys = _keys(rows.shape[1]).to(rows.device)
-    hashes = torch.empty(rows.shape[0], 2, dtype=torch.int64, device=rows.device)
-    size = max(1, _HASHED_ELEMENTS // max(1, rows.shape[1]))
-    for start in range(0, rows.shape[0], size):
-        values = rows[start : start + size].float()
-        bits = torch.where(values == 0, 0.0, values).view(torch.int32).long()
-        for half in range(2):
-            mask, factor = keys[half]
-            # Each element is spread over 64 bits one to one, so that a change of one element always changes the sum.
-            words = (bits ^ mask) * _MULTIPLIER
-            words ^= (words >> 32) & 0xFFFFFFFF
-            hashes[start : start + size, half] = (words * factor).sum(1)
-    return hashes
-
-
-def equal_rows(hashes: Tensor) -> Tensor:
-    """bool [V]: the rows whose hash another row has too. All rows of such a group are among them."""
-    group = _groups(hashes)
-    return (torch.bincount(group) > 1)[group]
-
-
-def _groups(hashes: Tensor) -> Tensor:
-    """int64 [n]: a number for each hash [n, 2], the same for equal ones. Many times faster than unique with a dim."""
-    order = hashes[:, 1].argsort()
-    order = order[hashes[order, 0].argsort(stable=True)]
-    is_new = (hashes[order[1:]] != hashes[order[:-1]]).any(1)
-    number = torch.nn.functional.pad(is_new.long().cumsum(0), (1, 0))
-    return torch.empty_like(order).index_copy_(0, order, number)
-
-
-def first_equal_rows(rows: Tensor) -> Tensor | None:
-    """int64 [n]: the first row with the values of each row; None: no two rows are equal.
-
-    A few columns tell most rows apart. The others are hashed, and compared with the row that they seem equal to.
-
-    Args:
-        rows: [n, d], floating point.
-    """
-    n, d = rows.shape
-    chosen = torch.arange(_SAMPLED_COLUMNS, device=rows.device) * d // _SAMPLED_COLUMNS
-    suspects = equal_rows(row_hashes(rows[:, chosen]))
-    suspects = suspects.nonzero().squeeze(1)
-    if not suspects.numel():
-        return None
-    group = _groups(row_hashes(rows[suspects]))
-    first = torch.full((suspects.numel(),), n, device=rows.device).scatter_reduce(0, group, suspects, "amin")[group]
-    is_equal = first != suspects
-    for part in is_equal.nonzero().squeeze(1).split(max(1, _HASHED_ELEMENTS // max(1, d))):
-        is_equal[part] = (rows[suspects[part]].float() == rows[first[part]].float()).all(1)
-    if not bool(is_equal.any()):
-        return None
-    return torch.arange(n, device=rows.device).index_copy(0, suspects, torch.where(is_equal, first, suspects))
-
-
-def has_equal_row(rows: Tensor) -> Tensor:
-    """bool [n]: the rows with the values of another row."""
-    first = first_equal_rows(rows)
-    if first is None:
-        return torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-    return (torch.bincount(first, minlength=rows.shape[0]) > 1)[first]
 
 
 class Classes(NamedTuple):
@@ -121,15 +46,17 @@ class Classes(NamedTuple):
     equal_to: Tensor
 
     @staticmethod
-    def of(rows: Tensor, columns: Tensor, queries: Tensor, offset: int, allowed: Tensor | None) -> Classes | None:
+    def of(
+        rows: ScoredRows, columns: ScoredRows, queries: Tensor, offset: int, allowed: Tensor | None
+    ) -> Classes | None:
         """The classes of a search, whose arguments `search` explains; None: all rows differ, and all columns."""
         same = rows is columns
-        of_rows = first_equal_rows(rows)
-        of_columns = of_rows if same else first_equal_rows(columns)
+        of_rows = rows.first_equal
+        of_columns = columns.first_equal
         if of_rows is None and of_columns is None:
             return None
-        device, total = rows.device, columns.shape[0]
-        of_rows = torch.arange(rows.shape[0], device=device) if of_rows is None else of_rows
+        device, total = queries.device, len(columns)
+        of_rows = torch.arange(len(rows), device=device) if of_rows is None else of_rows
         of_columns = torch.arange(total, device=device) if of_columns is None else of_columns
         members = torch.arange(total, device=device) if allowed is None else allowed.nonzero().squeeze(1)
         first = torch.full((total,), total, device=device).scatter_reduce(0, of_columns[members], members, "amin")
@@ -141,7 +68,7 @@ class Classes(NamedTuple):
         if same:
             query = torch.where(first[query] < total, first[query], query)
         scanned, place = torch.unique(query, return_inverse=True)
-        is_shared = (torch.bincount(of_rows, minlength=rows.shape[0]) > 1)[of_rows[scanned]]
+        is_shared = (torch.bincount(of_rows, minlength=len(rows)) > 1)[of_rows[scanned]]
         return Classes(
             queries, offset, scanned, is_shared, place, (count > 0).nonzero().squeeze(1), count > 1,
             members, count.cumsum(0) - count, count, of_rows,
@@ -205,13 +132,3 @@ class Classes(NamedTuple):
         for bounds, is_covered in ((out.bounds, ~is_kept), (class_bounds, ~is_kept & (number < k))):
             cut = is_covered.nonzero().squeeze(1)
             bounds[queries] = bounds[queries].scatter_reduce(0, row[cut], score[cut], "amax")
-
-
-def _keys(width: int) -> Tensor:
-    """int64 [2, 2, d]: for both halves of a hash a mask and an odd factor of each column."""
-    columns = torch.arange(width, device="cpu")
-    keys = []
-    for half in range(2):
-        words = philox(torch.tensor(_SEED, device="cpu"), torch.tensor(half, device="cpu"), columns)
-        keys.append(torch.stack([words[0] << 32 | words[1], words[2] << 32 | words[3] | 1]))
-    return torch.stack(keys)

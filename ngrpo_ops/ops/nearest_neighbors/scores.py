@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...config import Metric
 from .._library import load_kernels
+from .row_hashes import first_equal_rows, suspected_rows
 
 # These limits keep a search below 256 MiB beyond its inputs and outputs, and the matrix multiplications large.
 _COLUMN_TILE = 8192  # rows
@@ -39,12 +40,27 @@ class ScoredRows:
         metric: "cosine", "dot", "l2" or "l1".
         backend: "eager" or "triton", the implementation that scores pairs.
         first_id: the id of row 0 in error messages.
+        find_equal: whether `first_equal` will be asked for. A GPU is then not waited for again where no rows are equal.
+
+    Attributes:
+        norms: float32 [n]; for cosine 1, and 0 for zero rows.
+        inverse_norms: float32 [n], by which rows are multiplied for cosine; None for other metrics.
+        roundoffs: float32 [n], what bfloat16 changes a row by, relative to its norm, for the kernels; else None.
+        num_zero: the number of rows that score 0 with every row.
 
     Raises:
         ValueError: a row with NaN or inf, or a norm beyond which scores overflow float32.
     """
 
-    def __init__(self, embedding: Tensor, metric: Metric, *, backend: str = "eager", first_id: int = 0) -> None:
+    def __init__(
+        self,
+        embedding: Tensor,
+        metric: Metric,
+        *,
+        backend: str = "eager",
+        first_id: int = 0,
+        find_equal: bool = False,
+    ) -> None:
         self.backend = backend
         self.kernels = load_kernels("nearest_neighbors") if backend == "triton" else None
         if self.kernels is not None and not (embedding.is_contiguous() and embedding.data_ptr() % 16 == 0):
@@ -52,23 +68,45 @@ class ScoredRows:
             embedding = embedding.clone(memory_format=torch.contiguous_format)
         self.embedding = embedding
         self.metric = metric
-        none = torch.zeros(0, dtype=torch.float64, device=embedding.device)
-        norms = torch.cat([none, *(_row_norms(embedding[rows]) for rows in self.tiles())])
-        nonfinite = (~norms.isfinite()).nonzero().flatten()
-        if nonfinite.numel():
-            ids = ", ".join(str(first_id + i) for i in nonfinite[:8].tolist())
-            ids += ", ..." if nonfinite.numel() > 8 else ""
-            raise ValueError(f"embedding must be finite, got NaN or inf in {nonfinite.numel()} rows: {ids}")
-        if (largest := float(norms.max()) if len(norms) else 0.0) > _MAX_NORM[metric]:
+        self.roundoffs: Tensor | None = None
+        if backend == "triton":
+            statistics = load_kernels("nearest_neighbors_rows").row_statistics(embedding, metric)
+            norms, inverse_norms, self.roundoffs, finite = statistics
+        else:
+            none = torch.zeros(0, dtype=torch.float64, device=embedding.device)
+            norms = torch.cat([none, *(_row_norms(embedding[rows]) for rows in self.tiles())])
+            finite = norms.isfinite()
+        zero = norms < _ZERO_NORM
+        if backend != "triton":
+            inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float()
+        self.inverse_norms = inverse_norms if metric == "cosine" else None
+        # A norm of 0 is of a zero row alone. A larger norm only makes the bounds looser.
+        least = torch.finfo(torch.float32).smallest_normal
+        self.norms = (~zero).float() if metric == "cosine" else norms.float().clamp(min=least) * (norms > 0)
+        find_equal = find_equal and backend == "triton" and len(embedding) > 0
+        suspected = suspected_rows(embedding) if find_equal else zero.new_zeros(())
+        self._suspected = suspected if find_equal else None
+        # One tensor, so that a GPU is waited for once.
+        facts = [(~finite).sum(), suspected.sum(), self.is_zero.sum(), norms.max() if len(norms) else zero.sum()]
+        nonfinite, self._num_suspected, self.num_zero, largest = torch.stack([x.double() for x in facts]).tolist()
+        if nonfinite:
+            rows = (~finite).nonzero().flatten()
+            ids = ", ".join(str(first_id + i) for i in rows[:8].tolist()) + (", ..." if nonfinite > 8 else "")
+            raise ValueError(f"embedding must be finite, got NaN or inf in {int(nonfinite)} rows: {ids}")
+        if largest > _MAX_NORM[metric]:
             raise ValueError(
                 f"embedding must have rows of norm at most {_MAX_NORM[metric]:g}, beyond which {metric} scores "
                 f"overflow float32, got {largest:.3g}"
             )
-        zero = norms < _ZERO_NORM
-        self.inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float() if metric == "cosine" else None
-        # A norm of 0 is of a zero row alone. A larger norm only makes the bounds looser.
-        least = torch.finfo(torch.float32).smallest_normal
-        self.norms = (~zero).float() if metric == "cosine" else norms.float().clamp(min=least) * (norms > 0)
+
+    @functools.cached_property
+    def first_equal(self) -> Tensor | None:
+        """int64 [n]: the first row with the values of each row; None: no two rows are equal."""
+        if self._suspected is None:
+            self._suspected = suspected_rows(self.embedding)
+        elif not self._num_suspected:
+            return None
+        return first_equal_rows(self.embedding, self._suspected)
 
     def snapshot(self) -> ScoredRows:
         """The same rows in memory of their own, which no later change of the embedding reaches."""

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ...config import Metric
 from .._ties import ranked
 from .scores import ScoredRows
-from .search import Progress, search, update_neighbors
+from .search import Progress, search
 
 _BROADCAST_ROWS = 2**14  # rows in one broadcast, at most
 _BROADCAST_ELEMENTS = 2**24
@@ -89,7 +89,7 @@ class Rounds:
         rows = error = None
         try:
             check(self.total)
-            rows = ScoredRows(shard, metric, backend=backend, first_id=self.first_id)
+            rows = ScoredRows(shard, metric, backend=backend, first_id=self.first_id, find_equal=True)
         except (TypeError, ValueError) as raised:
             if group is None:
                 raise
@@ -160,22 +160,30 @@ class Rounds:
         for first_id, block in self:
             for start in range(0, len(queries), size):
                 some = candidates[start : start + size]
+                if self.group is None:  # all of them are in this block, which a GPU need not be asked
+                    of = queries[start : start + size, None].expand_as(some)
+                    pairs = self.rows.pair_scores(of, block, some.clamp(min=0))
+                    scores[start : start + size] = pairs.masked_fill_(some < 0, -torch.inf)
+                    continue
                 row, place = ((some >= first_id) & (some < first_id + len(block))).nonzero(as_tuple=True)
                 pairs = self.rows.pair_scores(queries[start + row], block, some[row, place] - first_id)
                 scores[start + row, place] = pairs
         return ranked(candidates, scores)
 
     def update_neighbors(self, queries: Tensor, ids: Tensor, scores: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """As `search.update_neighbors`, with `new` of the whole table."""
-        for first_id, block in self:
-            in_block = new[first_id : first_id + len(block)]
-            if queries.numel() and bool(in_block.any()):
-                ids, scores = update_neighbors(
-                    self.rows, queries, ids - first_id, scores, new=in_block, columns=block,
-                    offset=self.first_id - first_id,
-                )  # fmt: skip
-                ids = torch.where(scores == -torch.inf, -1, ids + first_id)
-        return ids, scores
+        """The k nearest rows of each query among k known neighbors and the rows of a mask.
+
+        Args:
+            queries: int64 [Q], of this rank's rows.
+            ids, scores: [Q, k], the known neighbors, best first.
+            new: bool [V], the other rows to consider.
+        """
+        k = ids.shape[1]
+        found_ids, found_scores = self.search(k, queries=queries, allowed=new, floor=scores[:, -1])
+        is_known = (found_ids[:, :, None] == ids[:, None, :]).any(2)
+        found_scores = found_scores.masked_fill(is_known, -torch.inf)
+        merged = ranked(torch.cat([ids, found_ids], dim=1), torch.cat([scores, found_scores], dim=1))
+        return merged[0][:, :k].contiguous(), merged[1][:, :k].contiguous()
 
     def gather(self, values: Tensor) -> Tensor:
         """[V, ...]: values [V_rank, ...] of all ranks, the same on every rank."""

@@ -3,6 +3,7 @@ proven to be enough."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from .._checks import (
 from .._library import choose_backend
 from .api import require_enough_allowed
 from .drift import Drift, exclude_movers
-from .equal_rows import equal_rows, has_equal_row, row_hashes
+from .row_hashes import equal_rows, row_hashes
 from .scores import ScoredRows
 from .search import Progress, SearchResult, default_num_candidates, search
 from .sharded import Rounds, local_rows
@@ -86,23 +87,31 @@ class _Build:
     eligible: Tensor | None
     equal_to: Tensor | None
 
+    @functools.cached_property
+    def copies(self) -> Tensor:
+        """int64, the rows that are equal to an earlier row."""
+        assert self.equal_to is not None
+        return (self.equal_to != torch.arange(len(self.equal_to), device=self.equal_to.device)).nonzero().squeeze(1)
+
     def present_bounds(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """`next_scores` and `bounds`, of classes where the rows equal to a candidate are equal in `embedding` too."""
         if self.equal_to is None or self.class_bounds is None or self.class_next_scores is None:
             return self.next_scores, self.bounds
         first = self.equal_to.long()
-        copies = (first != torch.arange(len(first), device=first.device)).nonzero().squeeze(1)
-        differs = torch.zeros(len(first), dtype=torch.bool, device=first.device)
-        for part in copies.split(self.snapshot.tile_size):
+        differences = torch.zeros(len(first), dtype=torch.int32, device=first.device)
+        for part in self.copies.split(self.snapshot.tile_size):
             apart = (embedding[part].float() != embedding[first[part]].float()).any(1)
-            differs[first[part[apart]]] = True
-        if not bool(differs.any()):
-            return self.class_next_scores, self.class_bounds
-        differs = (differs[first[self.candidates.clamp(min=0)]] & (self.candidates >= 0)).any(1)
+            differences.index_add_(0, first[part], apart.int())
+        differs = ((differences > 0)[first[self.candidates.clamp(min=0)]] & (self.candidates >= 0)).any(1)
         return (
             torch.where(differs, self.next_scores, self.class_next_scores),
             torch.where(differs, self.bounds, self.class_bounds),
         )
+
+
+def _positions(mask: Tensor, count: int) -> Tensor:
+    """int64 [count]: where a mask is True, in order. The count is known, so that a GPU is not waited for."""
+    return (~mask).to(torch.uint8).argsort(stable=True)[:count]
 
 
 def _layout(rounds: Rounds) -> tuple[object, ...]:
@@ -184,6 +193,7 @@ class NeighborTable:
         self._ids: Tensor | None = None
         self._scores: Tensor | None = None
         self._build: _Build | None = None
+        self._checked: int | None = None  # the rows of the embedding for which `allowed` was checked
 
     @property
     def ids(self) -> Tensor:
@@ -302,10 +312,10 @@ class NeighborTable:
         """Checks the settings against the rows of a table."""
         if self.k >= vocabulary:
             raise ValueError(f"k must be below the {vocabulary} rows of the embedding, got {self.k}")
-        if self.allowed is not None:
+        if self.allowed is not None and (self._checked != vocabulary or self.allowed.device != device):
             require_mask(self.allowed, (vocabulary,), "allowed", "[V]")
             require_enough_allowed(self.allowed, self.k)
-            self.allowed = self.allowed.to(device)
+            self.allowed, self._checked = self.allowed.to(device), vocabulary
 
     def _update(self, rounds: Rounds, build: _Build, progress: Progress | None) -> RefreshReport:
         """Proves what can be proven from the build, and searches the other rows."""
@@ -316,22 +326,27 @@ class NeighborTable:
         # To choose the movers, a lower bound of the k-th score is enough, as the k neighbors alone give it.
         next_scores, bounds = build.present_bounds(rows.embedding)
         tolerance = drift.tolerance(scores[:, -1], bounds)
-        max_movement, movers = exclude_movers(rounds.gather(drift.moved), rounds.gather(tolerance))
-        is_open = drift.tolerance(scores[:, -1], next_scores) <= max_movement
+        movement, is_mover = exclude_movers(rounds.gather(drift.moved), rounds.gather(tolerance))
+        is_open = drift.tolerance(scores[:, -1], next_scores) <= movement
         is_open &= ~(build.snapshot.is_zero & rows.is_zero)  # the first rows are still its neighbors
-        uncertified = is_open.nonzero().squeeze(1)
-        open_in_all = rounds.sum(uncertified.numel())
+        # Read together: a GPU is waited for once.
+        facts = torch.stack([is_open.sum().double(), is_mover.sum().double(), movement[0]]).tolist()
+        num_open, num_movers, max_movement = int(facts[0]), int(facts[1]), facts[2]
+        open_in_all = rounds.sum(num_open)
+        uncertified, count = all_rows[:0], 0
         if open_in_all:
+            uncertified = _positions(is_open, num_open)
             rescored = rounds.rescore(uncertified, build.candidates[uncertified].long())
             ids[uncertified], scores[uncertified] = (x[:, : self.k] for x in rescored)
-        uncertified = uncertified[drift.tolerance(scores[:, -1], bounds)[uncertified] <= max_movement]
-        count = rounds.sum(uncertified.numel())
+            is_open = (drift.tolerance(scores[:, -1], bounds) <= movement)[uncertified]
+            num_open = int(is_open.sum())
+            uncertified = uncertified[_positions(is_open, num_open)]
+            count = rounds.sum(num_open)
         if count > _REBUILD_FRACTION * rounds.total:
             return self._rebuild(rounds, f"{count} rows moved too far to be certified", progress)
-        if movers.numel():
+        if num_movers:
             proven = torch.ones_like(all_rows, dtype=torch.bool).index_fill_(0, uncertified, False)
-            proven = proven.nonzero().squeeze(1)
-            is_mover = torch.zeros(rounds.total, dtype=torch.bool, device=movers.device).index_fill_(0, movers, True)
+            proven = _positions(proven, len(rows) - num_open if count else len(rows))
             if build.eligible is not None:
                 is_mover &= build.eligible
             ids[proven], scores[proven] = rounds.update_neighbors(proven, ids[proven], scores[proven], is_mover)
@@ -342,9 +357,9 @@ class NeighborTable:
             )
         self._store(rounds.gather(ids), rounds.gather(scores))
         reason = f"compared with the last build, rows moved by up to {max_movement:.2g}"
-        if movers.numel():
-            reason += f", and {movers.numel()} further"
-        return RefreshReport(rounds.total - open_in_all, open_in_all - count, count, movers.numel(), reason)
+        if num_movers:
+            reason += f", and {num_movers} further"
+        return RefreshReport(rounds.total - open_in_all, open_in_all - count, count, num_movers, reason)
 
     def _rebuild(self, rounds: Rounds, reason: str, progress: Progress | None) -> RefreshReport:
         equal = self._find_equal_rows(rounds)
@@ -394,7 +409,12 @@ class NeighborTable:
         if not self.exclude_equal_rows:
             return None
         embedding = rounds.rows.embedding
-        equal = has_equal_row(embedding) if rounds.group is None else equal_rows(rounds.gather(row_hashes(embedding)))
+        if rounds.group is not None:
+            equal = equal_rows(rounds.gather(row_hashes(embedding)))
+        elif (first := rounds.rows.first_equal) is None:
+            equal = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
+        else:
+            equal = (torch.bincount(first, minlength=len(first)) > 1)[first]
         before = self._equal_rows
         # What trains some rows of a group alone must not bring the others back. An engine may also begin with
         # placeholder weights, so the first search is not the last.
