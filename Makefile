@@ -20,7 +20,7 @@ help:
 	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
 	@echo "make report     everything measured on one page with pictures: benchmarks/results/report.md"
-	@echo "make resources  compile every kernel for five GPUs; registers, stack, spills and shared memory of each"
+	@echo "make resources  compile what changed of the kernels for five GPUs; what each takes, and times predicted from it"
 	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
 	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
 	@echo "make venv       .venv with everything the above need; they make it themselves"
@@ -95,6 +95,7 @@ report: venv
 
 resources: venv
 	$(BIN)/python benchmarks/resources.py
+	$(BIN)/python benchmarks/predictions.py
 
 mutations: venv
 	$(BIN)/python tests/mutations.py

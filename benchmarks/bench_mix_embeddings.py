@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import Case, compare
 from peers import compiled, embedding_bag, gather_einsum, plain_mix
-from shapes import POSITIONS
+from shapes import POSITIONS, mix_backward_bytes, mix_bytes
 
 from ngrpo_ops import mix_embeddings
 from ngrpo_ops.ops.mix_embeddings import mix_embeddings_cpu, mix_embeddings_reference
@@ -49,7 +49,7 @@ def _forward(dtype: torch.dtype, device: str, who: str) -> Case:
         "torch.compile of the oracle": lambda: compiled(plain_mix, *inputs),
         "the oracle": lambda: partial(mix_embeddings_reference, *inputs),
     }[who]()
-    moved = n * (K + 1) * d * dtype.itemsize + n * K * 12
+    moved = mix_bytes(n, K, d, dtype.itemsize)
     return Case("mix_embeddings", _shape(device), str(dtype).removeprefix("torch."), moved, run)
 
 
@@ -72,7 +72,7 @@ def _backward(dtype: torch.dtype, device: str, who: str) -> Case:
     out = forward()
     grad = torch.randn_like(out)
     n, d = out.shape
-    moved = (n * (K + 1) * d + n * d + embedding.numel()) * dtype.itemsize
+    moved = mix_backward_bytes(n, K, embedding.shape[0], d, dtype.itemsize)
     return Case(
         "mix_embeddings backward", _shape(device), str(dtype).removeprefix("torch."), moved,
         lambda: torch.autograd.grad(out, (table, w), grad, retain_graph=True), rounds=7,

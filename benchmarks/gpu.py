@@ -1,8 +1,9 @@
 """Everything that is worth running on a machine with a CUDA GPU, in one command of at most 9 minutes: `make gpu`.
 
 The tests of the kernels on the GPU, compute-sanitizer's memcheck and racecheck over a few of them where it is
-installed, then the benchmarks. Logs and CSV files go to the folder NGRPO_OPS_RESULTS (default: benchmarks/results); a
-short table comes last. Nothing is installed: the packages of this Python are used, with this checkout on its path.
+installed, then the benchmarks. Logs and CSV files go to the folder NGRPO_OPS_RESULTS (default: benchmarks/results). A
+short table comes last, with what benchmarks/predictions.py had predicted for an H100 beside what was measured. Nothing
+is installed: the packages of this Python are used, with this checkout on its path.
 """
 
 from __future__ import annotations
@@ -82,6 +83,17 @@ def copy_bandwidth(device: str) -> float:
     return 2 * x.numel() * x.element_size() / sorted(times)[len(times) // 2] / 1e9
 
 
+def predictions() -> dict[tuple[str, ...], str]:
+    """By who, op, shape and dtype of a benchmark, the milliseconds that an H100 was predicted to take."""
+    path = ROOT / "benchmarks" / "results" / "predictions_h100.csv"
+    with path.open(newline="") as file:
+        return {
+            ("ours", row["op"], row["shape"], row["dtype"]): f"{1e3 * float(row['predicted_s']):.3f}"
+            for row in csv.DictReader(file)
+            if row["predicted_s"] and not row["published_s"]
+        }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this script itself")
@@ -116,12 +128,18 @@ def main() -> int:
         print(line)
     tables = sorted(folder.glob("*torch*.csv"), key=lambda path: path.stat().st_mtime)
     if tables:
-        print(f"{'op':<42} {'dtype':<9} {'median ms':>10} {'GB/s':>8} {'of copy':>8} {'best peer / ours':>17}")
+        predicted = predictions()
+        print(
+            f"{'op':<42} {'dtype':<9} {'median ms':>10} {'predicted':>10} {'GB/s':>8} {'of copy':>8} "
+            f"{'best peer / ours':>17}"
+        )
         for row in csv.DictReader(tables[-1].open()):
             if row["who"].startswith("ours"):
                 bandwidth = float(row["gb_per_s"])
+                name = row["op"] + ", " + row["who"]
+                expected = predicted.get(tuple(row[column] for column in ("who", "op", "shape", "dtype")), "-")
                 print(
-                    f"{row['op'] + ', ' + row['who']:<42.42} {row['dtype']:<9} {1e3 * float(row['median_s']):10.3f} "
+                    f"{name:<42.42} {row['dtype']:<9} {1e3 * float(row['median_s']):10.3f} {expected:>10} "
                     f"{bandwidth:8.0f} {bandwidth / copy:8.0%} {row['speed_to_best_peer'][:6]:>17}"
                 )
     return 0 if all(" ok " in line or "not installed" in line for line in report) else 1

@@ -84,7 +84,7 @@ def write(folder: Path) -> Path:
     Raises:
         ValueError: a CSV of unknown columns, or one that is damaged; the message names the file.
     """
-    measured, scaling, resources = _read(folder)
+    measured, scaling, resources, predicted = _read(folder)
     for old in folder.glob("report_*.png"):
         old.unlink()
     lines = [*_summary(measured)]
@@ -104,6 +104,7 @@ def write(folder: Path) -> Path:
         if device in scaling:
             lines += ["", "### nearest_neighbors over V and d", "", *_scaling(scaling[device], folder, device)]
     lines += ["", "## Compiled for GPUs, and not run", "", *_resources(resources)]
+    lines += ["", "## Predicted for an H100, and not measured", "", *_predictions(predicted)]
     report = folder / "report.md"
     report.write_text("\n".join(lines) + "\n")
     return report
@@ -119,10 +120,11 @@ Measured = list[tuple[str, str, list[Row]]]  # device, file, rows
 Scaling = dict[str, list[dict[str, Any]]]  # by device
 
 
-def _read(folder: Path) -> tuple[Measured, Scaling, list[dict[str, str]]]:
+def _read(folder: Path) -> tuple[Measured, Scaling, list[dict[str, str]], list[dict[str, str]]]:
     measured: Measured = []
     scaling: Scaling = {}
     resources: list[dict[str, str]] = []
+    predicted: list[dict[str, str]] = []
     for path in sorted(folder.glob("*.csv")):
         try:
             columns, rows = _table_of(path)
@@ -136,13 +138,18 @@ def _read(folder: Path) -> tuple[Measured, Scaling, list[dict[str, str]]]:
                         scaling.setdefault(row["device"], []).append({**row, **figures})
             elif {"kernel", "target", "registers"} <= columns:
                 resources += rows
+            elif {"op", "floor_s", "predicted_s", "published_s"} <= columns:
+                for row in rows:
+                    for name in ("floor_s", "instructions_s", "predicted_s", "published_s"):
+                        _number(row[name])
+                predicted += rows
             else:
                 raise ValueError(f"a CSV of unknown columns {sorted(columns)}")
         except KeyError as error:
             raise ValueError(f"{path.name}: lacks the column {error}") from error
         except (OSError, ValueError, csv.Error) as error:  # a folder, not UTF-8, not a number, zero bytes
             raise ValueError(f"{path.name}: {error}") from error
-    return measured, scaling, resources
+    return measured, scaling, resources, predicted
 
 
 def _table_of(path: Path) -> tuple[set[str], list[dict[str, str]]]:
@@ -284,6 +291,46 @@ def _resources(rows: list[dict[str, str]]) -> Iterator[str]:
             max((int(row[name]) for row in compiled), default=0) for name in ("registers", "stack", "spills", "shared")
         )
         yield f"| {target} | {len(compiled)} of {len(of_target)} | {' | '.join(f'{value:,}' for value in most)} |"
+
+
+def _predictions(rows: list[dict[str, str]]) -> Iterator[str]:
+    """What `benchmarks/predictions.py` has computed, for our operations and for kernels that others have measured."""
+    if not rows:
+        yield f"{MISSING.capitalize()}."
+        return
+
+    def time(text: str) -> str:
+        seconds = _number(text)
+        return "-" if seconds is None else duration(seconds)
+
+    yield (
+        "Arithmetic, and no measurement: bytes over bandwidth, the instructions that the kernels above issue on the "
+        "busiest multiprocessor, and the launches (`benchmarks/predictions.py`). Latencies are left out, so small "
+        "cases take longer. A kernel whose loops depend on its data has no prediction."
+    )
+    yield ""
+    yield "| case | bytes alone | instructions alone | launches | prediction |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        if not row["published_s"]:
+            yield (
+                f"| `{row['op']}` {row['shape']} {row['dtype']} | {time(row['floor_s'])} "
+                f"| {time(row['instructions_s'])} | {row['launches']} | {time(row['predicted_s'])} |"
+            )
+    yield ""
+    yield (
+        "The same arithmetic for kernels of our own whose like others have measured. The first is bound by its matrix "
+        "products and the second by its bytes: nothing published checks the instructions."
+    )
+    yield ""
+    yield "| kernel | predicted | published | ratio | source |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        if (published := _number(row["published_s"])) and (predicted := _number(row["predicted_s"])):
+            yield (
+                f"| {row['op']} {row['shape']} | {duration(predicted)} | {duration(published)} "
+                f"| {_digits(predicted / published)} | {row['source']} |"
+            )
 
 
 # The pictures -----------------------------------------------------------------------------------------------------

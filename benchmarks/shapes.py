@@ -15,3 +15,13 @@ REWARDS = 65_536
 
 # Rows of a decode step.
 BATCHES = (1, 64, 256, 1024)
+
+
+def mix_bytes(n: int, k: int, d: int, itemsize: int) -> int:
+    """What a mix must read and write: its rows, ids of 8 bytes and weights of 4, and the mixes."""
+    return n * (k + 1) * d * itemsize + n * k * 12
+
+
+def mix_backward_bytes(n: int, k: int, v: int, d: int, itemsize: int) -> int:
+    """What its gradients must: every candidate's row, the gradient twice, and the gradient of the table."""
+    return (n * (k + 1) * d + n * d + v * d) * itemsize

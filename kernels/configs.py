@@ -108,10 +108,13 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
 
 # Where an architecture needs other tiles, instead of the kernel's entry above.
 PINNED_FOR: dict[tuple[str, str], tuple[tuple[int, Config], ...]] = {
-    # 128 registers, which ptxas aims at there, are one too few for float32.
-    ("mix_grad_embedding_kernel", "cuda:89"): (
-        (256, _config(4, BLOCK_V=16, BLOCK_D=256)),
-        (2**31, _config(4, registers=168, BLOCK_V=8, BLOCK_D=512)),
+    # ptxas aims at an occupancy there, and takes a few bytes of stack for it.
+    ("decode_choice_kernel", "cuda:100"): ((2**31, _config(8, registers=168, BLOCK_D=1024)),),
+    ("decode_choice_kernel", "cuda:89"): ((2**31, _config(8, registers=168, BLOCK_D=1024)),),
+    ("decode_gather_kernel", "cuda:89"): ((2**31, _config(4, registers=168)),),
+    ("mix_grad_weights_kernel", "cuda:89"): (
+        (256, _config(4, BLOCK_N=4, BLOCK_D=256)),
+        (2**31, _config(4, registers=168, BLOCK_N=2, BLOCK_D=512)),
     ),
 }
 

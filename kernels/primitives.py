@@ -115,11 +115,12 @@ def aligned_rows(rows: int, width: int, device: torch.device) -> Tensor:
 
 
 class Launch(NamedTuple):
-    """One launch as it would have been made: the kernel, its arguments by name and its configuration."""
+    """One launch as it would have been made: the kernel, its arguments by name, its configuration and its programs."""
 
     kernel: Any
     arguments: dict[str, Any]
     config: triton.Config
+    grid: tuple[int, ...]
 
 
 _recorded: list[Launch] | None = None
@@ -199,7 +200,7 @@ def launch(
     arguments["INT64"] = _force_int64 or needs_int64(*int64_for)
     config = configs.pinned(name, width, interpreted=interpreted(kernel))
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, config))
+        _recorded.append(Launch(kernel, arguments, config, grid({**arguments, **config.kwargs})))
     elif tunable and name in configs.TUNING_KEYS and _autotune() and not interpreted(kernel):
         _tuned(kernel)[grid](**arguments, **OPTIONS)
     elif isinstance(kernel, JITFunction) and not torch.version.hip:

@@ -72,14 +72,15 @@ def _ptx(source: ASTSource, **options: Any) -> str:
 
 def contractions_of_kernels() -> dict[str, int]:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import resources  # type: ignore[import-not-found]
+    import compiled
+    import kernel_cases
 
     signature = {"x": "*fp32", "out": "*fp32", "factor": "fp32"}
     counts = {"contracted_kernel": len(contractions(_ptx(ASTSource(contracted_kernel, signature, {}))))}
-    for case in resources.every_case():
+    for case in kernel_cases.every_case("cuda:90"):
         # The element type changes a load; a wide offset no arithmetic of floating-point numbers.
         if case.dtype == "bf16" and "INT64=True" not in case.config:
-            ptx = _ptx(resources._source(case.launch), num_warps=case.launch.config.num_warps)
+            ptx = _ptx(compiled.source(case.launch), num_warps=case.launch.config.num_warps)
             counts[case.kernel] = counts.get(case.kernel, 0) + len(contractions(ptx))
     return counts
 

@@ -33,6 +33,7 @@ def test_every_kernel_has_a_pinned_configuration_and_a_tile():
             limits = [limit for limit, _ in pinned]
             assert limits == sorted(limits) and limits[-1] == 2**31
         every = [config for pinned in others for _, config in pinned]
+        assert {frozenset(config.kwargs) for config in every} <= {frozenset(configs.PINNED[name][0][1].kwargs)}
         for config in (*every, *configs.candidates(name), configs.pinned(name, 100, interpreted=True)):
             assert set(config.kwargs) <= arguments
             assert all(block == triton.next_power_of_2(block) for block in config.kwargs.values())
