@@ -466,7 +466,8 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--workers", "0"], ["--problems", "0"], ["--problems", "3", "--preset", "full"], ["--preset", "huge"]]
+    "arguments",
+    [["--workers", "0"], ["--problems", "0"], ["--problems", "3", "--preset", "full"], ["--preset", "huge"]],
 )
 def test_bad_numbers_are_refused(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):
