@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngrpo_ops import NeighborTable, nearest_neighbors
-from ngrpo_ops.ops.nearest_neighbors import bounds, scores, table
+from ngrpo_ops.ops.nearest_neighbors import scores, table
 from ngrpo_ops.ops.nearest_neighbors.row_hashes import row_hashes
 from ngrpo_ops.testing import DEVICE, METRICS, for_backend, generators, metrics, tables
 
@@ -22,10 +22,10 @@ def _small_blocks(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _backend(request, monkeypatch):
-    """A table takes the kernels where they run: for a test's backend "triton" also on the CPU, interpreted."""
+    """A table takes the kernels where they run: for a test's backend "triton" also on the CPU, interpreted. They score
+    pairs and measure rows. Tables this small are scanned in plain torch; the kernels' scan has tests of its own."""
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(bounds, "_KERNELS_FROM", 0)
 
 
 def assert_fresh(neighbors: NeighborTable, embedding: Tensor) -> None:
