@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from ngrpo_ops import (
     decode_step,
 )
+from ngrpo_ops.kernels import decode_step as decode_step_kernels
 from ngrpo_ops.ops.decode_step import sampling
 from ngrpo_ops.testing import (
     DEVICE,
@@ -25,6 +26,30 @@ def test_a_draw_at_the_edge_of_a_token():
     draws = {0.0: 1, 0.5 - 2.0**-53: 1, 0.5: 3, 1 - 2.0**-53: 3, 1.0: 3}
     for u, token in draws.items():
         assert sampling.sample(scaled.exp(), torch.tensor([u], dtype=torch.float64)).tolist() == [token]
+
+
+def test_a_number_that_filters_nothing_is_no_filter(backend, monkeypatch):
+    """It would sort every row, or read it again. Tensors are not looked at."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 40, generator=generator).to(DEVICE)
+    table, neighbors = torch.randn(40, 2, generator=generator).to(DEVICE), torch.zeros(40, 1, dtype=torch.int64)
+
+    def step(**filters):
+        return decode_step(
+            logits, table, neighbors.to(DEVICE), mixing_rate=0.5, seed=3, step=1, backend=backend, **filters
+        )
+
+    plain, ones = step(), torch.ones(6, dtype=torch.float64, device=DEVICE)
+    assert torch.equal(step(top_p=ones).token_ids, plain.token_ids)
+
+    def filtered(*_):
+        raise AssertionError("rows are filtered")
+
+    monkeypatch.setattr(sampling, "largest_mask", filtered)
+    monkeypatch.setattr(decode_step_kernels.decode_gather_kernel, "fn", filtered)
+    for filters in ({"top_p": 1.0}, {"top_p": 1}, {"top_k": 40}, {"top_k": 99}, {"min_p": 0.0}, {"min_p": 0}):
+        for got, want in zip(step(**filters), plain, strict=True):
+            assert torch.equal(got, want)
 
 
 def test_gate_rate_over_rows_and_steps():

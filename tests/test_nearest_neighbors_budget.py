@@ -22,12 +22,13 @@ from ngrpo_ops.kernels import nearest_neighbors as kernels
 from ngrpo_ops.ops.nearest_neighbors import api, drift, fused, row_hashes, scores, table
 
 V = 151_936
-WAITS = {"nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount", "masked_select"}
+# `lift_fresh` makes a tensor of a list: on a GPU a copy from the host, which waits.
+WAITS = {"lift_fresh", "nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount", "masked_select"}
 READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__"}
 FREE = {
     "view", "slice", "unsqueeze", "squeeze", "expand", "select", "t", "transpose", "permute", "as_strided", "detach",
     "alias", "_unsafe_view", "split", "unbind", "empty", "new_empty", "empty_like", "_reshape_alias", "reshape",
-    "split_with_sizes", "empty_strided", "lift_fresh",
+    "split_with_sizes", "empty_strided",
 }  # fmt: skip
 
 
@@ -46,8 +47,8 @@ BUDGETS = {
     "whole table, some rows allowed": Cost(1035, 439, 4),
     "64 anchors": Cost(151, 48, 2),
     "build": Cost(1213, 565, 2),
-    "refresh, every row certified": Cost(134, 4, 2),
-    "refresh, some rows searched": Cost(311, 52, 4),
+    "refresh, every row certified": Cost(137, 4, 2),
+    "refresh, some rows searched": Cost(313, 52, 4),
 }
 
 

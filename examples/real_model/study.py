@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -388,6 +389,26 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+@contextmanager
+def as_command(alone: bool, threads: int = 1) -> Iterator[None]:
+    """What a study does as a command: it can be stopped, and says in a line what is wrong with what it was given.
+
+    Args:
+        alone: in a process of its own, and not where a test calls it.
+        threads: of such a process.
+    """
+    if alone:
+        quiet()
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
+    try:
+        yield
+    except FileError as error:
+        sys.exit(f"{error}\nDelete it, and the same command makes it again.")
+    except (ModelUnavailableError, ValueError) as error:
+        sys.exit(str(error))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.real_model.study", description=__doc__,
@@ -409,10 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.problems is not None and (given.problems < 1 or given.problems % at_once):
         parser.error(f"--problems must be a multiple of {at_once}, those of a batch, got {given.problems}")
     out = given.out or Path("runs/real_model") / f"study-{given.preset}"
-    if arguments is None:  # in a process of its own, and not where a test calls this
-        quiet()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
-    try:
+    with as_command(arguments is None):
         if not given.report_only:
             preset = PRESETS[given.preset]
             if given.problems is not None:
@@ -423,10 +441,6 @@ def main(arguments: list[str] | None = None) -> None:
         from .report import write_report
 
         print(write_report(out, given.report or out / "report", given.training))
-    except FileError as error:
-        sys.exit(f"{error}\nDelete it, and the same command makes it again.")
-    except (ModelUnavailableError, ValueError) as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,14 +27,14 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ngrpo_ops import MixingConfig
-from ngrpo_ops.files import FileError, read_json, write_json
+from ngrpo_ops.files import read_json, write_json
 from ngrpo_ops.integrations.transformers import NeighborMixing
 
 from ..countdown.arms import ARMS
 from ..countdown.rl import train
-from .load import NAME, ModelUnavailableError, load_model
+from .load import NAME, load_model
 from .sample import encode, sample
-from .study import TEMPERATURE, check_settings, quiet, shared_settings
+from .study import TEMPERATURE, as_command, check_settings, shared_settings
 from .tasks import WORD_PROBLEMS, Problem, WordProblems
 
 HELD_OUT_SEED = 1000  # of the problems
@@ -203,17 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help=f"a folder or a hub name; default: {NAME}, dequantized from 4 bits")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/real_model/training-<preset>")
     given = parser.parse_args(arguments)
-    if arguments is None:  # in a process of its own, and not where a test calls this
-        quiet()
-        torch.set_num_threads(os.cpu_count() or 1)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on where this was"))
     out = given.out or Path("runs/real_model") / f"training-{given.preset}"
-    try:
+    with as_command(arguments is None, os.cpu_count() or 1):
         run(PRESETS[given.preset], lambda: load_model(given.model), given.model, out)
-    except FileError as error:
-        sys.exit(f"{error}\nDelete it, and the same command makes it again.")
-    except (ModelUnavailableError, ValueError) as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

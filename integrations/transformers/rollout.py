@@ -250,8 +250,5 @@ def _filters(generation: GenerationConfig) -> dict[str, Any]:
     """The filters of a sampled generation, as `decode_step` takes them."""
     if not generation.do_sample:
         return {}
-    top_p = generation.top_p
-    # What filters nothing is left out: a top_p of 1 would sort every row.
-    filters = {"top_k": generation.top_k, "top_p": None if top_p is None or top_p >= 1 else top_p}
-    filters["min_p"] = generation.min_p
-    return {name: value for name, value in filters.items() if value}
+    filters = {"top_k": generation.top_k or None, "top_p": generation.top_p, "min_p": generation.min_p}
+    return {name: value for name, value in filters.items() if value is not None}

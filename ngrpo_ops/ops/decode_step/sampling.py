@@ -65,7 +65,7 @@ def filter_mask(logits: Tensor, d: Distribution, settings: Settings) -> Tensor |
     top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
     mask = None
     if top_k is not None or top_p is not None:
-        if top_k is not None and top_k.dim() == 0 and 1 <= int(top_k) < logits.shape[-1]:
+        if top_k is not None and top_k.dim() == 0:  # a number, which filters something
             ordered = logits.topk(int(top_k)).values
         else:
             ordered = logits.sort(dim=-1, descending=True).values

@@ -87,8 +87,8 @@ def resolve(logits: Tensor, options: Mapping[str, float | None], **given: Any) -
     given["options"] = strategy.option_values(options)
     given["temperature"] = _temperature(given["temperature"], logits)
     given["top_k"] = _top_k(given["top_k"], logits)
-    given["top_p"] = _by_row(given["top_p"], "top_p", 0.0, 1.0, logits, open_below=True)
-    given["min_p"] = _by_row(given["min_p"], "min_p", 0.0, 1.0, logits)
+    given["top_p"] = _by_row(given["top_p"], "top_p", 0.0, 1.0, logits, open_below=True, no_filter=1.0)
+    given["min_p"] = _by_row(given["min_p"], "min_p", 0.0, 1.0, logits, no_filter=0.0)
     given["seed"] = require_counter(given["seed"], "seed", "logits", logits)
     given["step"] = _step(given["step"], logits)
     settings = Settings(**given)
@@ -184,6 +184,8 @@ def _top_k(value: int | Tensor | None, logits: Tensor) -> Tensor | None:
         require_same_device("top_k", value, "logits", logits)
         return value
     require_integer(value, "top_k", least=1)
+    if value >= logits.shape[1]:  # filters nothing; as a filter it would cost passes over the logits
+        return None
     return torch.full((), value, dtype=torch.int64, device="cpu")
 
 
@@ -196,10 +198,12 @@ def _by_row(
     *,
     open_below: bool = False,
     optional: bool = True,
+    no_filter: float | None = None,
 ) -> Tensor | None:
     """A floating-point setting: [B] where it differs from row to row, and 0-d on the CPU where it does not.
 
-    The values of a tensor are looked at where that does not make the host wait.
+    The values of a tensor are looked at where that does not make the host wait. The number `no_filter` is as None: as a
+    filter it would cost passes over the logits.
     """
     if value is None and optional:
         return None
@@ -217,6 +221,8 @@ def _by_row(
     if not (least <= low and high <= most) or (open_below and low == least) or high == math.inf:
         bounds = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
         raise ValueError(f"{name} must be within {bounds}, got {low if low == high else (low, high)!r}")
+    if not isinstance(value, Tensor) and value == no_filter:
+        return None
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device="cpu")
 
 

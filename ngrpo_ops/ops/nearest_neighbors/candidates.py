@@ -8,10 +8,36 @@ import torch
 from torch import Tensor
 
 from .bounds import OptimisticScores
+from .scores import ScoredRows
 
 GROUP_SIZE = 16  # scores of which the maximum is compared first
 _MAX_GROUPS = 2**15  # groups that are looked into at a time
 _MAX_PAIRS = 2**20  # pairs that are held before all of them are scored, and all but the best dropped; 64 bytes each
+
+
+class ScanSettings(NamedTuple):
+    """What is scanned, by the kernels or in plain torch.
+
+    Attributes:
+        rows: the rows whose neighbors are wanted.
+        columns: the rows that are scanned. Row i of `rows` is column i + `offset`, and not its own neighbor.
+        offset: see `columns`.
+        eligible: int64, ascending, the columns that are scanned; None: all.
+        k, kept: columns that are wanted and that are kept of each query, k <= kept.
+        has_copies: bool [C], columns that stand for equal ones; None: none does.
+    """
+
+    rows: ScoredRows
+    columns: ScoredRows
+    offset: int
+    eligible: Tensor | None
+    k: int
+    kept: int
+    has_copies: Tensor | None = None
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.columns) if self.eligible is None else self.eligible.numel()
 
 
 class Pairs(NamedTuple):

@@ -85,7 +85,8 @@ def exclude_movers(moved: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     """
     v = len(moved)
     order = moved.argsort(descending=True, stable=True)
-    counts = torch.tensor([0, *(2**i for i in range((v // 8).bit_length()))], device=order.device)
+    # 0, 1, 2, 4, ...: made where they are needed, since a copy from the host would wait for a GPU.
+    counts = (1 << torch.arange((v // 8).bit_length() + 1, device=order.device)) // 2
     movement = moved[order[counts]]
     # Searching a row that is not certified takes as long as scoring a mover against every row.
     uncertified = torch.searchsorted(tolerance.sort().values, movement, right=True)

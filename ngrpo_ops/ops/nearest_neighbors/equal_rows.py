@@ -68,7 +68,7 @@ class Classes(NamedTuple):
         if same:
             query = torch.where(first[query] < total, first[query], query)
         scanned, place = torch.unique(query, return_inverse=True)
-        is_shared = (torch.bincount(of_rows, minlength=len(rows)) > 1)[of_rows[scanned]]
+        is_shared = rows.has_equal[scanned]
         return Classes(
             queries, offset, scanned, is_shared, place, (count > 0).nonzero().squeeze(1), count > 1,
             members, count.cumsum(0) - count, count, of_rows,

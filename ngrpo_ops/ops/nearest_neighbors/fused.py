@@ -25,7 +25,7 @@ from torch import Tensor
 from .._library import load_kernels
 from .._precision import has_matrix_units
 from .bounds import rounding_error, underflow_error
-from .candidates import Found
+from .candidates import Found, ScanSettings
 from .scores import ScoredRows
 
 _KERNELS_FROM = 2**11  # columns: fewer are scored as fast in plain torch
@@ -60,7 +60,7 @@ class FusedCandidates:
         queries: row ids int64 [n].
         capacity: places of a query.
         thresholds: float32 [n]. -inf takes every pair, +inf none.
-        candidates: the rows that candidates are: ids of columns, or positions among the queries (`by_position`).
+        by_position: whether a pair holds its column's position among the queries, and not its id.
     """
 
     def __init__(
@@ -139,31 +139,17 @@ class FusedCandidates:
 
 
 class FusedScan:
-    """A scan of `columns` for the neighbors of `rows`, as `search._Scan` is one, by the kernels.
+    """A scan by the kernels."""
 
-    Args:
-        rows, columns, offset, eligible, k, kept, has_copies: as of `search._Scan`.
-    """
-
-    def __init__(
-        self,
-        rows: ScoredRows,
-        columns: ScoredRows,
-        offset: int,
-        eligible: Tensor | None,
-        k: int,
-        kept: int,
-        has_copies: Tensor | None,
-    ) -> None:
-        self.rows, self.columns, self.offset, self.eligible = rows, columns, offset, eligible
-        self.k, self.kept, self.has_copies = k, kept, has_copies
+    def __init__(self, settings: ScanSettings) -> None:
+        self.num_columns = settings.num_columns
+        self.rows, self.columns, self.offset, self.eligible, self.k, self.kept, self.has_copies = settings
         self.kernels = load_kernels("nearest_neighbors")
         self.row_kernels = load_kernels("nearest_neighbors_rows")
-        self.num_columns = len(columns) if eligible is None else eligible.numel()
-        d = rows.embedding.shape[1]
+        d = self.rows.embedding.shape[1]
         self.rounding, self.underflow = rounding_error(d, truncating=True), underflow_error(d)
         self.block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // d))
-        if rows.metric == "l1":  # float32 rows
+        if self.rows.metric == "l1":  # float32 rows
             self.block_rows = max(1, self.block_rows // 2)
 
     @staticmethod
@@ -204,7 +190,7 @@ class FusedScan:
         parts = []
         for start in range(0, n, size):
             span = slice(start, start + size)
-            candidates = FusedCandidates(self, queries[span], capacity, thresholds[span].clone(), by_position=False)
+            candidates = FusedCandidates(self, queries[span], capacity, thresholds[span], by_position=False)
             self._scan(candidates, is_shared[span], order)
             parts.append(candidates.finish(is_shared[span]))
             report(min(1.0, (start + size) / n))

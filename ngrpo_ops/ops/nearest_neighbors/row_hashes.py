@@ -24,7 +24,7 @@ def row_hashes(rows: Tensor) -> Tensor:
     Args:
         rows: [n, d], floating point.
     """
-    keys = _keys(rows.shape[1]).to(rows.device)
+    keys = _keys(rows.shape[1], rows.device)
     hashes = torch.empty(rows.shape[0], 2, dtype=torch.int64, device=rows.device)
     size = max(1, _HASHED_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], size):
@@ -86,11 +86,11 @@ def first_equal_rows(rows: Tensor, suspected: Tensor) -> Tensor | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _keys(width: int) -> Tensor:
+def _keys(width: int, device: torch.device) -> Tensor:
     """int64 [2, 2, d]: for both halves of a hash a mask and an odd factor of each column."""
     columns = torch.arange(width, device="cpu")
     keys = []
     for half in range(2):
         words = philox(torch.tensor(_SEED, device="cpu"), torch.tensor(half, device="cpu"), columns)
         keys.append(torch.stack([words[0] << 32 | words[1], words[2] << 32 | words[3] | 1]))
-    return torch.stack(keys)
+    return torch.stack(keys).to(device)

@@ -75,10 +75,9 @@ class ScoredRows:
         else:
             none = torch.zeros(0, dtype=torch.float64, device=embedding.device)
             norms = torch.cat([none, *(_row_norms(embedding[rows]) for rows in self.tiles())])
+            inverse_norms = torch.where(norms < _ZERO_NORM, 0.0, 1.0 / norms).float()
             finite = norms.isfinite()
         zero = norms < _ZERO_NORM
-        if backend != "triton":
-            inverse_norms = torch.where(zero, 0.0, 1.0 / norms).float()
         self.inverse_norms = inverse_norms if metric == "cosine" else None
         # A norm of 0 is of a zero row alone. A larger norm only makes the bounds looser.
         least = torch.finfo(torch.float32).smallest_normal
@@ -107,6 +106,14 @@ class ScoredRows:
         elif not self._num_suspected:
             return None
         return first_equal_rows(self.embedding, self._suspected)
+
+    @property
+    def has_equal(self) -> Tensor:
+        """bool [n]: the rows with the values of another row."""
+        first = self.first_equal
+        if first is None:
+            return torch.zeros(len(self), dtype=torch.bool, device=self.embedding.device)
+        return (torch.bincount(first, minlength=len(self)) > 1)[first]
 
     def snapshot(self) -> ScoredRows:
         """The same rows in memory of their own, which no later change of the embedding reaches."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .bounds import OptimisticScores
-from .candidates import GROUP_SIZE, Candidates, Found, ScoreTile, padded_to_groups
+from .candidates import GROUP_SIZE, Candidates, Found, ScanSettings, ScoreTile, padded_to_groups
 from .equal_rows import Classes
 from .fused import FusedScan
 from .scores import ScoredRows, rows_per_tile
@@ -108,12 +108,13 @@ def search(
         classes = Classes.of(rows, columns, query_ids, offset, allowed)
     if classes is None:
         eligible = None if allowed is None else allowed.nonzero().squeeze(1)
-        scan = _Scan(rows, columns, offset, eligible, k, kept, total)
+        scan = _Scan(ScanSettings(rows, columns, offset, eligible, k, kept), total)
         found = scan.run(query_ids, None, floor, whole, report)
         class_bounds, equal_to = found.bounds, None
     else:
         # A query that is scanned for its equals too may find itself, so one column more is wanted.
-        scan = _Scan(rows, columns, offset, classes.columns, k + 1, max(kept, k + 1), total, classes.has_copies)
+        settings = ScanSettings(rows, columns, offset, classes.columns, k + 1, max(kept, k + 1), classes.has_copies)
+        scan = _Scan(settings, total)
         floor = None if floor is None else classes.lowest(floor)
         found = scan.run(classes.scanned, classes.is_shared, floor, whole, report)
         (found, class_bounds), equal_to = classes.expanded(found, k, kept), classes.equal_to
@@ -123,33 +124,14 @@ def search(
 
 
 class _Scan:
-    """A scan of `columns` for the neighbors of `rows`; row i is column i + offset, and not its own neighbor.
+    """A scan for the neighbors of `count` queries."""
 
-    Args:
-        rows, columns, offset: as in `search`.
-        eligible: int64, ascending, the columns that are scanned; None: all.
-        k, kept: columns that are wanted and that are kept of each query, k <= kept.
-        count: how many queries there will be.
-        has_copies: bool [C], columns that stand for equal ones; None: none does.
-    """
-
-    def __init__(
-        self,
-        rows: ScoredRows,
-        columns: ScoredRows,
-        offset: int,
-        eligible: Tensor | None,
-        k: int,
-        kept: int,
-        count: int,
-        has_copies: Tensor | None = None,
-    ) -> None:
-        self.rows, self.columns, self.offset, self.k, self.kept = rows, columns, offset, k, kept
-        self.eligible, self.has_copies, self.count = eligible, has_copies, count
-        self.num_columns = len(columns) if eligible is None else eligible.numel()
-        self.column_tile = columns.tile_size
-        fitting = _WORKSPACE_BYTES // (2 * _PAIR_BYTES * kept)  # queries whose pairs fit
-        self.query_tile = max(1, min(rows_per_tile(rows.embedding.shape[1], _QUERY_TILE), fitting))
+    def __init__(self, settings: ScanSettings, count: int) -> None:
+        self.settings, self.count, self.num_columns = settings, count, settings.num_columns
+        self.rows, self.columns, self.offset, self.eligible, self.k, self.kept, self.has_copies = settings
+        self.column_tile = self.columns.tile_size
+        fitting = _WORKSPACE_BYTES // (2 * _PAIR_BYTES * self.kept)  # queries whose pairs fit
+        self.query_tile = max(1, min(rows_per_tile(self.rows.embedding.shape[1], _QUERY_TILE), fitting))
         self._prepared: dict[tuple[int, int], Tensor] = {}
 
     @functools.cached_property
@@ -188,8 +170,8 @@ class _Scan:
         is_zero = self.rows.is_zero[queries]
         remaining, done = ~is_zero, 0
         if FusedScan.serves(self.columns, self.kept):
-            settings = (self.rows, self.columns, self.offset, self.eligible, self.k, self.kept, self.has_copies)
-            found, remaining, floor = FusedScan(*settings).run(queries, is_shared, is_zero, floor, whole, report)
+            fused = FusedScan(self.settings)
+            found, remaining, floor = fused.run(queries, is_shared, is_zero, floor, whole, report)
             done = total - int(remaining.sum())  # here a GPU is waited for
         elif whole and floor is None and self._fits_whole():
             places = torch.arange(total, device=device)

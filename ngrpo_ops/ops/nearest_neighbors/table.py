@@ -346,7 +346,7 @@ class NeighborTable:
             return self._rebuild(rounds, f"{count} rows moved too far to be certified", progress)
         if num_movers:
             proven = torch.ones_like(all_rows, dtype=torch.bool).index_fill_(0, uncertified, False)
-            proven = _positions(proven, len(rows) - num_open if count else len(rows))
+            proven = _positions(proven, len(rows) - uncertified.numel())
             if build.eligible is not None:
                 is_mover &= build.eligible
             ids[proven], scores[proven] = rounds.update_neighbors(proven, ids[proven], scores[proven], is_mover)
@@ -409,12 +409,8 @@ class NeighborTable:
         if not self.exclude_equal_rows:
             return None
         embedding = rounds.rows.embedding
-        if rounds.group is not None:
-            equal = equal_rows(rounds.gather(row_hashes(embedding)))
-        elif (first := rounds.rows.first_equal) is None:
-            equal = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
-        else:
-            equal = (torch.bincount(first, minlength=len(first)) > 1)[first]
+        hashed = rounds.group is not None
+        equal = equal_rows(rounds.gather(row_hashes(embedding))) if hashed else rounds.rows.has_equal
         before = self._equal_rows
         # What trains some rows of a group alone must not bring the others back. An engine may also begin with
         # placeholder weights, so the first search is not the last.
