@@ -111,7 +111,8 @@ def _calls() -> Iterator[tuple[str, list[Callable[[], object]]]]:
         usual |= {"seed": 1, "step": 0, "backend": "triton"}
         return lambda: ops.decode_step(logits[:b], table, **usual | settings)
 
-    numbers = {"top_k": (1, 16, 50, 4096), "top_p": (1, 0.9), "min_p": (0, 0.1)}
+    # Of numbers that filter something. Whether there is a filter is compiled in.
+    numbers = {"top_k": (1, 16, 50, 4095), "top_p": (0.5, 0.9), "min_p": (0.05, 0.1)}
     yield "filters", [step(top_k=k, top_p=0.9, min_p=0.1) for k in numbers["top_k"]]
     yield "filters", [step(top_k=5, top_p=p, min_p=m) for p in numbers["top_p"] for m in numbers["min_p"]]
     yield "batches", [step(b, top_p=0.9, temperature=torch.ones(b)) for b in (1, 2, 3, 16)]

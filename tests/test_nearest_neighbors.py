@@ -177,7 +177,7 @@ def test_tiles_do_not_show(data, metric, limit, backend):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
         patch.setattr(search, "_SQUARE_TILE", 16)
-        patch.setattr(fused, "_BLOCK_ROWS", 20)
+        patch.setattr(fused, "_BLOCK_ROWS", 30)
         patch.setattr(fused, "_SPARE_PLACES", limit)
         patch.setattr(fused, "_MOST_PLACES", limit)
         patch.setattr(fused, "_FINISHED_PLACES", 64 * limit)
@@ -202,7 +202,7 @@ def test_small_tiles_are_exact_too(metric, data, backend):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_QUERY_TILE", 8), ("_SQUARE_TILE", 16)):
             patch.setattr(search, name, value)
-        for name, value in (("_BLOCK_ROWS", 7), ("_SPARE_PLACES", 1), ("_MOST_PLACES", 1)):
+        for name, value in (("_BLOCK_ROWS", 16), ("_SPARE_PLACES", 1), ("_MOST_PLACES", 1)):
             patch.setattr(fused, name, value)
         for name, value in (("_COLUMN_TILE", 5), ("_TILE_ELEMENTS", 70), ("_PAIR_ELEMENTS", 50)):
             patch.setattr(scores_module, name, value)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,21 +48,42 @@ def tables_with_copies(draw: st.DrawFn) -> Tensor:
     return table[torch.randperm(len(table), generator=generator)]
 
 
-@given(
-    table=tables_with_copies(),
-    metric=metrics,
-    k=st.integers(1, 3),
-    more=st.integers(0, 6),
-    share=st.booleans(),
-    scan_by=st.sampled_from(["float32", "bfloat16", "kernels"]),
-    size=st.sampled_from([5, 16, 2**12]),
-    use_mask=st.booleans(),
-    use_floor=st.booleans(),
-    generator=generators,
-)
-def test_no_row_outside_the_candidates_is_above_the_bound(
-    table, metric, k, more, share, scan_by, size, use_mask, use_floor, generator
-):
+_SEARCHES: dict[str, Any] = {
+    "table": tables_with_copies(),
+    "metric": metrics,
+    "k": st.integers(1, 3),
+    "more": st.integers(0, 6),
+    "share": st.booleans(),
+    "size": st.sampled_from([5, 16, 2**12]),
+    "use_mask": st.booleans(),
+    "use_floor": st.booleans(),
+    "generator": generators,
+}
+
+
+@given(scan_by=st.sampled_from(["float32", "bfloat16"]), **_SEARCHES)
+def test_no_row_outside_the_candidates_is_above_the_bound(scan_by, **search):
+    assert_nothing_is_missed(scan_by, **search)
+
+
+@settings(max_examples=8)
+@given(**_SEARCHES)
+def test_the_kernels_miss_nothing(**search):
+    assert_nothing_is_missed("kernels", **search)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(**_SEARCHES)
+def test_the_kernels_miss_nothing_in_many_searches(**search):
+    assert_nothing_is_missed("kernels", **search)
+
+
+def assert_nothing_is_missed(
+    scan_by: str, table: Tensor, metric: Any, k: int, more: int, share: bool, size: int, use_mask: bool,
+    use_floor: bool, generator: torch.Generator,
+) -> None:  # fmt: skip
+    """A search against all scores, and no row outside its candidates above its bounds."""
     rows = ScoredRows(table, metric, backend="triton" if scan_by == "kernels" else "eager")
     true = pair_scores(rows)
     allowed = torch.rand(len(table), generator=generator) < 0.7 if use_mask else torch.ones(len(table), dtype=bool)
@@ -79,7 +101,7 @@ def test_no_row_outside_the_candidates_is_above_the_bound(
         patch.setattr(candidates, "_MAX_GROUPS", size)
         patch.setattr(equal_rows, "_EXPANDED_PAIRS", size)
         patch.setattr(fused, "_KERNELS_FROM", 0)
-        patch.setattr(fused, "_BLOCK_ROWS", size)
+        patch.setattr(fused, "_BLOCK_ROWS", max(size, 32))  # interpreted launches take long
         patch.setattr(fused, "_SPARE_PLACES", min(size, 40))
         patch.setattr(fused, "_MOST_PLACES", min(size, 2**10))
         patch.setattr(fused, "_FINISHED_PLACES", 64 * size)

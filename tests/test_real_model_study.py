@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from models import byte_tokenizer, tiny_model
-from transformers import GenerationConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,7 +26,6 @@ from examples.real_model.paths import path_of  # noqa: E402
 from ngrpo_ops import MixingConfig, selective_log_softmax  # noqa: E402
 from ngrpo_ops.files import FileError, read_json  # noqa: E402
 from ngrpo_ops.integrations.transformers import NeighborMixing  # noqa: E402
-from ngrpo_ops.integrations.transformers.rollout import _filters  # noqa: E402
 
 HERE = ROOT / "examples" / "real_model"
 
@@ -258,13 +256,6 @@ def test_rows_are_the_same_in_any_batch(tiny: tuple[Any, Any]) -> None:
     both = sample.sample(mixing, batch, 2, 0.7, 6, torch.arange(4))
     second = sample.sample(mixing, {name: rows[1:] for name, rows in batch.items()}, 2, 0.7, 6, torch.arange(2, 4))
     assert torch.equal(both.sequences[2:], second.sequences)
-
-
-def test_a_top_p_of_one_sorts_nothing() -> None:
-    assert _filters(GenerationConfig(do_sample=True, top_p=1.0, top_k=0)) == {}
-    assert _filters(GenerationConfig(do_sample=True, top_p=0.9, top_k=5, min_p=0.1)) == {
-        "top_k": 5, "top_p": 0.9, "min_p": 0.1,
-    }  # fmt: skip
 
 
 def test_digits_and_special_tokens_are_no_neighbors(tiny: tuple[Any, Any], tmp_path: Path) -> None:
