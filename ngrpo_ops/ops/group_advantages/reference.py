@@ -95,7 +95,8 @@ def group_advantages_backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor
     has_divisor = divisor != 0
     safe_divisor = torch.where(has_divisor, divisor, 1)
     # What a row gets through its own numerator. The rest comes through the group's mean and scale.
-    direct = torch.where(s.of_counted(has_divisor), groups.arrange(grad).to(s.weight.dtype) * s.factor / safe_divisor, 0)
+    direct = groups.arrange(grad).to(s.weight.dtype) * s.factor / safe_divisor
+    direct = torch.where(s.of_counted(has_divisor), direct, 0)
     direct_sum = groups.sum(direct)
     grad_divisor = -groups.sum(torch.where(direct != 0, direct * (s.numerator / s.factor) / safe_divisor, 0))
     if settings.singleton_groups == "keep" and settings.needs_others:
