@@ -96,7 +96,7 @@ def every_row(table: Tensor, queries: Tensor | None = None) -> Tensor:
 @pytest.fixture(autouse=True)
 def _few_rows_as_many(monkeypatch):
     """A search of few rows would score pairs with the kernels, and scan without them, equal rows each for itself."""
-    monkeypatch.setattr(fused, "_KERNELS_FROM", 0)
+    monkeypatch.setattr(fused, "KERNELS_FROM", 0)
     monkeypatch.setattr(search, "SHARED_FROM", 0)
 
 

@@ -100,7 +100,7 @@ def assert_nothing_is_missed(
         patch.setattr(candidates, "_MAX_PAIRS", size)
         patch.setattr(candidates, "_MAX_GROUPS", size)
         patch.setattr(equal_rows, "_EXPANDED_PAIRS", size)
-        patch.setattr(fused, "_KERNELS_FROM", 0)
+        patch.setattr(fused, "KERNELS_FROM", 0)
         patch.setattr(fused, "_BLOCK_ROWS", max(size, 32))  # interpreted launches take long
         patch.setattr(fused, "_SPARE_PLACES", min(size, 40))
         patch.setattr(fused, "_MOST_PLACES", min(size, 2**10))
