@@ -87,9 +87,9 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
     ),
     # The width is the number of queries. The rows are the operand of the product that may stay in registers.
     "score_few_kernel": (
-        (16, _config(4, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_Q=16)),
-        (32, _config(4, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_Q=32)),
-        (2**31, _config(4, 3, BLOCK_N=64, BLOCK_K=64, BLOCK_Q=64)),
+        (16, _config(4, 4, registers=255, BLOCK_N=64, BLOCK_K=32, BLOCK_Q=16)),
+        (32, _config(4, 4, registers=255, BLOCK_N=64, BLOCK_K=32, BLOCK_Q=32)),
+        (2**31, _config(4, 4, registers=255, BLOCK_N=64, BLOCK_K=32, BLOCK_Q=64)),
     ),
     # The width is the places of a query.
     "keep_best_kernel": (
