@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import DIVISOR
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are not installed
@@ -27,6 +28,8 @@ REAL_LR = 1e-5  # of a step on the real model
 def real_tables() -> tuple[str, Tensor, Tensor]:
     """The name of a real model, its embedding, and its embedding after a step of training.
 
+    Of the rows as many as `shapes.DIVISOR` leaves.
+
     Raises:
         ModelUnavailableError: it cannot be had.
     """
@@ -38,7 +41,8 @@ def real_tables() -> tuple[str, Tensor, Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=REAL_LR)
     model(**batch, labels=batch["input_ids"]).loss.backward()
     optimizer.step()
-    return name or NAME, before, model.get_input_embeddings().weight.detach().clone()
+    rows = len(before) // DIVISOR
+    return name or NAME, before[:rows], model.get_input_embeddings().weight.detach()[:rows].clone()
 
 
 def scored_pairs(run: Callable[[], Any]) -> int:
