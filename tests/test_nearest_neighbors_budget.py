@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 BUDGETS = {
     "whole table": Cost(1014, 439, 2),
     "whole table, some rows allowed": Cost(1035, 439, 4),
-    "64 anchors": Cost(60, 6, 1),
+    "64 anchors": Cost(40, 6, 1),
     "96 anchors": Cost(151, 48, 2),
     "build": Cost(1213, 565, 2),
     "refresh, every row certified": Cost(137, 4, 2),

@@ -281,7 +281,7 @@ def _cases() -> list[Case]:
             add(f"rows, {metric}, {order}", kernels, _rows, metric, order, LAYOUTS[(i + j) % 4], slow=j > 0)
             if metric != "l1":
                 few = {"row_statistics_kernel", "prepare_rows_kernel", "score_few_kernel"}
-                add(f"few, {metric}, {order}", few, _score_few, metric, order, LAYOUTS[(i + j) % 4], slow=j > 0)
+                add(f"few, {metric}, {order}", few, _score_few, metric, order, LAYOUTS[(i + j) % 4], slow=i + j > 0)
     return cases
 
 
