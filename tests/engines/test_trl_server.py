@@ -529,6 +529,17 @@ def test_workers_that_do_not_mix_say_so() -> None:
     assert "knows no trainer" in server.take_mix_records_json(worker, "me", 0, 1, [], [])["error"][1]
 
 
+def test_one_worker_of_a_tensor_parallel_group_replies_and_all_forget() -> None:
+    forgotten: list[range] = []
+    mixer = SimpleNamespace(run="me", requests=SimpleNamespace(forget_outside=forgotten.append))
+    worker = SimpleNamespace(
+        rank=1, parallel_config=SimpleNamespace(world_size=2),
+        model_runner=SimpleNamespace(model_state=SimpleNamespace(mixer=mixer)),
+    )  # fmt: skip
+    assert server.take_mix_records_json(worker, "me", 3, 5, [3], [1]) is None
+    assert forgotten == [range(3, 5)]
+
+
 def test_faults_come_out_of_a_server(model: str) -> None:
     """Logits that are no distribution, and the same engine asked in the form of HTTP without it."""
     settings = SETTINGS | {"max_model_len": 64, "max_num_seqs": 8}
