@@ -23,6 +23,7 @@ from ngrpo_ops.kernels import (
     group_advantages,
     mix_embeddings,
     nearest_neighbors,
+    nearest_neighbors_few,
     nearest_neighbors_rows,
     selective_log_softmax,
 )
@@ -178,6 +179,12 @@ def _rows(dtype: torch.dtype, d: int, metric: str) -> None:
         )
 
 
+def _score_few(dtype: torch.dtype, q: int, metric: str) -> None:
+    x, values = _meta(q, 960, dtype=torch.bfloat16), _meta(q, dtype=torch.float32)
+    table = _meta(151_936, 896, dtype=dtype)
+    nearest_neighbors_few.score_few(x, values, values, table, metric, rounding=1e-4, underflow=1e-36)
+
+
 def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
     for dtype in DTYPES:
         for d, k in ((128, 3), (896, 3), (1536, 3), (1536, 32)):
@@ -206,6 +213,12 @@ def _every_case() -> Iterator[tuple[torch.dtype, Callable[[], None]]]:
     for q in (16, 16_384):
         for dtype in (torch.bfloat16, torch.float32):
             yield dtype, lambda dtype=dtype, q=q: _append_pairs(dtype, q)
+    for dtype, q, metric in (
+        (torch.float32, 16, "cosine"), (torch.float32, 64, "cosine"), (torch.bfloat16, 16, "cosine"),
+        (torch.bfloat16, 32, "cosine"), (torch.bfloat16, 64, "cosine"), (torch.bfloat16, 64, "dot"),
+        (torch.float32, 64, "l2"),
+    ):  # fmt: skip
+        yield dtype, lambda dtype=dtype, q=q, metric=metric: _score_few(dtype, q, metric)
     for places, metric in ((88, "cosine"), (88, "l1"), (341, "l2"), (1264, "cosine")):
         yield torch.float32, lambda places=places, metric=metric: _keep_best(places, metric)
 

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from ngrpo_ops.kernels import configs, nearest_neighbors
+from ngrpo_ops.kernels import configs, nearest_neighbors, nearest_neighbors_few
 from ngrpo_ops.kernels.primitives import Launch, recording
 
 RESULTS = Path(__file__).parent / "results" / "predictions_h100.csv"
@@ -77,9 +77,11 @@ TRIPS: dict[str, Callable[[dict[str, Any]], float]] = {
     "group_advantages_backward_kernel": lambda a: cdiv(a["group_size"], a["BLOCK_R"]),
     "decode_choice_kernel": lambda a: cdiv(a["d"], a["BLOCK_D"]),
     "append_pairs_symmetric_kernel": lambda a: 1,
+    "score_few_kernel": lambda a: cdiv(a["d"], a["BLOCK_K"]),
 }
 FLOPS: dict[str, Callable[[dict[str, Any]], float]] = {
     "append_pairs_symmetric_kernel": lambda a: 2.0 * a["BLOCK_M"] * a["BLOCK_N"] * a["d"],
+    "score_few_kernel": lambda a: 2.0 * a["BLOCK_N"] * a["BLOCK_Q"] * a["d"],
 }
 
 
@@ -139,7 +141,21 @@ def operations() -> Iterator[Operation]:
     n, usual = shapes.REWARDS, (8, False, "mean", "std", "zero", torch.bool)
     run = partial(kernel_cases.advantages, fp32, *usual, groups=n // 8, backward=False)
     yield Operation("group_advantages", f"N={n} groups of 8", fp32, 8 * n, run)
-    yield Operation("nearest_neighbors, one pass over the pairs", f"V={v} d={d}", bf16, 2 * v * d, partial(_pass, v, d))
+    yield Operation(_ALL_PAIRS, f"V={v} d={d}", bf16, 2 * v * d, partial(_pass, v, d))
+    for dtype in (fp32, bf16):
+        moved, run = v * d * dtype.itemsize + 4 * 64 * v, partial(_few, dtype, v, d)
+        yield Operation("nearest_neighbors, bounds of 64 queries", f"V={v} d={d}", dtype, moved, run)
+
+
+_ALL_PAIRS = "nearest_neighbors, one pass over the pairs"
+
+
+def _few(dtype: torch.dtype, v: int, d: int) -> None:
+    w = cdiv(d + 2, nearest_neighbors.STEP) * nearest_neighbors.STEP
+    x = torch.empty(64, w, dtype=torch.bfloat16, device="meta")
+    values = torch.empty(64, dtype=torch.float32, device="meta")
+    table = torch.empty(v, d, dtype=dtype, device="meta")
+    nearest_neighbors_few.score_few(x, values, values, table, "cosine", rounding=1e-4, underflow=1e-36)
 
 
 def _pass(v: int, d: int) -> None:
@@ -165,7 +181,7 @@ def predict(operation: Operation, table: list[dict[str, Any]]) -> dict[str, Any]
     }  # fmt: skip
     if None not in seconds:
         issued = sum(seconds)  # type: ignore[arg-type]
-        if operation.op.startswith("nearest_neighbors"):
+        if operation.op == _ALL_PAIRS:
             issued /= 2  # programs below the diagonal return at once
         row |= {"instructions_s": issued, "predicted_s": max(floor, issued) + LAUNCH * len(launches)}
     return row

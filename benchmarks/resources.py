@@ -43,6 +43,7 @@ COLUMNS = (
 MULTIPLIES = {
     "append_pairs_kernel",
     "append_pairs_symmetric_kernel",
+    "score_few_kernel",
 }
 
 

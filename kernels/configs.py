@@ -85,6 +85,12 @@ PINNED: dict[str, tuple[tuple[int, Config], ...]] = {
         (0, _config(8, BLOCK_N=64, BLOCK_K=64, BLOCK_M=64)),
         (2**31, _config(8, 3, BLOCK_N=128, BLOCK_K=64, BLOCK_M=128)),
     ),
+    # The width is the number of queries. The rows are the operand of the product that may stay in registers.
+    "score_few_kernel": (
+        (16, _config(4, 4, registers=255, BLOCK_N=64, BLOCK_K=32, BLOCK_Q=16)),
+        (32, _config(4, 4, registers=255, BLOCK_N=64, BLOCK_K=32, BLOCK_Q=32)),
+        (2**31, _config(4, 4, registers=255, BLOCK_N=64, BLOCK_K=32, BLOCK_Q=64)),
+    ),
     # The width is the places of a query.
     "keep_best_kernel": (
         (128, _config(4, BLOCK_J=4, BLOCK_N=4)),
@@ -141,6 +147,7 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "gaussian_noise_kernel": {"BLOCK_D": 128},
     "append_pairs_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
     "append_pairs_symmetric_kernel": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_M": 256},
+    "score_few_kernel": {"BLOCK_N": 1024, "BLOCK_K": 64, "BLOCK_Q": 64},
     "keep_best_kernel": {"BLOCK_J": 8, "BLOCK_N": 64},
     "pair_scores_kernel": {"BLOCK_P": 1024, "BLOCK_D": 128},
     "row_statistics_kernel": {"BLOCK_N": 64, "BLOCK_D": 128},

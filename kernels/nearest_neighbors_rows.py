@@ -47,13 +47,13 @@ _LEAST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _product(a, b):
+def product(a, b):
     """a * b, rounded. The compiler would contract a plain product into the sum that follows it."""
     return tl.fma(a, b, tl.zeros_like(a))
 
 
 @triton.jit
-def _to_bfloat16(x):
+def to_bfloat16(x):
     """The nearest bfloat16 number, ties to even, as float32; 0 below the smallest normal number, which some units flush
     and others do not. In integers, because the interpreter cuts where a GPU rounds."""
     bits = x.to(tl.int32, bitcast=True)
@@ -69,7 +69,7 @@ def _up_to_bfloat16(x):
 
 
 @triton.jit
-def _load(x, row, k, mask, x_m, x_d, INT64: tl.constexpr):
+def load_rows(x, row, k, mask, x_m, x_d, INT64: tl.constexpr):
     """Elements of rows as float32, 0 where the mask is not set."""
     return tl.load(x + row[:, None] * x_m + widen(k, INT64)[None, :] * x_d, mask=mask, other=0.0).to(tl.float32)
 
@@ -85,7 +85,7 @@ def row_statistics_kernel(
     largest = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.int32)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
-        value = _load(x, row, k, live[:, None] & (k < d)[None, :], x_m, x_d, INT64)
+        value = load_rows(x, row, k, live[:, None] & (k < d)[None, :], x_m, x_d, INT64)
         largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # in the order of magnitudes
     largest = tl.max(largest, axis=1)
     unit = power_of_two(largest.to(tl.float32, bitcast=True))
@@ -93,7 +93,7 @@ def row_statistics_kernel(
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
-        value = _load(x, row, k, live[:, None] & (k < d)[None, :], x_m, x_d, INT64) * inverse_unit
+        value = load_rows(x, row, k, live[:, None] & (k < d)[None, :], x_m, x_d, INT64) * inverse_unit
         squares += value * value
     length = tl.sqrt_rn(tl.sum(squares, axis=1))  # in units
     norm = length * unit
@@ -108,12 +108,12 @@ def row_statistics_kernel(
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
-        value = _load(x, row, k, live[:, None] & (k < d)[None, :], x_m, x_d, INT64)
+        value = load_rows(x, row, k, live[:, None] & (k < d)[None, :], x_m, x_d, INT64)
         if METRIC == "cosine":
-            value = _product(value, tl.broadcast_to(inverse_norm[:, None], (BLOCK_N, BLOCK_D)))
-            error = value - _to_bfloat16(value)
+            value = product(value, tl.broadcast_to(inverse_norm[:, None], (BLOCK_N, BLOCK_D)))
+            error = value - to_bfloat16(value)
         else:
-            error = (value - _to_bfloat16(value)) * inverse_unit
+            error = (value - to_bfloat16(value)) * inverse_unit
         squares += error * error
     roundoff = tl.sqrt_rn(tl.sum(squares, axis=1))
     if METRIC != "cosine":  # whose rows have the norm 1
@@ -134,19 +134,19 @@ def prepare_rows_kernel(
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         used = live[:, None] & (k < d)[None, :]
-        value = _load(x, row, k, used, x_m, x_d, INT64)
+        value = load_rows(x, row, k, used, x_m, x_d, INT64)
         if METRIC == "cosine":
             value *= inverse_norm[:, None]
-        value = _to_bfloat16(value)
+        value = to_bfloat16(value)
         if METRIC == "l2" and QUERIES:
             value *= 2.0
         tl.store(out + m[:, None] * w + k[None, :], value.to(tl.bfloat16), mask=used)
     norm = tl.load(norms + row, mask=live, other=0.0)
     if METRIC == "cosine":
         norm = tl.where(inverse_norm > 0.0, 1.0, 0.0)
-    roundoff = _product(tl.load(roundoffs + row, mask=live, other=0.0), tl.full((BLOCK_N,), 1.01, tl.float32))
+    roundoff = product(tl.load(roundoffs + row, mask=live, other=0.0), tl.full((BLOCK_N,), 1.01, tl.float32))
     if QUERIES:
-        extra_0 = _product(roundoff + rounding, norm)
+        extra_0 = product(roundoff + rounding, norm)
         extra_1 = norm * 1.004
         if METRIC == "l2":
             extra_0 *= 2.0
@@ -161,12 +161,12 @@ def prepare_rows_kernel(
         one = tl.full((BLOCK_N,), 1.0, tl.float32)
         extra = tl.where(i == 2, _up_to_bfloat16(one * underflow if QUERIES else one)[:, None], extra)
     if METRIC == "l2":
-        square = _product(_product(norm, norm), tl.zeros_like(norm) + (rounding - 1.0))
+        square = product(product(norm, norm), tl.zeros_like(norm) + (rounding - 1.0))
         if QUERIES:
             square += underflow
-        high = _to_bfloat16(square)
-        middle = _to_bfloat16(square - high)
-        low = _to_bfloat16(square - high - middle)
+        high = to_bfloat16(square)
+        middle = to_bfloat16(square - high)
+        low = to_bfloat16(square - high - middle)
         SQUARE: tl.constexpr = 2 if QUERIES else 5
         extra = tl.where((i >= 2) & (i < 8), 1.0, extra)
         extra = tl.where(i == SQUARE, high[:, None], extra)
@@ -189,11 +189,11 @@ def row_movements_kernel(
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         used = live[:, None] & (k < d)[None, :]
-        a = _load(old, row, k, used, old_m, old_d, INT64)
-        b = _load(new, row, k, used, new_m, new_d, INT64)
+        a = load_rows(old, row, k, used, old_m, old_d, INT64)
+        b = load_rows(new, row, k, used, new_m, new_d, INT64)
         if METRIC == "cosine":  # between the rounded rows, which are what is scored
-            a = _product(a, tl.broadcast_to(old_scale, (BLOCK_N, BLOCK_D)))
-            b = _product(b, tl.broadcast_to(new_scale, (BLOCK_N, BLOCK_D)))
+            a = product(a, tl.broadcast_to(old_scale, (BLOCK_N, BLOCK_D)))
+            b = product(b, tl.broadcast_to(new_scale, (BLOCK_N, BLOCK_D)))
         if METRIC == "l1":
             total += tl.abs(b - a)
         else:

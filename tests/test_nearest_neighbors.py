@@ -96,7 +96,7 @@ def every_row(table: Tensor, queries: Tensor | None = None) -> Tensor:
 @pytest.fixture(autouse=True)
 def _few_rows_as_many(monkeypatch):
     """A search of few rows would score pairs with the kernels, and scan without them, equal rows each for itself."""
-    monkeypatch.setattr(fused, "_KERNELS_FROM", 0)
+    monkeypatch.setattr(fused, "KERNELS_FROM", 0)
     monkeypatch.setattr(search, "SHARED_FROM", 0)
 
 
@@ -310,8 +310,10 @@ def test_matmul_precision_changes_nothing(metric):
 @given(data=st.data())
 def test_optimistic_scores_are_optimistic(metric, precision, data):
     """None below the score it stands for, on any device: matmuls may round their inputs to bfloat16 ("medium"), tiles
-    may be bfloat16 altogether; and none further above than `error_bound` says."""
+    may be bfloat16 altogether, and the columns of few queries are multiplied as they are; and none further above than
+    `error_bound` says."""
     table = data.draw(tables(st.integers(2, 40), st.integers(1, 70)))
+    are_few = precision != "bfloat16" and data.draw(st.booleans())
     rows = ScoredRows(table, metric)
     every = every_row(table)
     before = torch.get_float32_matmul_precision()
@@ -319,7 +321,7 @@ def test_optimistic_scores_are_optimistic(metric, precision, data):
         if precision == "bfloat16":
             patch.setattr(bounds, "cpu_multiplies_bfloat16", lambda: True)
             patch.setattr(bounds, "_LOW_PRECISION_FROM", 0)
-            patch.setattr(bounds, "_LOW_PRECISION_QUERIES", 0)
+        patch.setattr(bounds, "_FEW_QUERIES", len(rows) + 1 if are_few else 0)
         try:
             torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
             optimistic = OptimisticScores(rows, rows, len(rows))
@@ -327,7 +329,8 @@ def test_optimistic_scores_are_optimistic(metric, precision, data):
             torch.set_float32_matmul_precision(before)
     queries, columns = optimistic.prepared_queries(every), optimistic.prepared_columns(every)
     if precision == "medium" and metric != "l1":  # as a device would round them
-        queries, columns = queries.bfloat16().float(), columns.bfloat16().float()
+        queries = queries.bfloat16().float()
+        columns = columns._replace(rows=columns.rows.bfloat16().float())  # the extra columns are bfloat16 numbers
     tile = torch.empty(len(rows), len(rows), dtype=optimistic.dtype, device=table.device)
     optimistic.write_tile(queries, columns, tile)
     true, upper_bounds = defined_scores(table, metric), optimistic.upper_bound(tile)
@@ -345,7 +348,7 @@ def bfloat16_scan(monkeypatch):
         pytest.skip("low-precision tiles are for CPUs: GPUs have the kernels")
     monkeypatch.setattr(bounds, "cpu_multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(bounds, "_LOW_PRECISION_FROM", 0)
-    monkeypatch.setattr(bounds, "_LOW_PRECISION_QUERIES", 0)
+    monkeypatch.setattr(bounds, "_FEW_QUERIES", 0)
     used = []
     original = OptimisticScores.__init__
 

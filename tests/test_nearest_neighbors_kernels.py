@@ -128,7 +128,7 @@ def test_rows_that_lie_otherwise_score_as_their_copy():
 def test_gpus_without_matrix_units_search_in_plain_torch(monkeypatch):
     rows = ScoredRows(torch.randn(40, 8), "cosine", backend="triton")
     assert not FusedScan.serves(rows, 3)  # so few rows are scored as fast in plain torch
-    monkeypatch.setattr(fused, "_KERNELS_FROM", 0)
+    monkeypatch.setattr(fused, "KERNELS_FROM", 0)
     assert FusedScan.serves(rows, 3) and not FusedScan.serves(rows, 600)
     assert not FusedScan.serves(ScoredRows(torch.randn(40, 8), "cosine"), 3)
     monkeypatch.setattr(fused, "has_matrix_units", lambda device: False)

@@ -100,7 +100,7 @@ def assert_nothing_is_missed(
         patch.setattr(candidates, "_MAX_PAIRS", size)
         patch.setattr(candidates, "_MAX_GROUPS", size)
         patch.setattr(equal_rows, "_EXPANDED_PAIRS", size)
-        patch.setattr(fused, "_KERNELS_FROM", 0)
+        patch.setattr(fused, "KERNELS_FROM", 0)
         patch.setattr(fused, "_BLOCK_ROWS", max(size, 32))  # interpreted launches take long
         patch.setattr(fused, "_SPARE_PLACES", min(size, 40))
         patch.setattr(fused, "_MOST_PLACES", min(size, 2**10))
@@ -108,7 +108,7 @@ def assert_nothing_is_missed(
         if scan_by == "bfloat16":
             patch.setattr(bounds, "cpu_multiplies_bfloat16", lambda: True)
             patch.setattr(bounds, "_LOW_PRECISION_FROM", 0)
-            patch.setattr(bounds, "_LOW_PRECISION_QUERIES", 0)
+            patch.setattr(bounds, "_FEW_QUERIES", 0)
         found = search.search(rows, k, k + more, allowed=allowed if use_mask else None, floor=floor)
     assert torch.equal(found.ids, order[:, :k]) and torch.equal(found.scores, right[:, :k])
     assert torch.equal(found.candidates[:, :k], found.ids)
@@ -217,7 +217,7 @@ def work(monkeypatch) -> dict[str, int]:
     write_tile, scored = OptimisticScores.write_tile, ScoredRows.pair_scores
 
     def counting_tile(self, queries, columns, out):
-        counted["tiles"] += queries.shape[0] * columns.shape[0]
+        counted["tiles"] += queries.shape[0] * columns.rows.shape[0]
         return write_tile(self, queries, columns, out)
 
     def counting_pairs(self, rows, others, columns):

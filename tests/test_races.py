@@ -16,7 +16,7 @@ from races import watched
 from torch import Tensor
 
 from ngrpo_ops import decode_step, gaussian_noise, group_advantages, mix_embeddings, selective_log_softmax
-from ngrpo_ops.kernels import configs, nearest_neighbors, nearest_neighbors_rows
+from ngrpo_ops.kernels import configs, nearest_neighbors, nearest_neighbors_few, nearest_neighbors_rows
 from ngrpo_ops.kernels import group_advantages as advantage_kernels
 from ngrpo_ops.kernels import mix_embeddings as mix_kernels
 from ngrpo_ops.kernels import selective_log_softmax as log_softmax_kernels
@@ -200,6 +200,17 @@ def _rows(metric: str, order: tuple[float, ...], layout: str) -> None:
             )  # fmt: skip
 
 
+def _score_few(metric: str, order: tuple[float, ...], layout: str) -> None:
+    y = lay_out(_faulty(_normal(1030, 71), order), layout)
+    norms, inverse_norms, roundoffs, _ = nearest_neighbors_rows.row_statistics(y, metric)
+    prepared = nearest_neighbors_rows.prepare_rows(
+        y, None, norms, inverse_norms, roundoffs, metric, queries=True, rounding=1e-4, underflow=1e-36
+    )
+    nearest_neighbors_few.score_few(
+        prepared[:19], norms[:19], roundoffs[:19], y, metric, rounding=1e-4, underflow=1e-36
+    )
+
+
 class Case(NamedTuple):
     name: str
     run: Callable[[], None]
@@ -268,6 +279,9 @@ def _cases() -> list[Case]:
         kernels |= set() if metric == "l1" else {"prepare_rows_kernel"}
         for j, order in enumerate(ORDERS):
             add(f"rows, {metric}, {order}", kernels, _rows, metric, order, LAYOUTS[(i + j) % 4], slow=j > 0)
+            if metric != "l1":
+                few = {"row_statistics_kernel", "prepare_rows_kernel", "score_few_kernel"}
+                add(f"few, {metric}, {order}", few, _score_few, metric, order, LAYOUTS[(i + j) % 4], slow=j > 0)
     return cases
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples import measure  # noqa: E402
-from examples.real_model import report, results, sample, study, tasks, train_study  # noqa: E402
+from examples.real_model import report, results, sample, step_times, study, tasks, train_study  # noqa: E402
 from examples.real_model.cells import CELLS, kind_of  # noqa: E402
 from examples.real_model.paths import path_of  # noqa: E402
 from ngrpo_ops import MixingConfig, selective_log_softmax  # noqa: E402
@@ -435,6 +435,29 @@ def test_a_training_study_goes_on_from_its_last_checkpoint(folder: Path, tmp_pat
     found = results.training_figures(tmp_path / "cut")
     assert found["arms"]["ngrpo"]["replay_error"] == max(whole["history"]["mix/replay_error"])
     assert found["arms"]["ngrpo"]["pass@1"] == np.mean(whole["correct"]) / 4
+
+
+def test_the_parts_of_a_step_are_timed(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    small = replace(train_study.PRESETS["full"], prompts=2, group=4, tokens=6)
+    monkeypatch.setitem(train_study.PRESETS, "full", small)
+    out = tmp_path / "times.json"
+    step_times.main(["--model", str(folder), "--out", str(out), "--steps", "2", "--rounds", "1"])
+    arms = read_json(out)["arms"]
+    assert {arm: len(steps) for arm, steps in arms.items()} == {"grpo": 2, "ngrpo": 2}
+    for arm, steps in arms.items():
+        for step in steps:
+            outer = {part: seconds for part, seconds in step.items() if part not in step_times.WITHIN_ROLLOUT}
+            assert min(outer.values()) > 0 and sum(outer.values()) < 2 * outer.pop(step_times.STEP)
+            inner = [step[part] for part in step_times.WITHIN_ROLLOUT]
+            assert sum(inner) < step[step_times.ROLLOUT] and all((part > 0) == (arm == "ngrpo") for part in inner)
+    table = capsys.readouterr().out
+    assert table.count("\n") == 2 + 1 + len(step_times.PARTS) and "| GRPO | N-GRPO |" in table
+
+
+def test_the_step_times_of_the_readme_are_those_of_the_file() -> None:
+    if not step_times.RESULTS.exists():
+        pytest.skip("not measured yet")
+    assert step_times.table(read_json(step_times.RESULTS)) in (ROOT / "examples/real_model/README.md").read_text()
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

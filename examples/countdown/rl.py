@@ -66,6 +66,7 @@ def train(
     steps: int,
     name: str | None,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> tuple[PreTrainedModel, dict[str, list[float]]]:
     """Train one arm, of any example, on the CPU, by the plain GRPO loss and without a reference model.
@@ -74,6 +75,7 @@ def train(
         mixing: the fields of NGRPOConfig that the arm sets; None: TRL's own trainer.
         name: the progress bar's; None: no bar.
         resume: go on from the last checkpoint in the output folder.
+        callbacks: further ones.
         **settings: further fields of GRPOConfig: its output folder, batch, group, learning rate and so on.
 
     Returns:
@@ -102,7 +104,7 @@ def train(
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[] if name is None else [_Progress(name, steps)],
+        callbacks=[*callbacks, *([] if name is None else [_Progress(name, steps)])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)

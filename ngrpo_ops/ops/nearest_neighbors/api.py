@@ -21,6 +21,7 @@ from .._checks import (
     require_table,
 )
 from .._library import HostReadingOperation, choose_backend
+from . import few
 from .scores import ScoredRows
 from .search import SHARED_FROM, Progress, search
 from .sharded import Rounds, local_rows
@@ -65,10 +66,16 @@ def _search_table(embedding: Tensor, request: _Request, progress: Progress | Non
         require_ids_in_range(queries, embedding.shape[0], "queries")
     if allowed is not None:
         require_enough_allowed(allowed, k)
+    if queries is not None and few.serves(embedding, k, metric, queries, backend):  # type: ignore[arg-type]
+        found = few.search_few(embedding, k, metric, queries, allowed)  # type: ignore[arg-type]
+        if found is not None:
+            if progress is not None:
+                progress(queries.numel(), queries.numel())
+            return found
     find_equal = queries is None or queries.numel() >= SHARED_FROM
     rows = ScoredRows(embedding, metric, backend=backend, find_equal=find_equal)  # type: ignore[arg-type]
-    found = search(rows, k, queries=queries, allowed=allowed, progress=progress)
-    return found.ids, found.scores
+    result = search(rows, k, queries=queries, allowed=allowed, progress=progress)
+    return result.ids, result.scores
 
 
 @HostReadingOperation

@@ -9,6 +9,8 @@ Notation: u is the unit roundoff of float32 (2^-24), d the width of the rows. Th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from .._precision import FLOAT32_ROUNDOFF, cpu_multiplies_bfloat16, matmul_input
 from .scores import ScoredRows
 
 _LOW_PRECISION_FROM = 2**22  # elements of a table: in a smaller one the conversion costs more than it saves
-_LOW_PRECISION_QUERIES = 32  # with fewer queries, reading the table takes most of the time
+_FEW_QUERIES = 32  # with fewer, reading the table takes most of the time
 _MIN_BFLOAT16_NORM = 1e-15  # see `underflow_error`
 
 # The constants of the proof ---------------------------------------------------------------------------------------
@@ -56,8 +58,12 @@ def underflow_error(d: int) -> float:
     """t: the absolute error from products that underflow, flushed to zero or not.
 
     The bound and the score have fewer than 2 (d + 16) products together, and each loses at most the smallest normal
-    number. bfloat16 multiplications may also flush their inputs. They are only used where every row but zero rows has a
-    norm of at least 1e-15, for which the error that s allows is far above that loss.
+    number.
+
+    - bfloat16 multiplications may also flush their inputs. They are only used where every row but zero rows has a norm
+      of at least 1e-15, for which the error that s allows is far above that loss.
+    - A product that is normalized after it was summed loses that much over the norm of a row, which is at least 1e-30:
+      0.4 (d + 16) u. r covers it, as the roundings that it stands for are 2 (d + 9) u.
     """
     return 2.0 * (d + 16) * torch.finfo(torch.float32).smallest_normal
 
@@ -74,13 +80,28 @@ def distance_upper_bound(distances: Tensor, d: int) -> Tensor:
 # Matrix multiplications that bound ----------------------------------------------------------------------------------
 
 
+class PreparedColumns(NamedTuple):
+    """The columns of a tile: its results are (queries . rows) * scales + extra columns of queries . extra.
+
+    Attributes:
+        rows: [n, .]; with their extra columns, if they have any, where `extra` is None.
+        scales: float32 [n]; None: 1.
+        extra: [n, .]; None: there are none, or they stand in `rows`.
+    """
+
+    rows: Tensor
+    scales: Tensor | None = None
+    extra: Tensor | None = None
+
+
 class OptimisticScores:
     """Upper bounds of the scores of all pairs of a tile. None is below the score of its pair.
 
-    The rows get extra columns, so that one inner product gives approximate score + error bound. With r, s = r + 2.01 p
-    and t as defined by `rounding_error`, `input_rounding_error` and `underflow_error`:
+    For cosine all rows are of norm 1 or 0, and the error bound is added where a result of a tile is read. Else the rows
+    get extra columns, so that one inner product gives approximate score + error bound. With r, s = r + 2.01 p and t as
+    defined by `rounding_error`, `input_rounding_error` and `underflow_error`:
 
-        cosine   x.y + s |x||y|                             query x, s |x|                  against y, |y|
+        cosine   x.y + s                                    query x                         against y; s is added later
         dot      x.y + s |x||y| + t                         query x, s |x|, t               against y, |y|, 1
         l2       2 x.y + 2 s |x||y| - (1 - r)(|x|^2 + |y|^2) + t
                  query 2 x, 2 s |x|, t - (1 - r)|x|^2, 1    against y, |y|, 1, -(1 - r)|y|^2
@@ -88,12 +109,16 @@ class OptimisticScores:
 
     The extra columns are bfloat16 numbers, which no multiplication rounds; each square is the sum of three.
 
+    For few queries the columns are multiplied as they are in memory, since a copy of the table takes longer than its
+    product. For cosine the results are then normalized; else the extra columns are multiplied apart. That rounds once
+    more, and so does the later s. r covers both.
+
     Tiles are stored in `dtype`. Storing in bfloat16 rounds the results once more: `upper_bound`, `threshold_below` and
     `error_bound` account for that.
 
     Args:
         queries, columns: the rows of the two sides of a tile, of one metric.
-        count: how many queries there will be. Tiles of few queries are float32.
+        count: how many queries there will be.
     """
 
     def __init__(self, queries: ScoredRows, columns: ScoredRows, count: int) -> None:
@@ -105,11 +130,12 @@ class OptimisticScores:
             and columns.embedding.device.type == "cpu"
             and cpu_multiplies_bfloat16()
             and columns.embedding.numel() >= _LOW_PRECISION_FROM
-            and count >= _LOW_PRECISION_QUERIES
+            and count >= _FEW_QUERIES
         )
         is_bfloat16 = may_be_bfloat16 and not any(
             bool(((rows.norms > 0) & (rows.norms < _MIN_BFLOAT16_NORM)).any()) for rows in (queries, columns)
         )
+        self._as_they_are = self.metric != "l1" and count < _FEW_QUERIES
         self.dtype = torch.bfloat16 if is_bfloat16 else torch.float32
         if is_bfloat16:
             roundoff = max(rows.bfloat16_roundoff for rows in (queries, columns))
@@ -118,12 +144,15 @@ class OptimisticScores:
         self.rounding = rounding_error(d)
         self.product_error = self.rounding + input_rounding_error(roundoff)
         self.underflow = underflow_error(d)
+        self.later = self.product_error if self.metric == "cosine" else 0.0  # what a result is still to gain
 
     def prepared_queries(self, index: slice | Tensor) -> Tensor:
         """Some of the queries with their extra columns."""
         rows = self.queries
         if self.metric == "l1":
             return rows[index].contiguous()
+        if self.metric == "cosine":
+            return self._augmented(rows, index, [], 1.0)
         norm = rows.norms[index]
         scale = 2.0 if self.metric == "l2" else 1.0
         extra = [_round_up_to_bfloat16(scale * self.product_error * norm)]
@@ -134,22 +163,25 @@ class OptimisticScores:
             extra += [*_split_into_bfloat16((self.rounding - 1.0) * norm.square() + self.underflow), one, one, one]
         return self._augmented(rows, index, extra, scale)
 
-    def prepared_columns(self, index: slice | Tensor) -> Tensor:
+    def prepared_columns(self, index: slice | Tensor) -> PreparedColumns:
         """Some of the columns with their extra columns."""
         rows = self.columns
         if self.metric == "l1":
-            return rows[index].contiguous()
+            return PreparedColumns(rows[index].contiguous())
         norm = rows.norms[index]
         one = torch.ones_like(norm)
-        extra = [_round_up_to_bfloat16(norm)]
+        extra = [] if self.metric == "cosine" else [_round_up_to_bfloat16(norm)]
         if self.metric == "dot":
             extra.append(one)
         elif self.metric == "l2":
             extra += [one, one, one, *_split_into_bfloat16((self.rounding - 1.0) * norm.square())]
-        return self._augmented(rows, index, extra, 1.0)
+        if not self._as_they_are:
+            return PreparedColumns(self._augmented(rows, index, extra, 1.0))
+        scales = None if rows.inverse_norms is None else rows.inverse_norms[index]
+        return PreparedColumns(rows.embedding[index].float(), scales, torch.stack(extra, dim=1) if extra else None)
 
     def _augmented(self, rows: ScoredRows, index: slice | Tensor, extra: list[Tensor], scale: float) -> Tensor:
-        n, d = extra[0].shape[0], rows.embedding.shape[1]
+        n, d = rows.norms[index].shape[0], rows.embedding.shape[1]
         out = torch.empty(n, d + len(extra), dtype=self.dtype, device=rows.embedding.device)
         for start in range(0, n, rows.cast_size):
             span = slice(start, min(start + rows.cast_size, n))
@@ -162,23 +194,30 @@ class OptimisticScores:
             out[:, column] = values
         return out
 
-    def write_tile(self, queries: Tensor, columns: Tensor, out: Tensor) -> None:
-        """Writes the optimistic scores of prepared queries [q, .] and columns [n, .] to out [q, n]."""
+    def write_tile(self, queries: Tensor, columns: PreparedColumns, out: Tensor) -> None:
+        """Writes the results of prepared queries [q, .] and n prepared columns to out [q, n], for `upper_bound`."""
+        rows, scales, extra = columns
         if self.metric == "l1":
             for block in torch.arange(queries.shape[0], device=out.device).split(256):  # bounds the memory of cdist
-                out[block] = torch.cdist(queries[block], columns, p=1.0).mul_(self.rounding - 1.0)
-        else:
-            torch.mm(queries, columns.T, out=out)
+                out[block] = torch.cdist(queries[block], rows, p=1.0).mul_(self.rounding - 1.0)
+            return
+        width = rows.shape[1]
+        torch.mm(queries[:, :width], rows.T, out=out)
+        if scales is not None:
+            out.mul_(scales)
+        if extra is not None:
+            out.addmm_(queries[:, width:], extra.T)
 
     def upper_bound(self, values: Tensor) -> Tensor:
-        """float32: at least every result that was rounded to `values` when it was stored in a tile."""
+        """float32: at least the score of every pair whose result is stored in a tile as `values`."""
         if self.dtype == torch.float32:
-            return values
+            return values + self.later
         above = values.nextafter(torch.full_like(values, torch.inf)).float()
-        return torch.where(values == -torch.inf, -torch.inf, 0.5 * (values.float() + above))
+        return torch.where(values == -torch.inf, -torch.inf, 0.5 * (values.float() + above) + self.later)
 
     def threshold_below(self, scores: Tensor) -> Tensor:
         """In the dtype of the tiles: a pair stored at this value or less scores strictly below float32 `scores`."""
+        scores = scores - self.later
         if self.dtype == torch.float32:
             return scores.nextafter(torch.full_like(scores, -torch.inf))
         rounded = scores.bfloat16()
@@ -190,12 +229,16 @@ class OptimisticScores:
         """float32: how far the score of a pair may lie below its upper bound.
 
         For cosine, dot and l2 that is twice the error that the upper bound adds, what rounding its columns up added to
-        it (2.1 together), and the rounding of the result to bfloat16 (1.01 * 2^-7). For l1 it is 2.2 r.
+        it (2.1 together), and the rounding of the result to bfloat16 (1.01 * 2^-7). For l1 it is 2.2 r. For cosine zero
+        rows gain s like others.
         """
         if self.metric == "l1":
             return 2.2 * self.rounding * upper_bounds.abs()
-        x, y = self.queries.norms[rows], self.columns.norms[columns]
-        error = self.product_error * x * y + self.underflow
+        if self.metric == "cosine":
+            error = torch.full_like(upper_bounds, self.product_error)
+        else:
+            x, y = self.queries.norms[rows], self.columns.norms[columns]
+            error = self.product_error * x * y + self.underflow
         if self.metric == "l2":
             error = 2.0 * error + self.rounding * (x.square() + y.square())
         return 2.1 * error + (0.0 if self.dtype == torch.float32 else 1.01 * 2.0**-7) * upper_bounds.abs()

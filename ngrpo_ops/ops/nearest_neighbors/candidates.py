@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bounds import OptimisticScores
+from .bounds import OptimisticScores, PreparedColumns
 from .scores import ScoredRows
 
 GROUP_SIZE = 16  # scores of which the maximum is compared first
@@ -324,9 +324,9 @@ class ScoreTile:
         shape = (padded_to_groups(rows), padded_to_groups(columns))
         self.memory = torch.empty(shape, dtype=scores.dtype, device=scores.columns.embedding.device)
 
-    def multiply(self, queries: Tensor, columns: Tensor) -> Tensor:
+    def multiply(self, queries: Tensor, columns: PreparedColumns) -> Tensor:
         """Optimistic scores of prepared rows, padded to whole groups in both dimensions with -inf."""
-        q, n = queries.shape[0], columns.shape[0]
+        q, n = queries.shape[0], columns.rows.shape[0]
         tile = self.memory[: padded_to_groups(q), : padded_to_groups(n)]
         self.scores.write_tile(queries, columns, tile[:q, :n])
         tile[q:], tile[:, n:] = -torch.inf, -torch.inf

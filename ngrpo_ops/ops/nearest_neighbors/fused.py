@@ -28,7 +28,7 @@ from .bounds import rounding_error, underflow_error
 from .candidates import Found, ScanSettings
 from .scores import ScoredRows
 
-_KERNELS_FROM = 2**11  # columns: fewer are scored as fast in plain torch
+KERNELS_FROM = 2**11  # columns: fewer are scored as fast in plain torch
 _MOST_KEPT = 2**9  # columns kept of a query: ranking more takes longer than plain torch does
 _PLACES_BYTES = 2**27  # of the places of all pairs, 8 bytes each
 _MOST_PLACES = 2**10  # of a query, where that is enough
@@ -157,7 +157,7 @@ class FusedScan:
         """Whether a search is for the kernels."""
         return (
             columns.backend == "triton"
-            and len(columns) >= _KERNELS_FROM
+            and len(columns) >= KERNELS_FROM
             and kept <= _MOST_KEPT
             and has_matrix_units(columns.embedding.device)
         )

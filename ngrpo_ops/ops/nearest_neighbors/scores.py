@@ -24,7 +24,7 @@ _CAST_ELEMENTS = 2**19  # in one block of rows that is converted
 _PAIR_ELEMENTS = 2**19  # in one block of pairs that is scored
 
 _ZERO_NORM = 1e-30  # a row with a smaller norm counts as a zero row
-_MAX_NORM = {"cosine": 1e30, "dot": 1e18, "l2": 1e18, "l1": 1e18}  # larger norms overflow float32 scores
+MAX_NORM = {"cosine": 1e30, "dot": 1e18, "l2": 1e18, "l1": 1e18}  # larger norms overflow float32 scores
 
 
 def rows_per_tile(d: int, limit: int) -> int:
@@ -92,9 +92,9 @@ class ScoredRows:
             rows = (~finite).nonzero().flatten()
             ids = ", ".join(str(first_id + i) for i in rows[:8].tolist()) + (", ..." if nonfinite > 8 else "")
             raise ValueError(f"embedding must be finite, got NaN or inf in {int(nonfinite)} rows: {ids}")
-        if largest > _MAX_NORM[metric]:
+        if largest > MAX_NORM[metric]:
             raise ValueError(
-                f"embedding must have rows of norm at most {_MAX_NORM[metric]:g}, beyond which {metric} scores "
+                f"embedding must have rows of norm at most {MAX_NORM[metric]:g}, beyond which {metric} scores "
                 f"overflow float32, got {largest:.3g}"
             )
 

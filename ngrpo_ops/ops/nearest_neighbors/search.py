@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bounds import OptimisticScores
+from .bounds import OptimisticScores, PreparedColumns
 from .candidates import GROUP_SIZE, Candidates, Found, ScanSettings, ScoreTile, padded_to_groups
 from .equal_rows import Classes
 from .fused import FusedScan
@@ -132,7 +132,7 @@ class _Scan:
         self.column_tile = self.columns.tile_size
         fitting = _WORKSPACE_BYTES // (2 * _PAIR_BYTES * self.kept)  # queries whose pairs fit
         self.query_tile = max(1, min(rows_per_tile(self.rows.embedding.shape[1], _QUERY_TILE), fitting))
-        self._prepared: dict[tuple[int, int], Tensor] = {}
+        self._prepared: dict[tuple[int, int], PreparedColumns] = {}
 
     @functools.cached_property
     def scores(self) -> OptimisticScores:
@@ -274,7 +274,7 @@ class _Scan:
             else:
                 yield self.eligible[span], self.eligible[span], span
 
-    def _prepared_columns(self, index: slice | Tensor, span: slice) -> Tensor:
+    def _prepared_columns(self, index: slice | Tensor, span: slice) -> PreparedColumns:
         """Prepared columns. They are kept for the next tile where there is one and all of them fit."""
         scores = self.scores
         width = self.rows.embedding.shape[1] * torch.finfo(scores.dtype).bits // 8
