@@ -85,7 +85,8 @@ bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 bench-engines: .venv-engines/installed
-	PYTHONPATH=tests/engines $(ENGINES)/python -m pytest benchmarks/bench_vllm.py --benchmark-only
+	PYTHONPATH=tests/engines:tests $(ENGINES)/python -m pytest benchmarks/bench_vllm.py benchmarks/bench_trl_server.py \
+		--benchmark-only
 
 scaling: venv
 	$(BIN)/python benchmarks/search_scaling.py

@@ -22,6 +22,8 @@ NOT_THE_SAME = (
     "plain generate",
     "plain engine",
     "mixing engine, plain requests",
+    "stock server",
+    "mixing server, plain requests",
 )
 
 

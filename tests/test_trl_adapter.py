@@ -503,7 +503,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode"),
         ({"use_transformers_continuous_batching": True}, "continuous_batching"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
         ({"generation_kwargs": {"use_cache": False}}, "use_cache"),

@@ -4,6 +4,7 @@
 - trainer.py: the rollout that mixes, and the replay of its embeddings.
 - checks.py: TRL's signatures, refused settings and models, the cause of a replay error.
 - engine.py: TRL's colocated vLLM engine.
+- server.py: a vLLM server, which TRL's client asks.
 """
 
 try:

@@ -49,6 +49,10 @@ def check_trl() -> None:
 # Settings and models ------------------------------------------------------------------------------------------------
 
 _NOT_SUPPORTED = "is not supported by NGRPOTrainer"
+_REQUEST = (
+    "echo", "model", "prompt", "prompt_embeds", "request_id", "return_token_ids", "return_tokens_as_token_ids",
+    "stream", "suffix", "truncate_prompt_tokens", "use_beam_search",
+)  # fmt: skip
 _LATER_TURN = "turn encodes the earlier turns again, without their mixes"
 
 
@@ -65,12 +69,6 @@ def refuse_settings(args: NGRPOConfig, given: Mapping[str, Any]) -> None:
     peft = [given.get("peft_config"), *getattr(given["model"], "peft_config", {}).values()]
     refuse(
         [
-            Refusal(
-                "vllm_mode='server'",
-                args.use_vllm and args.vllm_mode != "colocate",
-                "TRL's server returns tokens and log-probabilities alone, and without the records no rollout can be "
-                "replayed; use vllm_mode='colocate'",
-            ),
             Refusal(
                 "use_transformers_continuous_batching=True",
                 args.use_transformers_continuous_batching,
@@ -110,6 +108,10 @@ def _unscored(args: NGRPOConfig) -> list[Refusal]:
         "logprobs": (None, 0),
         "extra_args": (None, {}),
     }
+    if args.use_vllm and args.vllm_mode == "server":
+        # Of the body of a request over HTTP. The row id is the trainer's.
+        scored |= dict.fromkeys(_REQUEST, (None, False))
+        scored |= {"vllm_xargs": (None, {})}
     settings: Any = args.generation_kwargs or {}
     return [_unscored_refusal(name, value, scored[name]) for name, value in settings.items() if name in scored]
 

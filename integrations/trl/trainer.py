@@ -49,6 +49,10 @@ check_trl()  # a change of what the trainer overrides must stop the import, not 
 _SIGNATURE = inspect.signature(GRPOTrainer.__init__)
 
 
+def _model_name(model: Any) -> str:
+    return model if isinstance(model, str) else model.config.name_or_path
+
+
 class NGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` whose training rollouts mix semantic neighbors (arXiv 2606.10768). Takes the same arguments.
 
@@ -116,6 +120,7 @@ class NGRPOTrainer(GRPOTrainer):
 
     # What holds until __init__ has decided. TRL's own tests call methods of a trainer that was made without it.
     _mixes = False
+    _server: Any = None  # the MixingServer of vllm_mode="server"
     _rollout_record: MixRecord | None = None  # of the generation under way
     _batch_record: MixRecord | None = None  # of the batch whose loss is being computed
 
@@ -124,9 +129,7 @@ class NGRPOTrainer(GRPOTrainer):
         bound = _SIGNATURE.bind(self, *arguments, **keywords)
         given = bound.arguments
         if given.get("args") is None:
-            model = given["model"]
-            name = model if isinstance(model, str) else model.config.name_or_path
-            given["args"] = NGRPOConfig(f"{name.split('/')[-1]}-NGRPO")
+            given["args"] = NGRPOConfig(f"{_model_name(given['model']).split('/')[-1]}-NGRPO")
         args = given["args"]
         if not isinstance(args, NGRPOConfig):
             raise TypeError(f"args must be an NGRPOConfig, got {type(args).__name__}")
@@ -135,7 +138,14 @@ class NGRPOTrainer(GRPOTrainer):
         self._mixes = config.mixing_rate > 0 or config.sampler == "counter_based"
         if self._mixes:
             refuse_settings(args, given)
-        if self._mixes and args.use_vllm:
+        if self._mixes and args.use_vllm and args.vllm_mode == "server":
+            from .server import MixingServer
+
+            # Before anything is loaded: what it refuses is refused on all processes at once.
+            self._server = MixingServer(args, config, _model_name(given["model"]))
+            super().__init__(*bound.args[1:], **bound.kwargs)
+            self._server.attach(self)
+        elif self._mixes and args.use_vllm:
             from ..vllm import require_mixing
             from .engine import mixing_engine
 
@@ -180,6 +190,8 @@ class NGRPOTrainer(GRPOTrainer):
     def _mixed_generation(self, row_ids: Tensor) -> AbstractContextManager[list[MixRecord]]:
         if not self.use_vllm:
             return self.mixing.rollouts(row_ids)
+        if self._server is not None:
+            return self._server.rollouts(row_ids)
         from .engine import mixing_requests
 
         rank = self.accelerator.process_index % self.vllm_tensor_parallel_size

@@ -14,7 +14,8 @@ samples all other requests as it would without the plugin. With `SamplingParams.
 A strategy of your own, ``MixingConfig(strategy="package.module:function")``, is imported in the engine's processes,
 where the module must be on PYTHONPATH. Its name comes from `engine_kwargs` alone. No request can name a strategy.
 
-client.py is the caller's side, plugin.py what vLLM's processes call, engine.py the mixing of a worker.
+client.py is the caller's side, plugin.py what vLLM's processes call, engine.py the mixing of a worker, server.py what a
+server that is asked over HTTP adds.
 """
 
 from __future__ import annotations

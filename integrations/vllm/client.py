@@ -10,11 +10,9 @@ import torch
 
 from ngrpo_ops import MixingConfig, MixRecord
 from ngrpo_ops.random import philox
+from ngrpo_ops.wire import KEY
 
 from .records import unpack
-
-KEY = "ngrpo_ops"
-"""The key of this package in an engine's `additional_config` and in a request's `extra_args`."""
 
 TAKE = "take_mix_records"  # the workers' method that `collective_rpc` calls
 

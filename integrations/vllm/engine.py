@@ -27,6 +27,7 @@ from .plugin import config_of, row_id_of, settings_of
 from .pool import EntryPool
 from .records import pack
 from .sampler import filters, penalized_logits
+from .server import seed_served_row
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers below its own
 
@@ -87,6 +88,7 @@ class EngineMixer:
         embedding: the model's input embedding.
         table: the neighbor table of the input embedding; None: the strategy reads no neighbors. What is no neighbor is
             asked of the engine's own tokenizer.
+        run: the trainer that a server's records are for, see server.py; None: it has none yet.
     """
 
     def __init__(self, config: MixingConfig, vllm_config: Any, model: Any, device: torch.device) -> None:
@@ -102,6 +104,7 @@ class EngineMixer:
         asks = config.excluded_token_ids == "special" and reads_table(config)
         tokenizer = cached_tokenizer_from_config(engine) if asks else None
         self.table = make_table(config, self.vocabulary, tokenizer, logger.info_once)
+        self.run: str | None = None
         self._slots = scheduler.max_num_seqs
         self._batch: Any = None  # the batch under way; None in a warm-up
 
@@ -119,7 +122,8 @@ class EngineMixer:
     def add(self, slot: int, request: Any) -> None:
         """A request gets a slot, see `MixedRequests.add`."""
         row_id = row_id_of(request.sampling_params)
-        self.requests.add(slot, request, row_id)
+        replaces = row_id is not None and seed_served_row(request.sampling_params, self.config.seed)
+        self.requests.add(slot, request, row_id, replaces)
         if row_id is not None and self.config.stop_token_ids:
             emitted = request.prefill_token_ids[request.prompt_len :]
             self._stopped[slot] = bool(set(emitted) & set(self.config.stop_token_ids))
@@ -192,6 +196,7 @@ class EngineMixer:
         if len(chosen):
             sampled, processed = self._choose(sampler, logits, sampled, processed, chosen)
         tokens = sampled[row]
+        self.pool.tokens[entry] = tokens.to(torch.int32)
         self.pool.logprobs[entry] = self._logprobs(logits, tokens, steps, sampler)
         if self.config.stop_token_ids:
             self._stopped[slot] |= torch.isin(tokens, self._stops)
@@ -248,14 +253,25 @@ class EngineMixer:
             entries = self.requests.find(row_ids, lengths)
         except ValueError as error:
             return pack(error)
-        content = self.pool.read(entries)
-        self.requests.forget(row_ids)
-        rows = torch.tensor(row_ids, dtype=torch.int64, device="cpu")
+        reply: MixRecord | RuntimeError
         try:
-            raise_faults(content.pop("fault"), row_ids=rows)
+            reply, _ = self.read(entries, row_ids)
         except RuntimeError as error:
-            return pack(error)
+            reply = error
+        self.requests.forget(row_ids)
+        return pack(reply)
+
+    def read(self, entries: np.ndarray, row_ids: list[int]) -> tuple[MixRecord, Tensor]:
+        """The record of entries that `MixedRequests.find` has found, and the tokens int32 [B, T]. Nothing is forgotten.
+
+        Raises:
+            RuntimeError: at a mixed step the logits were no distribution.
+        """
+        content = self.pool.read(entries)
+        tokens = content.pop("tokens")
+        rows = torch.tensor(row_ids, dtype=torch.int64, device="cpu")
+        raise_faults(content.pop("fault"), row_ids=rows)
         noise = Noise.of(self.config, rows, torch.zeros_like(rows))
         if noise is not None:
             content |= {"noise_scale": noise.scale, "noise_seed": noise.seed, "row_ids": noise.row_ids}
-        return pack(MixRecord(**content, prompt_length=0))
+        return MixRecord(**content, prompt_length=0), tokens

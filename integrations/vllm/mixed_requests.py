@@ -88,6 +88,7 @@ class MixedRequests:
         self.slots: dict[str, int] = {}  # by request id
         self.kept: dict[int, _Kept] = {}  # by row id
         self._req_ids: dict[int, str] = {}  # by slot
+        self._replaced: dict[str, int] = {}  # row ids by request id, where a later request has the row
         self._mixed = np.zeros(slots, dtype=bool)
         self._row_ids = np.zeros(slots, dtype=np.int64)
         self._first = np.zeros(slots, dtype=np.int64)  # the position of the first completion token
@@ -95,20 +96,28 @@ class MixedRequests:
         self._drawn_until = np.zeros(slots, dtype=np.int64)
         self._entries = np.full((slots, length), -1, dtype=np.int32)
 
-    def add(self, slot: int, request: Any, row_id: int | None) -> None:
+    def add(self, slot: int, request: Any, row_id: int | None, replaces: bool = False) -> None:
         """A request gets a slot: a new request, or one that was preempted.
 
         Args:
             request: vLLM's `NewRequestData`.
             row_id: None: the request is not mixed.
+            replaces: whether the row is the new request's alone from now on, as where a client sends a request again.
+                The earlier request may still be running. Its record is dropped.
         """
-        self._mixed[slot] = row_id is not None
+        self._mixed[slot] = False
         if row_id is None:
             return
-        kept = self.kept.pop(row_id, None)
+        kept = None if request.req_id in self._replaced else self.kept.pop(row_id, None)
         if kept is not None and kept.req_id != request.req_id:  # of an earlier request, whose record was never taken
             self.pool.free(kept.entries)
+            if replaces:
+                self._replaced[kept.req_id] = row_id  # it may have been preempted, and go on
             kept = None
+        if replaces and request.req_id not in self._replaced:
+            for other in np.flatnonzero(self._mixed & (self._row_ids == row_id)).tolist():
+                self._replaced[self._req_ids[other]] = row_id
+        self._mixed[slot] = True
         first = request.prompt_len
         self.slots[request.req_id], self._req_ids[slot] = slot, request.req_id
         self._row_ids[slot], self._first[slot] = row_id, first
@@ -127,6 +136,9 @@ class MixedRequests:
         del self._req_ids[slot]
         self._mixed[slot] = False
         row_id = int(self._row_ids[slot])
+        if req_id in self._replaced:
+            self.pool.free(self._written(slot))
+            return
         if row_id in self.kept:  # never taken
             self.pool.free(self.kept[row_id].entries)
         self.kept[row_id] = _Kept(req_id, self._written(slot).copy())
@@ -196,7 +208,9 @@ class MixedRequests:
             ValueError: several requests have the row id, or a request has fewer entries than its length.
         """
         running = self._running()
-        in_flight = Counter(int(self._row_ids[slot]) for slot in self.slots.values())
+        in_flight = Counter(
+            int(self._row_ids[slot]) for req_id, slot in self.slots.items() if req_id not in self._replaced
+        )
         for row_id in row_ids:
             if in_flight[row_id] + (row_id in self.kept) > 1:
                 raise ValueError(
@@ -204,11 +218,7 @@ class MixedRequests:
                 )
         place = np.full((len(row_ids), max(lengths, default=0)), -1, dtype=np.int64)
         for row, (row_id, length) in enumerate(zip(row_ids, lengths, strict=True)):
-            entries = np.zeros(0, dtype=np.int32)
-            if row_id in self.kept:
-                entries = self.kept[row_id].entries
-            elif row_id in running:  # finished; vLLM removes it from its slot with the next step
-                entries = self._written(running[row_id])
+            entries = self._entries_of(row_id, running)
             if len(entries) < length:
                 raise ValueError(
                     f"row {row_id}: the engine has a record of {len(entries)} steps, asked for {length}: was the "
@@ -216,6 +226,25 @@ class MixedRequests:
                 )
             place[row, :length] = entries[:length]
         return place
+
+    def steps(self, row_ids: Sequence[int]) -> dict[int, int]:
+        """The number of entries of those of these rows that have some."""
+        running = self._running()
+        found = {row_id: len(self._entries_of(row_id, running)) for row_id in row_ids}
+        return {row_id: count for row_id, count in found.items() if count}
+
+    def _entries_of(self, row_id: int, running: dict[int, int]) -> np.ndarray:
+        if row_id in self.kept:
+            return self.kept[row_id].entries
+        if row_id in running:  # finished; vLLM removes it from its slot with the next step
+            return self._written(running[row_id])
+        return np.zeros(0, dtype=np.int32)
+
+    def forget_outside(self, rows: range) -> None:
+        """Frees what is kept of finished requests, but of these rows."""
+        for row_id in [row_id for row_id in self.kept if row_id not in rows]:
+            self.pool.free(self.kept.pop(row_id).entries)
+        self._replaced = {req_id: row_id for req_id, row_id in self._replaced.items() if row_id in rows}
 
     def forget(self, row_ids: Sequence[int]) -> None:
         """Frees all entries of these requests."""
@@ -232,7 +261,7 @@ class MixedRequests:
 
     def _running(self) -> dict[int, int]:
         """The slots of the mixed requests by row id."""
-        return {int(self._row_ids[slot]): slot for slot in self.slots.values()}
+        return {int(self._row_ids[slot]): slot for req_id, slot in self.slots.items() if req_id not in self._replaced}
 
     def _written(self, slot: int) -> np.ndarray:
         """The entries of a slot's completion, as far as it has come."""

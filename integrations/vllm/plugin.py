@@ -18,8 +18,9 @@ from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, refuse, wrap
 from ngrpo_ops.rollout import reads_table
 from ngrpo_ops.versions import TESTED, is_tested
+from ngrpo_ops.wire import KEY, SERVED_DEFAULTS
 
-from .client import KEY, TAKE, request_kwargs
+from .client import request_kwargs
 
 
 @functools.cache  # a second call must not wrap again
@@ -28,9 +29,10 @@ def register() -> None:
 
     An engine that was started without `engine_kwargs` stays as it is. An engine that was started with them is rejected
     when it is configured, if one of these is set: an untested vLLM version, Model Runner V1, pipeline parallelism,
-    speculative decoding, batch-sharded sampling, context parallelism, data parallelism within the engine, KV
-    connectors, trace replay, prompt embeddings, LoRA on the embedding, multi-modal models, `skip_tokenizer_init` where
-    `excluded_token_ids` is "special".
+    speculative decoding, batch-sharded sampling, context parallelism, data parallelism within an engine that is no
+    server, KV connectors, trace replay, prompt embeddings, LoRA on the embedding, multi-modal models,
+    `skip_tokenizer_init` where `excluded_token_ids` is "special"; of a server also what `server_refusals` names. Prefix
+    caching is off unless it is asked for.
 
     A request with `request_kwargs` is rejected by an engine without `engine_kwargs`. It is also rejected if prefix
     caching is on and its prompt has no `cache_salt` of its own: vLLM finds cached blocks by token ids alone and would
@@ -47,11 +49,14 @@ def register() -> None:
     if not is_tested("vllm", vllm.__version__):
         wrap(EngineArgs, "create_engine_config", patch_create_engine_config)  # rejects engines that are to mix
         return
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.parallel_sampling import ParentRequest
     from vllm.v1.worker.gpu import model_states
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
+
+    from . import server
 
     # After the imports: a call that fails has wrapped nothing.
     wrap(EngineArgs, "create_engine_config", patch_create_engine_config)
@@ -60,7 +65,9 @@ def register() -> None:
     wrap(model_states, "resolve_model_state_cls", patch_resolve_model_state_cls)
     for name in ("reload_weights", "finish_weight_update"):
         wrap(Worker, name, patch_weight_update)
-    setattr(WorkerBase, TAKE, take_mix_records)
+    wrap(DPLBAsyncMPClient, "call_utility_async", server.patch_call_utility_async)
+    for method in (take_mix_records, server.open_mix_records, server.take_mix_records_json):
+        setattr(WorkerBase, method.__name__, method)
 
 
 # Engines ----------------------------------------------------------------------------------------------------------
@@ -84,11 +91,12 @@ def config_of(settings: Any) -> MixingConfig:
     return MixingConfig(**settings)
 
 
-def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
+def refuse_engine(vllm_config: Any, config: MixingConfig, *, served: bool = False) -> None:
     """Checks that an engine of this configuration can mix.
 
     Args:
         vllm_config: the engine's `VllmConfig`.
+        served: whether the engine is a server's, which is asked over HTTP.
 
     Raises:
         ValueError: a setting of the engine under which it would not mix or would mix wrongly, see `register`; a value
@@ -146,7 +154,7 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
         ),
         Refusal(
             "data_parallel_size > 1",
-            parallel.data_parallel_size > 1,
+            parallel.data_parallel_size > 1 and not served,
             "the records of the other engines would not be fetched; start an engine for each replica",
         ),
         Refusal(
@@ -167,17 +175,27 @@ def refuse_engine(vllm_config: Any, config: MixingConfig) -> None:
         ),
         Refusal("multi-modal models", model.is_multimodal_model, "their input embeddings are not the token table's"),
     ]
+    if served:
+        from .server import server_refusals
+
+        refusals += server_refusals(vllm_config)
     refuse(refusals)
     config.require_vocabulary(model.get_vocab_size())
 
 
 def patch_create_engine_config(original: Callable) -> Callable:
-    """EngineArgs.create_engine_config: rejects an engine that is to mix and cannot."""
+    """EngineArgs.create_engine_config: rejects an engine that is to mix and cannot. Prefixes are cached on demand."""
 
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = original(self, *args, **kwargs)
+    def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
+        served = getattr(usage_context, "name", None) == "OPENAI_API_SERVER"
+        if (settings := settings_of(self)) is not None:
+            if self.enable_prefix_caching is None:
+                self.enable_prefix_caching = False
+            if served and isinstance(settings, dict):
+                self.additional_config = {**self.additional_config, KEY: {**SERVED_DEFAULTS, **settings}}
+        vllm_config = original(self, usage_context, *args, **kwargs)
         if (settings := settings_of(vllm_config)) is not None:
-            refuse_engine(vllm_config, config_of(settings))
+            refuse_engine(vllm_config, config_of(settings), served=served)
         return vllm_config
 
     return create_engine_config
@@ -189,13 +207,17 @@ def patch_create_engine_config(original: Callable) -> Callable:
 def row_id_of(sampling_params: Any) -> int | None:
     """The row id that `request_kwargs` put into a request's sampling parameters; None: the request is not mixed.
 
+    A request over HTTP cannot carry that, and has the row id itself.
+
     Raises:
-        ValueError: not what `request_kwargs` returns.
+        ValueError: not what `request_kwargs` returns, and not a row id.
     """
     extra = getattr(sampling_params, "extra_args", None) or {}
     if KEY not in extra:
         return None
     asked = extra[KEY]
+    if type(asked) is int:
+        return asked
     if not isinstance(asked, dict) or set(asked) != {"row_id"} or type(asked["row_id"]) is not int:
         raise ValueError(f"extra_args[{KEY!r}] must be what request_kwargs(row_id) returns, got {asked!r}")
     return asked["row_id"]
@@ -203,25 +225,39 @@ def row_id_of(sampling_params: Any) -> int | None:
 
 def patch_process_inputs(original: Callable) -> Callable:
     """InputProcessor.process_inputs: rejects a request that the engine cannot mix."""
+    from .server import RequestRefused
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        if row_id_of(request.sampling_params) is None:
-            return request
-        if settings_of(self.vllm_config) is None:
-            raise ValueError(
-                f"extra_args[{KEY!r}] asks to mix, but the engine was not started with engine_kwargs(MixingConfig())"
-            )
-        if self.vllm_config.cache_config.enable_prefix_caching and (
-            request.cache_salt is None or request.sampling_params.n > 1
-        ):
-            raise ValueError(
-                "a mixed request needs enable_prefix_caching=False, or a cache_salt of its own and n = 1: cached "
-                "blocks are found by token ids alone, and those of another mix would be taken for its own"
-            )
+        try:
+            refuse_request(self.vllm_config, request)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from error
         return request
 
     return process_inputs
+
+
+def refuse_request(vllm_config: Any, request: Any) -> None:
+    """
+    Raises:
+        ValueError: the request asks to be mixed, and cannot be.
+    """
+    params = request.sampling_params
+    row_id = row_id_of(params)
+    if row_id is None:
+        return
+    if not -(2**63) <= row_id <= 2**63 - params.n:
+        raise ValueError(f"extra_args[{KEY!r}] must be a row id of 64 bits, for each of n = {params.n}, got {row_id}")
+    if settings_of(vllm_config) is None:
+        raise ValueError(
+            f"extra_args[{KEY!r}] asks to mix, but the engine was not started with engine_kwargs(MixingConfig())"
+        )
+    if vllm_config.cache_config.enable_prefix_caching and (request.cache_salt is None or params.n > 1):
+        raise ValueError(
+            "a mixed request needs enable_prefix_caching=False, or a cache_salt of its own and n = 1: cached "
+            "blocks are found by token ids alone, and those of another mix would be taken for its own"
+        )
 
 
 def patch_get_child_info(original: Callable) -> Callable:
@@ -232,7 +268,9 @@ def patch_get_child_info(original: Callable) -> Callable:
         row_id = row_id_of(params)
         if row_id is not None:
             params = params.clone()
-            params.extra_args = {**params.extra_args, **request_kwargs(row_id + index)}
+            numbered = row_id + index
+            served = type(params.extra_args[KEY]) is int
+            params.extra_args = {**params.extra_args, **({KEY: numbered} if served else request_kwargs(numbered))}
         return request_id, params
 
     return get_child_info

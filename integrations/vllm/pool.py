@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ngrpo_ops.rollout import Decision
 
-_FIELDS = ("ids", "weights", "gate", "fault", "logprobs")
+_FIELDS = ("ids", "weights", "gate", "fault", "logprobs", "tokens")
 _SMALLEST = 4096  # entries; each growth doubles the pool
 
 
 class EntryPool:
-    """One entry for each sampled token of a mixed request: its step's decision and its log-probability.
+    """One entry for each sampled token of a mixed request: the token, its step's decision and its log-probability.
 
     The host reserves and frees entries by number. The pool grows when it has too few free entries.
 
@@ -23,6 +23,7 @@ class EntryPool:
         gate: bool [N]; False in a reserved entry whose decision has not been written.
         fault: int32 [N].
         logprobs: float32 [N].
+        tokens: int32 [N].
 
     Example:
         >>> import numpy as np
@@ -44,6 +45,7 @@ class EntryPool:
         self.gate = torch.zeros(0, dtype=torch.bool, device=device)
         self.fault = torch.zeros(0, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(0, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros(0, dtype=torch.int32, device=device)
         self._free: list[int] = []
 
     def reserve(self, count: int) -> list[int]:
@@ -78,7 +80,7 @@ class EntryPool:
         self.gate[entries], self.fault[entries] = decision.gate, decision.fault
 
     def read(self, entries: np.ndarray) -> dict[str, Tensor]:
-        """The entries' fields on the CPU, as `MixRecord` has them, and `fault`. The host waits for the device.
+        """The entries' fields on the CPU, as `MixRecord` has them, `fault` and `tokens`. The host waits for the device.
 
         Args:
             entries: int [B, T]; -1 where there is no entry.
@@ -93,5 +95,6 @@ class EntryPool:
             "weights": torch.where(gate[..., None], self.weights[at], 0),
             "logprobs": torch.where(inside, self.logprobs[at], 0),
             "fault": self.fault[at] * inside,
+            "tokens": self.tokens[at],
         }
         return {name: tensor.cpu() for name, tensor in content.items()}

@@ -563,7 +563,7 @@ def test_requests_that_cannot_be_mixed_are_refused(
     (tmp_path / "named_by_a_request.py").write_text(OWN_STRATEGIES)
     monkeypatch.syspath_prepend(tmp_path)
     named = {"row_id": 1, "strategy": "named_by_a_request:drawn"}
-    for wrong in ({"row_id": "1"}, {}, {"row_id": 1, "rate": 0.5}, named, 3):
+    for wrong in ({"row_id": "1"}, {}, {"row_id": 1, "rate": 0.5}, named, "3", 3.0, True):
         asked.extra_args = {"ngrpo_ops": wrong}
         with pytest.raises(ValueError, match="request_kwargs"):
             llm.generate(prompts(1), asked, use_tqdm=False)

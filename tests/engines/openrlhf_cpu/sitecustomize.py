@@ -10,7 +10,7 @@ file of an installed package is touched. What stands in for what a machine witho
   alone.
 - triton: its functions are interpreted from its import on. Ours go by the variable, and run as plain torch.
 - vllm: see `cpu_engine`.
-- pynccl: gloo carries the weights to the engine. vLLM's own class goes without a word where it finds no NCCL.
+- pynccl: see `stand_ins`.
 - ray.init: one GPU for each actor is counted, which only places them.
 
 And what the tests look at:
@@ -27,7 +27,6 @@ import collections
 import contextlib
 import functools
 import importlib.machinery
-import importlib.util
 import itertools
 import os
 import pickle
@@ -35,6 +34,8 @@ import sys
 import types
 from collections.abc import Callable
 from typing import Any
+
+from stand_ins import after_import, pynccl_over_gloo, vllm_on_cpu
 
 FLOAT32 = "OPENRLHF_FLOAT32" in os.environ
 os.environ["TRITON_INTERPRET"] = "1"
@@ -107,28 +108,6 @@ def _actor(module: Any) -> None:
 def _triton(triton: Any) -> None:
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
-
-
-def _vllm(_: Any) -> None:
-    import cpu_engine  # noqa: F401
-
-
-def _pynccl(module: Any) -> None:
-    from datetime import timedelta
-
-    from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo
-
-    class OverGloo:
-        def __init__(self, group: Any, device: Any = None, library_path: Any = None) -> None:
-            store = PrefixStore("weights", group.store)
-            self.group = ProcessGroupGloo(store, group.rank, group.world_size, timedelta(minutes=2))
-
-        def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
-            options = BroadcastOptions()
-            options.rootRank = src
-            self.group.broadcast([tensor], options).wait()
-
-    module.PyNcclCommunicator = OverGloo
 
 
 def _ray(ray: Any) -> None:
@@ -210,8 +189,8 @@ AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
     "openrlhf": _flash_attn,
     "openrlhf.models.actor": _actor,
     "triton": _triton,
-    "vllm": _vllm,
-    "vllm.distributed.device_communicators.pynccl": _pynccl,
+    "vllm": vllm_on_cpu,
+    "vllm.distributed.device_communicators.pynccl": pynccl_over_gloo,
     "ray": _ray,
 }
 if FLOAT32:
@@ -228,31 +207,4 @@ if "OPENRLHF_DUMP" in os.environ:
     AFTER_IMPORT["openrlhf.trainer.ppo_utils.samples_generator"] = _dump
 
 
-class _StandIns:
-    """A finder that runs `AFTER_IMPORT` once the module has been executed."""
-
-    def __init__(self) -> None:
-        self.left = dict(AFTER_IMPORT)
-        self.looking: set[str] = set()
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self.left or name in self.looking:
-            return None
-        self.looking.add(name)
-        spec = importlib.util.find_spec(name)
-        self.looking.remove(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                change = self.left.pop(
-                    name
-                )  # not when it was found: python -m looks for a module before it is imported
-                execute(module)
-                change(module)
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, _StandIns())
+after_import(AFTER_IMPORT)
