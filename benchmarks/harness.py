@@ -65,7 +65,8 @@ def compare(benchmark: Any, make: Callable[[str, str], Case], who: str, device: 
         peak_mib=peak.mib,
         scored_pairs=case.scored,
     )
-    benchmark.pedantic(finished, rounds=case.rounds, warmup_rounds=2)
+    # The few rounds of a case are of one that takes seconds, and it has run twice already.
+    benchmark.pedantic(finished, rounds=case.rounds, warmup_rounds=2 if case.rounds > 5 else 0)
     if who != "ours":
         ours = make(device, "ours").run
         finished(ours)

@@ -81,9 +81,9 @@ def group_advantages(rewards: Tensor, settings: GroupSettings) -> tuple[Tensor, 
     s = _statistics(groups, rewards, settings)
     divisor = groups.to_rows(s.divisor)
     has_divisor = divisor != 0
-    out = torch.where(s.counted & has_divisor, s.numerator / torch.where(has_divisor, divisor, 1), 0)
+    out = torch.where(s.of_counted(has_divisor), s.numerator / torch.where(has_divisor, divisor, 1), 0)
     if settings.singleton_groups == "nan":
-        out = torch.where(s.counted & groups.to_rows(s.is_singleton), torch.nan, out)
+        out = torch.where(s.of_counted(groups.to_rows(s.is_singleton)), torch.nan, out)
     return groups.restore(out).to(rewards.dtype), s.scale.reshape(groups.count, -1)
 
 
@@ -95,7 +95,7 @@ def group_advantages_backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor
     has_divisor = divisor != 0
     safe_divisor = torch.where(has_divisor, divisor, 1)
     # What a row gets through its own numerator. The rest comes through the group's mean and scale.
-    direct = torch.where(s.counted & has_divisor, groups.arrange(grad).to(s.weight.dtype) * s.factor / safe_divisor, 0)
+    direct = torch.where(s.of_counted(has_divisor), groups.arrange(grad).to(s.weight.dtype) * s.factor / safe_divisor, 0)
     direct_sum = groups.sum(direct)
     grad_divisor = -groups.sum(torch.where(direct != 0, direct * (s.numerator / s.factor) / safe_divisor, 0))
     if settings.singleton_groups == "keep" and settings.needs_others:
@@ -115,11 +115,14 @@ def group_advantages_backward(grad: Tensor, grad_scales: Tensor, rewards: Tensor
         out = out + s.weight * deviations * groups.to_rows(slope)
     elif settings.scale == "mean":
         out = out + s.weight * groups.to_rows(grad_scale * inverse_weight)
-    return groups.restore(torch.where(s.counted, out, 0)).to(rewards.dtype)
+    return groups.restore(_where(s.counted, out, 0)).to(rewards.dtype)
 
 
 class _Groups:
-    """Sums within groups. Groups of one size are summed as [groups, size, columns], others by the group of each row."""
+    """Sums within groups. Groups of one size are summed as [size, groups, columns], others by the group of each row.
+
+    Groups are small and many: sums over a first dimension take many groups at once, sums over an inner one do not.
+    """
 
     def __init__(self, rewards: Tensor, settings: GroupSettings) -> None:
         rows, offsets = rewards.shape[0], settings.offsets
@@ -135,21 +138,21 @@ class _Groups:
     def arrange(self, x: Tensor) -> Tensor:
         """The rows group after group."""
         x = x if self.order is None else x[self.order]
-        return x.reshape(self.count, self.size, -1) if self.equal_sizes else x
+        return x.reshape(self.count, self.size, -1).transpose(0, 1).contiguous() if self.equal_sizes else x
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `arrange`."""
-        x = x.reshape(self.shape).contiguous()
+        x = (x.expand(self.size, -1, -1).transpose(0, 1) if self.equal_sizes else x).reshape(self.shape).contiguous()
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
     def sum(self, x: Tensor) -> Tensor:
         if self.equal_sizes:
-            return x.sum(1, keepdim=True)
+            return x.sum(0, keepdim=True)
         return x.new_zeros(self.count, x.shape[1]).index_add_(0, self.group_of_row, x)
 
     def max(self, x: Tensor) -> Tensor:
         if self.equal_sizes:
-            return x.amax(1, keepdim=True)
+            return x.amax(0, keepdim=True)
         index = self.group_of_row[:, None].expand(x.shape)
         return x.new_full((self.count, x.shape[1]), -torch.inf).scatter_reduce_(0, index, x, "amax")
 
@@ -162,7 +165,7 @@ class _Statistics(NamedTuple):
     """What forward and backward share. The first five are values of rows, the others of groups."""
 
     weight: Tensor
-    counted: Tensor  # weight != 0
+    counted: Tensor | None  # weight != 0; None: every row
     centered: Tensor
     numerator: Tensor
     factor: Tensor | float  # what multiplies x - mean in the numerator
@@ -171,31 +174,46 @@ class _Statistics(NamedTuple):
     scale: Tensor
     divisor: Tensor  # 0: the group has no advantages
 
+    def of_counted(self, chosen: Tensor) -> Tensor:
+        return chosen if self.counted is None else self.counted & chosen
+
+
+def _where(condition: Tensor | None, x: Tensor, other: float) -> Tensor:
+    """x where the condition is met, everywhere without one."""
+    return x if condition is None else torch.where(condition, x, other)
+
 
 def _statistics(groups: _Groups, rewards: Tensor, settings: GroupSettings) -> _Statistics:
     baseline, scale_by, weights = settings.baseline, settings.scale, settings.weights
     dtype = compute_dtype(rewards)
     x = groups.arrange(rewards).to(dtype)
-    w = torch.ones_like(x) if weights is None else groups.arrange(weights[:, None]).to(dtype).expand(x.shape)
-    if settings.omit_nan:
-        w = torch.where(x.isnan(), 0, w)
-    if not groups.equal_sizes:
-        w = torch.where(groups.in_a_group[:, None], w, 0)
-    counted = w != 0
-    x = torch.where(counted, x, 0)
-    total_weight, members = groups.sum(w), groups.sum(counted.to(dtype))
+    counted: Tensor | None = None
+    if weights is None and not settings.omit_nan and groups.equal_sizes:
+        w = x.new_ones(())
+        total_weight = members = x.new_full((), groups.size)
+    else:
+        w = torch.ones_like(x) if weights is None else groups.arrange(weights[:, None]).to(dtype).expand(x.shape)
+        if settings.omit_nan:
+            w = torch.where(x.isnan(), 0, w)
+        if not groups.equal_sizes:
+            w = torch.where(groups.in_a_group[:, None], w, 0)
+        counted = w != 0
+        x = torch.where(counted, x, 0)
+        total_weight, members = groups.sum(w), groups.sum(counted.to(dtype))
     is_singleton = members == 1
     # Rewards are measured from the largest of the group, so that equal rewards are centered to exactly 0.
-    max_reward = groups.max(torch.where(counted, x, -torch.inf))
+    max_reward = groups.max(_where(counted, x, -torch.inf))
     max_reward = torch.where(max_reward == -torch.inf, 0, max_reward)
-    shifted = torch.where(counted, x - groups.to_rows(max_reward), 0)
-    shifted_mean = groups.sum(w * shifted) / total_weight.clamp(min=1)
-    centered = torch.where(counted, shifted - groups.to_rows(shifted_mean), 0)
+    shifted = _where(counted, x - groups.to_rows(max_reward), 0)
+    weighted = shifted if counted is None else w * shifted
+    shifted_mean = groups.sum(weighted) / total_weight.clamp(min=1)
+    centered = _where(counted, shifted - groups.to_rows(shifted_mean), 0)
     if scale_by == "std":
         # A power of two. The mean is measured from the largest reward: it is that reward's own deviation, and the
         # largest deviation is at most W times it. In this unit no square overflows or vanishes, and no bit changes.
         unit = power_of_two(shifted_mean)
-        squares = groups.sum(w * (centered / groups.to_rows(unit)).square())
+        squares = (centered / groups.to_rows(unit)).square()
+        squares = groups.sum(squares if counted is None else w * squares)
         scale = unit * (squares / (total_weight - settings.ddof).clamp(min=1)).sqrt()
     else:
         scale = max_reward + shifted_mean if scale_by == "mean" else torch.ones_like(shifted_mean)
