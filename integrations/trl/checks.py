@@ -145,7 +145,8 @@ def refuse_loaded(trainer: Any, config: MixingConfig) -> None:
     settings: Any = trainer.args.generation_kwargs or {}
     if (ends := settings.get("eos_token_id")) is not None:
         ends = sorted(ends) if isinstance(ends, list | tuple | set) else [ends]
-        refuse([_unscored_refusal("eos_token_id", ends, (sorted(trainer.eos_token_ids),))], _NOT_SUPPORTED)
+        own = getattr(trainer, "eos_token_ids", [trainer._tokenizer.eos_token_id])  # one until TRL 1.14
+        refuse([_unscored_refusal("eos_token_id", ends, (sorted(own),))], _NOT_SUPPORTED)
     # With what the model's own generation_config adds to it, as generate will read it.
     generation, _ = inner._prepare_generation_config(trainer.generation_config)
     refuse_generation(generation, dict(trainer.generation_kwargs))

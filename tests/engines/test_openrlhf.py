@@ -890,6 +890,13 @@ def test_asynchronous_rollouts_with_a_reward_server(train: Any, inputs: Path, di
 
 
 @pytest.mark.slow
+def test_lora_fails_in_openrlhfs_own_sync(train: Any) -> None:
+    """It sends the engine the names of PEFT's modules. Where this test fails, OpenRLHF has learned it: run ours."""
+    stock = train("--ds.lora.rank", "4", module=STOCK)
+    assert stock.status != 0 and "no module or parameter named 'base_model'" in stock.output
+
+
+@pytest.mark.slow
 def test_rate_zero_generates_what_stock_does(train: Any) -> None:
     # All prompts in every step, as their order is not seeded.
     words = f"--rollout.batch_size {len(PROMPTS)} --train.batch_size {SAMPLES * len(PROMPTS)} --train.num_episodes 2"
