@@ -1,11 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
-ENGINES := .venv-engines/bin
+VLLM ?= 0.29
+# Each vLLM has an environment and a results file of its own. The first has OpenRLHF too, which pins that vLLM.
+SUFFIX := $(if $(filter-out 0.29,$(VLLM)),-vllm-$(VLLM))
+ENGINES := .venv-engines$(SUFFIX)/bin
+ENGINE_TESTS := $(if $(SUFFIX),tests/engines/test_vllm.py tests/engines/test_trl.py,tests/engines)
 SECONDS ?= 600
 SEED ?= 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast lint bench bench-engines scaling report resources mutations gpu clean
+.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-matrix lint bench bench-engines scaling report resources mutations gpu clean
 
 help:
 	@echo "make demo       rollouts of a real model, mixed; then GRPO and N-GRPO on Countdown (some 6 minutes on 2 cores)"
@@ -14,8 +18,10 @@ help:
 	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
 	@echo "make fuzz       public calls with hostile arguments, for SECONDS=600 from SEED=0"
 	@echo "make test-full  lint, types and every test but those with engines"
-	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines"
+	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines;"
+	@echo "                   VLLM=0.32: the first two with that vLLM, in .venv-engines-vllm-0.32"
 	@echo "make test-engines-fast  the same without OpenRLHF's loops"
+	@echo "make test-matrix   the fast tests with the oldest and the newest torch, triton, transformers and TRL"
 	@echo "make bench      the benchmarks, with ratios to peers in the same run"
 	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
@@ -48,6 +54,23 @@ venv: .venv/installed
 	$(ENGINES)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# vLLM and TRL alone. vLLM's own constraints on transformers differ from ours.
+.venv-engines-vllm-%/installed: pyproject.toml constraints/vllm-%.txt tests/engines/requirements-vllm-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints/vllm-$*.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints/vllm-$*.txt -r tests/engines/requirements-vllm-$*.txt
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet 'setuptools>=77' wheel
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The sets of `make test-matrix`. torch comes first and alone, as above.
+.venv-matrix-%/installed: pyproject.toml constraints/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints/$*.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints/$*.txt --editable '.[trl,test]'
+	@touch $@
+
 demo: venv
 	$(BIN)/python -m examples.real_model
 	$(BIN)/python -m examples.countdown
@@ -70,11 +93,15 @@ test-full: lint test
 	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
-test-engines-fast: .venv-engines/installed
-	$(ENGINES)/python -m pytest -n 2 --dist loadgroup tests/engines -m "not slow"
+test-engines-fast: .venv-engines$(SUFFIX)/installed
+	$(ENGINES)/python -m pytest -n 2 --dist loadgroup $(ENGINE_TESTS) -m "not slow"
 
-test-engines: .venv-engines/installed
-	$(ENGINES)/python -m pytest -n 2 --dist loadgroup tests/engines --report benchmarks/results/engines.json
+test-engines: .venv-engines$(SUFFIX)/installed
+	$(ENGINES)/python -m pytest -n 2 --dist loadgroup $(ENGINE_TESTS) --report benchmarks/results/engines$(SUFFIX).json
+
+test-matrix: .venv-matrix-oldest/installed .venv-matrix-newest/installed
+	.venv-matrix-oldest/bin/python -m pytest -n 2 -m "not slow"
+	.venv-matrix-newest/bin/python -m pytest -n 2 -m "not slow"
 
 lint: venv
 	$(BIN)/ruff check .
@@ -84,7 +111,7 @@ lint: venv
 bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-bench-engines: .venv-engines/installed
+bench-engines: .venv-engines$(SUFFIX)/installed
 	PYTHONPATH=tests/engines:tests $(ENGINES)/python -m pytest benchmarks/bench_vllm.py benchmarks/bench_trl_server.py \
 		--benchmark-only
 
@@ -105,4 +132,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf .venv .venv-engines build dist *.egg-info runs
+	rm -rf .venv .venv-engines* .venv-matrix-* build dist *.egg-info runs

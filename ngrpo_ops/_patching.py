@@ -57,8 +57,8 @@ def check_signature(
         owner: the class or module that has the method; None: there is no such class.
         expected: the names of the parameters that an adapter relies on.
         framework: the framework's name and version, for the message.
-        tested: the version that the adapter is tested with.
-        prefix: whether further parameters may follow.
+        tested: the versions that the adapter is tested with.
+        prefix: whether further parameters may follow, and `*args` stand for the last of the expected.
         where: what the message calls the method; "": `name`.
 
     Raises:
@@ -67,9 +67,13 @@ def check_signature(
     method = getattr(owner, name, None)
     found = None
     if callable(method) and not getattr(method, "__isabstractmethod__", False):
-        found = [parameter for parameter in inspect.signature(method).parameters if parameter != "_ray_trace_ctx"]
-    if found is not None and prefix:
-        found = found[: len(expected)]
+        parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "_ray_trace_ctx"]
+        found = [parameter.name for parameter in parameters]
+        if prefix:
+            kinds = [parameter.kind for parameter in parameters]
+            if (rest := inspect.Parameter.VAR_POSITIONAL) in kinds[: len(expected)]:
+                found = [*found[: kinds.index(rest)], *expected[kinds.index(rest) :]]
+            found = found[: len(expected)]
     if found != list(expected):
         raise ImportError(
             f"{framework} has changed {where or name}: expected parameters {list(expected)}, found {found}. This "

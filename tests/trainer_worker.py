@@ -26,9 +26,10 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from models import tiny_model, tokenizer
 from peft import LoraConfig
+from plain_ids import ScoresPlainIds
 from torch.distributed.tensor import DTensor
 
-from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+from ngrpo_ops.integrations.trl import NGRPOConfig
 
 torch.set_num_threads(1)
 
@@ -46,7 +47,7 @@ if parallelism == "fsdp2":
 seen: dict[str, list] = {"gates": [], "tables": [], "sharded": []}
 
 
-class Watched(NGRPOTrainer):
+class Watched(ScoresPlainIds):
     def _log_rollout(self, record, lengths):  # type: ignore[no-untyped-def]
         seen["gates"].append(record.gate.tolist())
         seen["tables"].append(self.mixing.table.ids.tolist())
@@ -113,6 +114,8 @@ else:
 with gathered:
     whole = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in parameters]
     weights = [parameter.sum().item() for parameter in whole]
-(folder / f"rank{rank}.json").write_text(json.dumps(seen | {"logs": logs, "weights": weights}))
+(folder / f"rank{rank}.json").write_text(
+    json.dumps(seen | {"logs": logs, "weights": weights, "plain": trainer.plain_difference})
+)
 torch.distributed.destroy_process_group()
 os._exit(0)  # what is to be tested is on disk; at the interpreter's exit gloo's threads abort one run in many

@@ -10,7 +10,7 @@ import importlib.metadata
 from typing import Any
 
 from ngrpo_ops._patching import check_signature
-from ngrpo_ops.versions import TESTED, is_tested
+from ngrpo_ops.versions import accepted, requirement, standing, tested
 
 EXPECTED_PARAMETERS = {
     "openrlhf.models.actor:Actor.forward": [
@@ -74,22 +74,26 @@ def check_openrlhf() -> None:
         Traceback (most recent call last):
         ImportError: OpenRLHF 0.1 is not tested with this version of ngrpo-ops, which replays in OpenRLHF ...
     """
-    missing = f"this adapter needs OpenRLHF and its vLLM: pip install 'openrlhf[vllm]=={TESTED['openrlhf']}'"
+    missing = f"this adapter needs OpenRLHF and its vLLM: pip install 'openrlhf[vllm]{requirement('openrlhf')}'"
     try:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(missing) from error
-    if not is_tested("openrlhf", version):
+    if standing("openrlhf", version) == "refused":
         raise ImportError(
             f"OpenRLHF {version} is not tested with this version of ngrpo-ops, which replays in OpenRLHF "
-            f"{TESTED['openrlhf']}: what it extends is private to OpenRLHF"
+            f"{accepted('openrlhf')}: what it extends is private to OpenRLHF"
         )
     try:
         import vllm
     except ImportError as error:
         raise ImportError(missing) from error
-    if not is_tested("vllm", vllm.__version__):  # the engines refuse it too, but OpenRLHF's actors would wait for them
-        raise ImportError(f"vLLM {vllm.__version__} is not tested with this version of ngrpo-ops")
+    # The engines refuse it too, but OpenRLHF's actors would wait for them.
+    if standing("vllm", vllm.__version__) == "refused":
+        raise ImportError(
+            f"vLLM {vllm.__version__} is not tested with this version of ngrpo-ops, which mixes in vLLM "
+            f"{accepted('vllm')}"
+        )
     for target in EXPECTED_PARAMETERS:
         check_target(target)
 
@@ -101,7 +105,7 @@ def check_target(target: str) -> None:
         ImportError: OpenRLHF has changed the signature.
     """
     owner, name = resolve(target)
-    check_signature(owner, name, EXPECTED_PARAMETERS[target], "OpenRLHF", TESTED["openrlhf"], where=target)
+    check_signature(owner, name, EXPECTED_PARAMETERS[target], "OpenRLHF", tested("openrlhf"), where=target)
 
 
 def resolve(target: str) -> tuple[Any, str]:

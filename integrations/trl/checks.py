@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, check_signature, refuse
 from ngrpo_ops.metrics import ReplayErrors, replay_tolerance
-from ngrpo_ops.versions import TESTED
+from ngrpo_ops.versions import tested
 
 from ..transformers import refuse_generation, refuse_unsupported_filters
 from ..transformers.checks import evaluating, position_modules
@@ -23,7 +23,7 @@ from .config import NGRPOConfig
 # TRL ----------------------------------------------------------------------------------------------------------------
 
 EXPECTED_PARAMETERS = {
-    "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
+    "_generate_single_turn": ["self", "prompt_ids"],
     "_generate": ["self", "prompts"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
@@ -43,7 +43,7 @@ def check_trl() -> None:
     framework = f"TRL {trl.__version__}"
     for name, expected in EXPECTED_PARAMETERS.items():
         where = f"GRPOTrainer.{name}"
-        check_signature(GRPOTrainer, name, expected, framework, TESTED["trl"], prefix=True, where=where)
+        check_signature(GRPOTrainer, name, expected, framework, tested("trl"), prefix=True, where=where)
 
 
 # Settings and models ------------------------------------------------------------------------------------------------
@@ -147,7 +147,8 @@ def refuse_loaded(trainer: Any, config: MixingConfig) -> None:
     settings: Any = trainer.args.generation_kwargs or {}
     if (ends := settings.get("eos_token_id")) is not None:
         ends = sorted(ends) if isinstance(ends, list | tuple | set) else [ends]
-        refuse([_unscored_refusal("eos_token_id", ends, (sorted(trainer.eos_token_ids),))], _NOT_SUPPORTED)
+        own = getattr(trainer, "eos_token_ids", [trainer._tokenizer.eos_token_id])  # one until TRL 1.14
+        refuse([_unscored_refusal("eos_token_id", ends, (sorted(own),))], _NOT_SUPPORTED)
     # With what the model's own generation_config adds to it, as generate will read it.
     generation, _ = inner._prepare_generation_config(trainer.generation_config)
     refuse_generation(generation, dict(trainer.generation_kwargs))

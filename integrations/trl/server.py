@@ -25,7 +25,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from ngrpo_ops import MixingConfig, MixRecord
 from ngrpo_ops._patching import check_signature, replaced, wrap
-from ngrpo_ops.versions import TESTED
+from ngrpo_ops.versions import tested
 from ngrpo_ops.wire import KEY, OPEN, SERVED_DEFAULTS, TAKE, raise_errors, read_opened, read_replies
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class MixingServer:
     def __init__(self, args: Any, config: MixingConfig, model: str) -> None:
         for name, expected in EXPECTED_PARAMETERS.items():
             where, framework = f"VLLMClient.{name}", f"TRL {trl.__version__}"
-            check_signature(VLLMClient, name, expected, framework, TESTED["trl"], prefix=True, where=where)
+            check_signature(VLLMClient, name, expected, framework, tested("trl"), prefix=True, where=where)
         self.run = uuid.uuid4().hex
         self.config, self.model = config, model
         self._rank, self._processes = args.process_index, args.world_size

@@ -20,7 +20,8 @@ class InputEmbedding:
         changed: whether the weights are others than at the last look. Who looks sets it to False.
 
     Raises:
-        ValueError: the model does not have exactly one unquantized token embedding, of the whole vocabulary.
+        ValueError: the model does not have exactly one unquantized token embedding, of the whole vocabulary, or
+            looks up a rank's rows alone and adds the ranks' up later.
     """
 
     def __init__(self, model: Any, vocabulary: int) -> None:
@@ -60,5 +61,10 @@ class InputEmbedding:
         (module,) = modules
         if module.org_vocab_size != self.vocabulary or module.num_added_embeddings:
             raise ValueError(f"{module.num_embeddings} token embeddings but a vocabulary of {self.vocabulary}: refused")
+        if not getattr(module, "reduce_results", True):
+            raise ValueError(f"the model {type(self.model).__name__} adds its ranks' embeddings up itself: refused")
         rows = module.weight.data[: module.num_org_embeddings_per_partition]
-        return rows, get_tp_group().device_group if module.tp_size > 1 else None
+        if module.tp_size == 1:
+            return rows, None
+        group = getattr(module, "parallel_group", None)  # None: the tensor-parallel one, as always until vLLM 0.31
+        return rows, (get_tp_group() if group is None else group).device_group

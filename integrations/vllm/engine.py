@@ -8,6 +8,7 @@ scheduled token whose step was mixed is embedded from its entry in the pool. A s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from .mixed_requests import MixedRequests, SampledSteps
 from .plugin import config_of, row_id_of, settings_of
 from .pool import EntryPool
 from .records import pack
-from .sampler import filters, penalized_logits
+from .sampler import filters, keep_unscaled_logits
 from .server import seed_served_row
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers below its own
@@ -69,8 +70,7 @@ class MixingModelState:
 
         def patch_sample(original: Any) -> Any:
             def sample(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-                sampled, processed = original(logits, *args, **kwargs)
-                return self.mixer.force(sampler, logits, sampled, processed)
+                return self.mixer.sample(sampler, logits, lambda: original(logits, *args, **kwargs))
 
             return sample
 
@@ -175,26 +175,26 @@ class EngineMixer:
 
     # The sample
 
-    def force(self, sampler: Any, logits: Tensor, sampled: Tensor, processed: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, sampler: Any, logits: Tensor, original: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """The tokens of a batch and the logits that log-probabilities are taken from, the mixed steps' included.
 
         Args:
             sampler: vLLM's sampler, which holds the requests' settings.
             logits: [B, V], the model's.
-            sampled: [B], the tokens that vLLM has sampled.
-            processed: [B, V], the logits that vLLM sampled them from.
+            original: vLLM's own: the tokens [B] that it samples, and the logits [B, V] that it samples them from.
         """
         if self._batch is None:
-            return sampled, processed
+            return original()
         if logits.shape[1] != self.vocabulary:
             raise ValueError(f"the engine has {logits.shape[1]} logits but {self.vocabulary} token embeddings")
         steps = self.requests.sampled(self._batch)
         if not len(steps):
-            return sampled, processed
-        row, slot, entry = self._send(steps.rows, steps.slots, steps.entries)
+            return original()
         chosen = steps if self.config.sampler == "counter_based" else steps[steps.drawn]
-        if len(chosen):
-            sampled, processed = self._choose(sampler, logits, sampled, processed, chosen)
+        sampled, processed = self._choose(sampler, logits, original, chosen) if len(chosen) else original()
+        row, slot, entry = self._send(steps.rows, steps.slots, steps.entries)
         tokens = sampled[row]
         self.pool.tokens[entry] = tokens.to(torch.int32)
         self.pool.logprobs[entry] = self._logprobs(logits, tokens, steps, sampler)
@@ -203,12 +203,14 @@ class EngineMixer:
         return sampled, processed
 
     def _choose(
-        self, sampler: Any, logits: Tensor, sampled: Tensor, processed: Tensor, steps: SampledSteps
+        self, sampler: Any, logits: Tensor, original: Callable[[], tuple[Tensor, Tensor]], steps: SampledSteps
     ) -> tuple[Tensor, Tensor]:
-        """`force` for the steps that the rate has drawn or, with the sampler "counter_based", for all steps."""
+        """`sample` for the steps that the rate has drawn or, with the sampler "counter_based", for all steps."""
         config, states = self.config, sampler.sampling_states
         row, slot, entry, step, row_id = self._send(steps.rows, steps.slots, steps.entries, steps.steps, steps.row_ids)
-        scores = penalized_logits(sampler, self._batch, logits, row, steps.slots)
+        with keep_unscaled_logits(states, row) as kept:
+            sampled, processed = original()
+        scores = kept[0] if kept else logits[row]
         temperature = states.temperature.gpu[slot]
         decision = decide(
             config, scores, neighbor_ids(config, self.table, self.vocabulary, self.device),

@@ -13,14 +13,17 @@ from typing import Any
 
 import vllm
 from torch import nn
+from vllm.logger import init_logger
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, refuse, wrap
 from ngrpo_ops.rollout import reads_table
-from ngrpo_ops.versions import TESTED, is_tested
+from ngrpo_ops.versions import accepted, standing, tested
 from ngrpo_ops.wire import KEY, SERVED_DEFAULTS
 
 from .client import request_kwargs
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers below its own
 
 
 @functools.cache  # a second call must not wrap again
@@ -28,11 +31,12 @@ def register() -> None:
     """The entry point in group ``vllm.general_plugins``. vLLM calls it in each of its processes.
 
     An engine that was started without `engine_kwargs` stays as it is. An engine that was started with them is rejected
-    when it is configured, if one of these is set: an untested vLLM version, Model Runner V1, pipeline parallelism,
-    speculative decoding, batch-sharded sampling, context parallelism, data parallelism within an engine that is no
-    server, KV connectors, trace replay, prompt embeddings, LoRA on the embedding, multi-modal models,
-    `skip_tokenizer_init` where `excluded_token_ids` is "special"; of a server also what `server_refusals` names. Prefix
-    caching is off unless it is asked for.
+    when it is configured, if one of these is set: a vLLM version that is not accepted, Model Runner V1, pipeline
+    parallelism, speculative decoding, batch-sharded sampling, context parallelism, data parallelism within an engine
+    that is no server, KV connectors, trace replay, watermarks, sampling masks, dual batch overlap, fast prefill of
+    shared KV caches, prompt embeddings, LoRA on the embedding, multi-modal models, `skip_tokenizer_init` where
+    `excluded_token_ids` is "special"; of a server also what `server_refusals` names. Prefix caching is off unless it is
+    asked for. A version that is accepted and was not tested is warned of.
 
     A request with `request_kwargs` is rejected by an engine without `engine_kwargs`. It is also rejected if prefix
     caching is on and its prompt has no `cache_salt` of its own: vLLM finds cached blocks by token ids alone and would
@@ -46,7 +50,7 @@ def register() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    if not is_tested("vllm", vllm.__version__):
+    if standing("vllm", vllm.__version__) == "refused":
         wrap(EngineArgs, "create_engine_config", patch_create_engine_config)  # rejects engines that are to mix
         return
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
@@ -108,21 +112,24 @@ def refuse_engine(vllm_config: Any, config: MixingConfig, *, served: bool = Fals
         >>> from ngrpo_ops.integrations.vllm import refuse_engine
         >>> parallel = SimpleNamespace(
         ...     pipeline_parallel_size=1, enable_batch_sharded_sampling=False, decode_context_parallel_size=1,
-        ...     prefill_context_parallel_size=1, data_parallel_size=1,
+        ...     prefill_context_parallel_size=1, data_parallel_size=1, use_ubatching=False,
         ... )
-        >>> model = SimpleNamespace(enable_trace_replay=False, enable_prompt_embeds=True, is_multimodal_model=False)
+        >>> model = SimpleNamespace(
+        ...     enable_trace_replay=False, return_sampling_mask=False, enable_prompt_embeds=True,
+        ...     is_multimodal_model=False,
+        ... )
         >>> engine = SimpleNamespace(
         ...     use_v2_model_runner=True, parallel_config=parallel, model_config=model, speculative_config=None,
-        ...     kv_transfer_config=None,
+        ...     kv_transfer_config=None, cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         ... )
         >>> refuse_engine(engine, MixingConfig())
         Traceback (most recent call last):
         ValueError: enable_prompt_embeds cannot be mixed: a prompt of embeddings has no ids to mix among
     """
-    if not is_tested("vllm", vllm.__version__):
+    if standing("vllm", vllm.__version__) == "refused":
         raise ValueError(
             f"vLLM {vllm.__version__} is not tested with this version of ngrpo-ops, which mixes in vLLM "
-            f"{TESTED['vllm']}: the classes it extends are private to vLLM"
+            f"{accepted('vllm')}: the classes it extends are private to vLLM"
         )
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     refusals = [
@@ -167,6 +174,26 @@ def refuse_engine(vllm_config: Any, config: MixingConfig, *, served: bool = Fals
             model.enable_trace_replay,
             "the trace's tokens take the place of the anchors after these were mixed",
         ),
+        Refusal(
+            "watermark_config",
+            getattr(vllm_config, "watermark_config", None) is not None,  # of vLLM 0.30 and later
+            "a forced anchor carries no watermark, and the noise that carries it is not the gates'",
+        ),
+        Refusal(
+            "return_sampling_mask",
+            model.return_sampling_mask,
+            "a forced anchor was not drawn from what the filters left, so no mask holds for it",
+        ),
+        Refusal(
+            "enable_dbo or ubatch_size > 1",
+            parallel.use_ubatching,
+            "whether each part of a batch reads its own mixes was not tried, as it takes several GPUs",
+        ),
+        Refusal(
+            "kv_sharing_fast_prefill",
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "it is of models with a second table of token ids (Gemma 3n, 4), in which no mix would be read",
+        ),
         Refusal("enable_prompt_embeds", model.enable_prompt_embeds, "a prompt of embeddings has no ids to mix among"),
         Refusal(
             "skip_tokenizer_init",
@@ -184,7 +211,10 @@ def refuse_engine(vllm_config: Any, config: MixingConfig, *, served: bool = Fals
 
 
 def patch_create_engine_config(original: Callable) -> Callable:
-    """EngineArgs.create_engine_config: rejects an engine that is to mix and cannot. Prefixes are cached on demand."""
+    """EngineArgs.create_engine_config: rejects an engine that is to mix and cannot, warns of an untested version.
+
+    Prefixes are cached where that is asked for alone.
+    """
 
     def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
         served = getattr(usage_context, "name", None) == "OPENAI_API_SERVER"
@@ -196,6 +226,11 @@ def patch_create_engine_config(original: Callable) -> Callable:
         vllm_config = original(self, usage_context, *args, **kwargs)
         if (settings := settings_of(vllm_config)) is not None:
             refuse_engine(vllm_config, config_of(settings), served=served)
+            if standing("vllm", vllm.__version__) == "untested":
+                logger.warning_once(
+                    f"vLLM {vllm.__version__} is not among the versions ({tested('vllm')}) that this version of "
+                    "ngrpo-ops was tested with. Compare a rollout with its replay before you rely on it."
+                )
         return vllm_config
 
     return create_engine_config

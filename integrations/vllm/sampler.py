@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ngrpo_ops._patching import replaced
 
-def penalized_logits(sampler: Any, batch: Any, logits: Tensor, row: Tensor, slots: np.ndarray) -> Tensor:
-    """The logits of some rows as vLLM has them before temperature and filters: [M, V].
+
+@contextmanager
+def keep_unscaled_logits(states: Any, row: Tensor) -> Iterator[list[Tensor]]:
+    """Within it vLLM's sampler runs once, and the logits of some rows are kept before temperature and filters.
+
+    Penalties, biases and the logits processors of a user have changed the logits by then. A processor may count its
+    calls, so none is run a second time for the mixed rows.
 
     Args:
-        sampler: vLLM's.
-        batch: vLLM's, whose logits these are.
-        logits: [B, V].
+        states: vLLM's sampling states, which divide by the temperature.
         row: int64 [M], on the device.
-        slots: the rows' slots [M].
+
+    Yields:
+        A list that gains the logits [M, V]. It stays empty where vLLM samples from the model's own logits.
     """
-    scores = logits[row]
-    touched = (
-        sampler.logit_bias_state.use_logit_bias[slots].any()
-        or sampler.penalties_state.use_penalty[slots].any()
-        or (sampler.bad_words_state.num_bad_words.np[slots] > 0).any()
-        or sampler.thinking_budget_state.enabled
-    )
-    if not touched:
-        return scores
-    scores, at = scores.float(), batch.logits_indices[row]
-    mapping, ids = batch.expanded_idx_mapping[row], batch.input_ids[at]
-    local = batch.expanded_local_pos[row]
-    sampler.logit_bias_state.apply_logit_bias(scores, mapping, slots, batch.positions[at])
-    sampler.penalties_state.apply_penalties(scores, mapping, slots, ids, local)
-    sampler.bad_words_state.apply_bad_words(scores, mapping, slots, ids, local)
-    sampler.thinking_budget_state.apply(scores, mapping, mapping, slots, ids, local)
-    return scores
+    kept: list[Tensor] = []
+
+    def apply_temperature(logits: Tensor, *args: Any, **kwargs: Any) -> None:
+        kept.append(logits[row])
+        original(logits, *args, **kwargs)
+
+    with replaced(states, "apply_temperature", apply_temperature) as original:
+        yield kept
 
 
 def filters(states: Any, slots: np.ndarray, slot: Tensor) -> dict[str, Tensor]:

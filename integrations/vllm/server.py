@@ -31,7 +31,7 @@ from vllm.exceptions import VLLMValidationError
 
 import ngrpo_ops
 from ngrpo_ops._patching import Refusal, check_signature
-from ngrpo_ops.versions import TESTED
+from ngrpo_ops.versions import tested
 from ngrpo_ops.wire import FORMAT, KEY, OPEN, TAKE, error_reply, pack_reply
 
 from .client import request_seed
@@ -54,7 +54,7 @@ def server_refusals(vllm_config: Any) -> list[Refusal]:
         from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
         expected = ["self", "method", "args", "engine"]
-        check_signature(DPLBAsyncMPClient, "_call_utility_async", expected, "vLLM", TESTED["vllm"])
+        check_signature(DPLBAsyncMPClient, "_call_utility_async", expected, "vLLM", tested("vllm"))
     return [
         Refusal(
             "enable_prefix_caching",

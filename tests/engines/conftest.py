@@ -1,4 +1,4 @@
-"""Settings of the tests that run a real engine, and their report: engines.json, which `make test-engines` writes."""
+"""Settings of the tests that run a real engine, and their report, which `make test-engines` writes."""
 
 from __future__ import annotations
 
@@ -25,47 +25,68 @@ def _poisoned():
 
 
 @pytest.fixture
-def difference(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
-    """Called with a path and its largest difference of log-probabilities, for the report."""
+def difference(request: pytest.FixtureRequest) -> Callable[[str, float, float | None], None]:
+    """Called for the report: with a path, its largest difference of log-probabilities, and plain ids' or None."""
 
-    def note(path: str, value: float) -> None:
-        request.node.user_properties.append((_DIFFERENCE + path, value))  # reaches xdist's controller
+    def note(path: str, value: float, plain: float | None) -> None:
+        found = {path: value} if plain is None else {path: value, f"{path}, plain ids": plain}
+        # These reach xdist's controller.
+        request.node.user_properties.extend((_DIFFERENCE + name, number) for name, number in found.items())
 
     return note
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--report", type=Path, help="where to write engines.json; a skipped test then fails the run")
+    parser.addoption("--report", type=Path, help="where to write the results; a skipped test then fails the run")
 
 
 class _Report:
-    def __init__(self) -> None:
-        self.differences: dict[str, float] = {}
+    """One file for an environment. A run of some of the test files leaves the others' results there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.differences: dict[str, dict[str, float]] = {}  # by test file
         self.outcomes: dict[str, Counter[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        adapter = Path(report.location[0]).stem.removeprefix("test_")
+        tests = Path(report.location[0]).stem.removeprefix("test_")
         if report.when == "call" or report.outcome != "passed":
-            self.outcomes.setdefault(adapter, Counter())[report.outcome] += 1
+            self.outcomes.setdefault(tests, Counter())[report.outcome] += 1
         if report.when == "call" and report.passed:
+            of_tests = self.differences.setdefault(tests, {})
             for name, value in report.user_properties:
                 if name.startswith(_DIFFERENCE):
                     path = name.removeprefix(_DIFFERENCE)
-                    self.differences[path] = max(value, self.differences.get(path, 0.0))
+                    of_tests[path] = max(value, of_tests.get(path, 0.0))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if any(outcomes["skipped"] for outcomes in self.outcomes.values()):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        content = {
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "tests": {adapter: dict(outcomes) for adapter, outcomes in sorted(self.outcomes.items())},
-            "largest difference of log-probabilities": dict(sorted(self.differences.items())),
-        }
-        session.config.getoption("--report").write_text(json.dumps(content, indent=1) + "\n")
+        versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if before.get("versions") != versions:
+            before = {}  # of another environment
+        content = {"versions": versions}
+        for title, found in (
+            ("tests", {tests: dict(outcomes) for tests, outcomes in self.outcomes.items()}),
+            ("largest difference of log-probabilities", self.differences),
+        ):
+            content[title] = dict(sorted((before.get(title, {}) | found).items()))
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--report") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Report())
+    path = config.getoption("--report")
+    if path is None or hasattr(config, "workerinput"):
+        return
+    if config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args):
+        raise pytest.UsageError("--report is for whole test files: the results are kept by file")
+    config.pluginmanager.register(_Report(path))

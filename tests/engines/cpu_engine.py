@@ -84,13 +84,22 @@ def mixer_of(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.mixer
 
 
-def on_two_ranks(script: str, folder: Path) -> None:
-    """Runs a script of this folder in two processes, which share an engine."""
+def on_two_ranks(script: str, folder: Path, *arguments: str) -> None:
+    """Runs a script of this folder in two processes."""
     for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM's of a run before; its name is the same every time
         left.unlink()
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", here / script, folder],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            here / script,
+            folder,
+            *arguments,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         capture_output=True,
         text=True,

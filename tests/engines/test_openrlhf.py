@@ -36,7 +36,7 @@ from ngrpo_ops.random import bernoulli, philox
 from ngrpo_ops.record import SparseRecord
 from ngrpo_ops.strategies import _registry as registry
 from ngrpo_ops.strategies import get_strategy
-from ngrpo_ops.versions import TESTED
+from ngrpo_ops.versions import VERSIONS, Versions
 
 # What the runs' processes load at their start: here for openrlhf's own imports.
 _spec = importlib.util.spec_from_file_location(
@@ -51,9 +51,10 @@ from openrlhf.trainer.ppo_utils import experience as experiences  # noqa: E402
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noqa: E402
 
 PARITY = 1e-4  # float32
+WITHOUT = 1e-2  # what plain ids differ by, at the least
 METRICS = ("gated_share", "anchor_differs", "anchor_weight", "cosine", "replay_error")
 
-Difference = Callable[[str, float], None]
+Difference = Callable[[str, float, float | None], None]
 
 
 @pytest.fixture(scope="module")
@@ -446,11 +447,11 @@ def test_a_change_upstream_stops_the_start(target: str, monkeypatch: pytest.Monk
 
 
 def test_another_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TESTED, "openrlhf", "0.11.1")
+    monkeypatch.setitem(VERSIONS, "openrlhf", Versions("0.11.1", "0.11.1", ("0.11.1",)))
     with pytest.raises(ImportError, match=r"OpenRLHF 0.11.2 is not tested"):
         adapter.check_openrlhf()
     monkeypatch.undo()
-    monkeypatch.setitem(TESTED, "vllm", "0.28")
+    monkeypatch.setitem(VERSIONS, "vllm", Versions("0.27", "0.28", ("0.28",)))
     with pytest.raises(ImportError, match=r"vLLM 0.29.0 is not tested"):
         adapter.check_openrlhf()
 
@@ -764,6 +765,24 @@ def assert_mixed(result: Run, steps: int, rate: float = 0.5) -> None:
     assert not left
 
 
+def plain_difference(result: Run, inputs: Path) -> float:
+    """The largest difference of log-probabilities that plain ids make, in the rollout of the weights at the start."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    largest = 0.0
+    for experience in result.rollouts()[0]:
+        (row,) = experience["mm_train_inputs"]
+        steps = slice(row.first, row.first + len(row.logprobs))
+        with torch.no_grad():
+            logprobs = model(input_ids=experience["sequences"]).logits[0].log_softmax(-1)
+        emitted = experience["sequences"][0, steps, None]
+        plain = logprobs.roll(1, dims=0)[steps].gather(1, emitted)[:, 0]
+        largest = max(largest, float((plain - row.logprobs).abs().max()))
+    assert largest > WITHOUT
+    return largest
+
+
 @pytest.mark.slow
 def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, difference: Difference) -> None:
     """OpenRLHF's own judgement: `vllm_kl`, its mean difference between engine and policy."""
@@ -775,7 +794,7 @@ def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, differen
     assert max(map(abs, result.logged("vllm_kl"))) <= 5e-4
     assert result.logged("kl")[0] == 0  # the reference has the policy's weights, and replays the same record
     assert all(value > 0 for value in result.logged("kl")[1:])
-    difference("openrlhf, bfloat16", max(result.logged("mix/replay_error")))
+    difference("openrlhf, bfloat16", max(result.logged("mix/replay_error")), plain_difference(result, inputs))
 
     evaluated = result.rollouts("generate_eval_samples")
     assert len(evaluated) == 2 and all(len(samples) == len(PROMPTS) for samples in evaluated)
@@ -800,7 +819,7 @@ def test_without_the_replay_it_is_large(train: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_actors_and_two_engines(train: Any, difference: Difference) -> None:
+def test_two_actors_and_two_engines(train: Any, inputs: Path, difference: Difference) -> None:
     """And tokens of mixed steps left out of the loss."""
     two = "--actor.num_gpus_per_node 2 --ref.num_gpus_per_node 2 --vllm.num_engines 2 --rollout.micro_batch_size 2"
     result = train(
@@ -816,11 +835,13 @@ def test_two_actors_and_two_engines(train: Any, difference: Difference) -> None:
         expected[row.first - 1 :] = 1
         expected[row.first - 1 + row.steps] = 0
         assert torch.equal(experience["action_mask"][0], expected)
-    difference("openrlhf, two actors and two engines", max(result.logged("mix/replay_error")))
+    difference(
+        "openrlhf, two actors and two engines", max(result.logged("mix/replay_error")), plain_difference(result, inputs)
+    )
 
 
 @pytest.mark.slow
-def test_zero_3_and_packing(train: Any, difference: Difference) -> None:
+def test_zero_3_and_packing(train: Any, inputs: Path, difference: Difference) -> None:
     """With checkpointing, dynamic batches, and noise on the mixes."""
     words = (
         "--ngrpo.mixing_rate 0.5 --ngrpo.strategy gaussian --ds.zero_stage 3 --ds.packing_samples "
@@ -831,7 +852,7 @@ def test_zero_3_and_packing(train: Any, difference: Difference) -> None:
     assert_mixed(result, steps=2)
     assert max(result.logged("mix/replay_error")) <= PARITY
     assert result.logged("kl")[0] == pytest.approx(0, abs=1e-9)
-    difference("openrlhf, ZeRO-3, packed", max(result.logged("mix/replay_error")))
+    difference("openrlhf, ZeRO-3, packed", max(result.logged("mix/replay_error")), plain_difference(result, inputs))
 
 
 class _Scores(BaseHTTPRequestHandler):
@@ -849,7 +870,7 @@ class _Scores(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_asynchronous_rollouts_with_a_reward_server(train: Any, difference: Difference) -> None:
+def test_asynchronous_rollouts_with_a_reward_server(train: Any, inputs: Path, difference: Difference) -> None:
     """The policy stands still: a rollout that overlaps a training step is one step behind, mixed or not."""
     server = HTTPServer(("127.0.0.1", 0), _Scores)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -865,7 +886,14 @@ def test_asynchronous_rollouts_with_a_reward_server(train: Any, difference: Diff
     assert result.logged("asked") == [1.0] * 2 and min(result.logged("reward")) > 0
     assert max(result.logged("mix/replay_error")) <= PARITY
     assert max(map(abs, result.logged("vllm_kl"))) <= PARITY
-    difference("openrlhf, asynchronous", max(result.logged("mix/replay_error")))
+    difference("openrlhf, asynchronous", max(result.logged("mix/replay_error")), plain_difference(result, inputs))
+
+
+@pytest.mark.slow
+def test_lora_fails_in_openrlhfs_own_sync(train: Any) -> None:
+    """It sends the engine the names of PEFT's modules. Where this test fails, OpenRLHF has learned it: run ours."""
+    stock = train("--ds.lora.rank", "4", module=STOCK)
+    assert stock.status != 0 and "no module or parameter named 'base_model'" in stock.output
 
 
 @pytest.mark.slow

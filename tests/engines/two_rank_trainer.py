@@ -1,6 +1,6 @@
-"""One rank of NGRPOTrainer with an engine over both ranks, started by torchrun: two steps, and what it saw.
+"""One rank of NGRPOTrainer with colocated engines on two ranks, started by torchrun: two steps, and what it saw.
 
-Argument: a folder with the checkpoint "model", to which it writes.
+Arguments: a folder with the checkpoint "model", to which it writes; the number of ranks that share an engine.
 """
 
 import json
@@ -13,9 +13,10 @@ import cpu_engine  # before vllm
 import torch
 from datasets import Dataset
 from models import tokenizer
+from plain_ids import ScoresPlainIds
 from trl.generation import vllm_generation
 
-from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+from ngrpo_ops.integrations.trl import NGRPOConfig
 
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -30,7 +31,7 @@ vllm_generation.LLM.__init__ = init
 gates: list[list[list[bool]]] = []
 
 
-class Watched(NGRPOTrainer):
+class Watched(ScoresPlainIds):
     def _log_rollout(self, record, lengths):  # type: ignore[no-untyped-def]
         gates.append(record.gate.tolist())
         super()._log_rollout(record, lengths)
@@ -46,7 +47,7 @@ trainer = Watched(
         bf16=False,
         report_to="none",
         use_vllm=True,
-        vllm_tensor_parallel_size=2,
+        vllm_tensor_parallel_size=int(sys.argv[2]),
         vllm_max_model_length=64,
         vllm_gpu_memory_utilization=0.1,
         num_generations=4,
@@ -65,6 +66,8 @@ trainer = Watched(
 )
 trainer.train()
 logs = [row for row in trainer.state.log_history if "reward" in row]
-(folder / f"trainer{rank}.json").write_text(json.dumps({"gates": gates, "logs": logs}))
+(folder / f"trainer{rank}.json").write_text(
+    json.dumps({"gates": gates, "logs": logs, "plain": trainer.plain_difference})
+)
 torch.distributed.destroy_process_group()
 os._exit(0)
