@@ -24,7 +24,7 @@ class Versions(NamedTuple):
 
 
 VERSIONS = {
-    "transformers": Versions("5.17", None, ("5.17", "5.19", "5.23", "5.24")),
+    "transformers": Versions("5.17", None, ("5.17", "5.19", "5.23")),
     "trl": Versions("1.9.2", "1.16", ("1.9.2", "1.16")),
     "vllm": Versions("0.29", "0.33", ("0.29", "0.32")),
     "openrlhf": Versions("0.11.2", "0.11.2", ("0.11.2",)),
