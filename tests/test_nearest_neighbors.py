@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngrpo_ops import nearest_neighbors
-from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, fused, search
+from ngrpo_ops.ops.nearest_neighbors import bounds, candidates, equal_rows, few, fused, search
 from ngrpo_ops.ops.nearest_neighbors import scores as scores_module
 from ngrpo_ops.ops.nearest_neighbors.bounds import OptimisticScores
 from ngrpo_ops.ops.nearest_neighbors.oracle import brute_force_scores
@@ -175,6 +175,7 @@ def test_tiles_do_not_show(data, metric, limit, backend):
     options = {"metric": metric, "queries": queries, "allowed": allowed, "backend": backend}
     whole = nearest_neighbors(table, k, **options)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few, "serves", lambda *_: False)  # few queries too take the search in tiles
         patch.setattr(search, "_QUERY_TILE", 8 if limit == 7 else 64)
         patch.setattr(search, "_SQUARE_TILE", 16)
         patch.setattr(fused, "_BLOCK_ROWS", 30)
