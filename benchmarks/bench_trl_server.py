@@ -23,57 +23,50 @@ if not torch.cuda.is_available():
     )
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from bench_vllm import VOCABULARY, _model
 from harness import Case, compare
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from models import VOCABULARY
+from transformers import AutoConfig
 from trl.generation.vllm_client import VLLMClient
-from trl_server_cpu.runs import Server
+from trl_server_cpu.runs import Server, make_model
 
 from ngrpo_ops.integrations.trl import NGRPOConfig
 from ngrpo_ops.integrations.trl.server import MixingServer
 
-PROMPT, NEW, COMPLETIONS = 16, 16, 4
+PROMPT, NEW, COMPLETIONS = 8, 8, 2
 WHO = ("ours", "stock server", "mixing server, plain requests")
+
+
+@lru_cache(maxsize=1)
+def _model() -> str:
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return make_model(Path(folder.name))
 
 
 @lru_cache(maxsize=2)
 def _server(mixes: bool) -> Server:
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    mixing = {"mixing_rate": 0.1, "excluded_token_ids": None} if mixes else None
-    settings = ["--max-model-len", "128", "--max-num-seqs", "64"]
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(_model())  # an answer has texts, too
-    made = Server(_model(), Path(folder.name, "log"), mixing, *settings).start()
+    mixing = {"mixing_rate": 0.1} if mixes else None
+    made = Server(_model(), Path(_model(), f"{mixes}.log"), mixing, "--max-num-seqs", "64").start()
     atexit.register(made.kill)
     return made.wait()
 
 
 @lru_cache(maxsize=1)
-def _mixing() -> tuple[MixingServer, Any]:
-    """Ours, and the model's configuration."""
-    import transformers
-
-    args = NGRPOConfig(
-        "out", use_cpu=True, bf16=False, report_to="none", vllm_server_base_url=_server(True).url,
-        mixing_excluded_token_ids=None,
-    )  # fmt: skip
+def _mixing() -> MixingServer:
+    url = _server(True).url
+    args = NGRPOConfig("out", use_cpu=True, bf16=False, report_to="none", vllm_server_base_url=url)
     mixing = MixingServer(args, args.mixing(), _model())
-    model = SimpleNamespace(config=transformers.AutoConfig.from_pretrained(_model()))
-    mixing.attach(
-        SimpleNamespace(model=model, vllm_generation=SimpleNamespace(vllm_client=VLLMClient(_server(True).url)))
-    )
-    return mixing, model
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(_model()))
+    mixing.attach(SimpleNamespace(model=model, vllm_generation=SimpleNamespace(vllm_client=VLLMClient(url))))
+    return mixing
 
 
 def _case(prompts: int, device: str, who: str) -> Case:
     generator = torch.Generator().manual_seed(0)
-    asked = torch.randint(1, VOCABULARY, (prompts, PROMPT), generator=generator).tolist()
+    asked = torch.randint(3, VOCABULARY, (prompts, PROMPT), generator=generator).tolist()
     settings = {"n": COMPLETIONS, "max_tokens": NEW, "generation_kwargs": {"ignore_eos": True}}
     if who == "ours":
-        mixing, _ = _mixing()
+        mixing = _mixing()
 
         def run() -> None:
             with mixing.rollouts(torch.arange(prompts * COMPLETIONS)) as records:
@@ -87,11 +80,11 @@ def _case(prompts: int, device: str, who: str) -> Case:
 
     dtype = "bfloat16" if device == "cuda" else "float32"
     moved = NEW * sum(path.stat().st_size for path in Path(_model()).glob("*.safetensors"))
-    shape = f"B={prompts}x{COMPLETIONS} new={NEW} V={VOCABULARY} layers=4 d=512"
+    shape = f"B={prompts}x{COMPLETIONS} new={NEW} V={VOCABULARY} layers=2 d=128"
     return Case("vLLM server rollout", shape, dtype, moved, run, rounds=3)
 
 
-CASES = {f"B={prompts}x{COMPLETIONS}": (partial(_case, prompts), WHO) for prompts in (8,)}
+CASES = {f"B={prompts}x{COMPLETIONS}": (partial(_case, prompts), WHO) for prompts in (4,)}
 
 
 def bench_served_rollout(benchmark: Any, case_name: str, who: str, device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -244,6 +245,24 @@ def test_a_refused_request_is_raised_with_its_text(server: Any, engine: Engine) 
     with pytest.raises(RuntimeError, match=r"400.*no row id"):
         rollout(made, prompts=40, n=1)
     assert "generate" not in vars(made.client)
+
+
+def test_an_error_does_not_wait_for_other_prompts(server: Any, engine: Engine) -> None:
+    made, held = server(), threading.Event()
+    complete = engine.complete
+
+    def some(prompt: list[int], body: dict) -> Any:
+        if prompt == [30]:
+            held.wait(20)
+            return complete(prompt, body)
+        return [{}]  # no choice of vLLM's
+
+    engine.complete = some  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="failed in a rollout"):
+        rollout(made)
+    assert time.monotonic() - began < 10
+    held.set()
 
 
 def test_a_record_of_other_tokens_is_never_taken(server: Any, engine: Engine) -> None:

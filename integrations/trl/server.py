@@ -272,13 +272,14 @@ class MixingServer:
             # Here, where it is hidden behind the decoding of other prompts.
             return output, self._take(every, rows, output["completion_ids"])
 
-        with ThreadPoolExecutor(min(_CONCURRENCY, len(prompts))) as pool:
+        pool = ThreadPoolExecutor(min(_CONCURRENCY, len(prompts)))
+        try:
             asked = [pool.submit(ask, index) for index in range(len(prompts))]
-            try:
-                done, _ = wait(asked, return_when=FIRST_EXCEPTION)
-                answers = [one.result() for one in asked if one in done]  # raises the first error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            done, _ = wait(asked, return_when=FIRST_EXCEPTION)
+            answers = [one.result() for one in asked if one in done]  # raises the first error
+        finally:
+            # An error does not wait for prompts that are still decoded.
+            pool.shutdown(wait=False, cancel_futures=True)
         outputs, records = zip(*answers, strict=True)
         joined = {
             name: None if value is None else [item for output in outputs for item in output[name]]
