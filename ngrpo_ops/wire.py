@@ -23,7 +23,7 @@ OPEN, TAKE = "open_mix_records", "take_mix_records_json"
 """The workers' methods that a trainer calls by ``/collective_rpc``."""
 
 SERVED_DEFAULTS = {"excluded_token_ids": "special"}
-"""Fields of MixingConfig that a server's flags leave out have the trainer's defaults, which differ here."""
+"""Defaults of NGRPOConfig that differ from those of MixingConfig. A field that a server's flags leave out has these."""
 
 FORMAT = 1
 """The number of this form of the replies. A server and a trainer must have the same."""
@@ -137,9 +137,10 @@ def read_replies(
 
 
 def raise_errors(replies: Sequence[dict[str, Any] | None]) -> None:
-    """
+    """Raises the first error among the replies.
+
     Raises:
-        ValueError, RuntimeError: the first error among the replies, see `error_reply`.
+        ValueError, RuntimeError: see `error_reply`.
 
     Example:
         >>> from ngrpo_ops.wire import error_reply, raise_errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import json
 import threading
 import time
@@ -23,6 +24,11 @@ from ngrpo_ops.integrations.trl import NGRPOConfig
 from ngrpo_ops.integrations.trl import server as adapter
 from ngrpo_ops.integrations.trl.checks import refuse_settings
 from ngrpo_ops.wire import FORMAT, OPEN, TAKE, error_reply, pack_reply, raise_errors, read_opened, read_replies
+
+pytestmark = pytest.mark.skipif(
+    "features" not in inspect.signature(VLLMClient.generate).parameters,
+    reason="this TRL's server is its own and not vLLM's: it is refused",
+)
 
 SHAPE = {"vocab_size": 67, "hidden_size": 8, "num_hidden_layers": 2}
 

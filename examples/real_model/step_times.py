@@ -40,10 +40,10 @@ from ..countdown.arms import ARMS
 from ..countdown.rl import train
 from ..measure import markdown_table
 from .load import load_model
-from .study import TEMPERATURE, as_command, shared_settings
+from .study import as_command, shared_settings
 from .tasks import WORD_PROBLEMS
-from .train_study import LEARNING_RATE, dataset_of, problems_of, reward
 from .train_study import PRESETS as STUDIES
+from .train_study import dataset_of, problems_of, reward, training_settings
 
 RESULTS = Path(__file__).parent / "step_times.json"
 STEP, ROLLOUT, TABLE, MIXING = "step", "rollout", "table of neighbors", "deciding and embedding mixes"
@@ -114,9 +114,7 @@ def measure(load: Callable[[], tuple[Any, Any]], steps: int, rounds: int) -> dic
         with tempfile.TemporaryDirectory() as folder, watch.watching():
             train(
                 model, tokenizer, dataset_of(problems, tokenizer), reward, mixing=ARMS[arm].mixing, steps=steps + 1,
-                name=None, callbacks=[watch.callback()], output_dir=folder,
-                per_device_train_batch_size=preset.prompts * preset.group, num_generations=preset.group,
-                max_completion_length=preset.tokens, learning_rate=LEARNING_RATE, temperature=TEMPERATURE, seed=0,
+                name=None, callbacks=[watch.callback()], output_dir=folder, **training_settings(preset, seed=0),
             )  # fmt: skip
         found[arm] += watch.steps[1:]
     return found

@@ -274,9 +274,10 @@ def patch_process_inputs(original: Callable) -> Callable:
 
 
 def refuse_request(vllm_config: Any, request: Any) -> None:
-    """
+    """Checks that a request that asks to be mixed can be.
+
     Raises:
-        ValueError: the request asks to be mixed, and cannot be.
+        ValueError: it cannot be.
     """
     params = request.sampling_params
     row_id = row_id_of(params)

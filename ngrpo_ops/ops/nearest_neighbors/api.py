@@ -66,8 +66,8 @@ def _search_table(embedding: Tensor, request: _Request, progress: Progress | Non
         require_ids_in_range(queries, embedding.shape[0], "queries")
     if allowed is not None:
         require_enough_allowed(allowed, k)
-    if queries is not None and few.serves(embedding, k, metric, queries, backend):  # type: ignore[arg-type]
-        found = few.search_few(embedding, k, metric, queries, allowed)  # type: ignore[arg-type]
+    if queries is not None and few.serves(embedding, k, metric, queries, backend):
+        found = few.search_few(embedding, k, metric, queries, allowed)
         if found is not None:
             if progress is not None:
                 progress(queries.numel(), queries.numel())

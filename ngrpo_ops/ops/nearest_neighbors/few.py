@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...config import Metric
 from .._library import load_kernels
 from .._precision import has_matrix_units
 from . import fused
@@ -19,11 +18,11 @@ from .scores import MAX_NORM
 
 _MOST_QUERIES = 64
 _MOST_NEIGHBORS = 128
-_PLACES = 64  # pairs of a query that are taken, and four times the neighbors
-_MOST_BYTES = 2**27  # of all upper bounds, and of the rows of the pairs that are taken
+_PLACES = 64  # pairs of a query that are taken beside four times its neighbors
+_MOST_BYTES = 2**27  # of all upper bounds, with the rows of the pairs that are taken
 
 
-def serves(embedding: Tensor, k: int, metric: Metric, queries: Tensor, backend: str) -> bool:
+def serves(embedding: Tensor, k: int, metric: str, queries: Tensor, backend: str) -> bool:
     """Whether a search is for `search_few`."""
     (n, d), q = embedding.shape, queries.numel()
     return (
@@ -32,13 +31,13 @@ def serves(embedding: Tensor, k: int, metric: Metric, queries: Tensor, backend: 
         and q <= _MOST_QUERIES
         and k <= _MOST_NEIGHBORS
         and n >= fused.KERNELS_FROM
-        and 4 * q * max(n, d * _places(k, n)) <= _MOST_BYTES
+        and 4 * q * (n + d * _places(k, n)) <= _MOST_BYTES
         and has_matrix_units(embedding.device)
     )
 
 
 def search_few(
-    embedding: Tensor, k: int, metric: Metric, queries: Tensor, allowed: Tensor | None
+    embedding: Tensor, k: int, metric: str, queries: Tensor, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The k rows most similar to each query: ids int64 and scores float32 [q, k], to the bit those of `search`.
 
@@ -78,8 +77,9 @@ def search_few(
     counts = torch.full((q,), places, dtype=torch.int32, device=device)
     pairs = kernels.Pairs(best.indices.int(), best.values, counts)
     thresholds = torch.full((q,), -torch.inf, dtype=torch.float32, device=device)
+    kth, is_far = thresholds.clone(), torch.zeros_like(thresholds, dtype=torch.bool)
     kernels.keep_best(
-        pairs, metric, thresholds, thresholds.clone(), thresholds > 0, x_norms, x_roundoffs, y_norms, y_roundoffs,
+        pairs, metric, thresholds, kth, is_far, x_norms, x_roundoffs, y_norms, y_roundoffs,
         k=k, kept=k, rounding=rounding, underflow=underflow,
     )  # fmt: skip
     is_unsettled = (last >= thresholds) if places < n else torch.zeros_like(last, dtype=torch.bool)
