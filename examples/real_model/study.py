@@ -77,6 +77,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(tuple(CELLS), problems=100, samples=16, tokens=40, at_once=10, matching=1),
+    "mixes": Preset(("grpo", "anchor", "ngrpo"), problems=20, samples=16, tokens=40, at_once=10, matching=1),
     "quick": Preset(("grpo", "grpo_matched", "anchor", "ngrpo"), 4, 4, tokens=16, at_once=2, matching=2),
 }
 
