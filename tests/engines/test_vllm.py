@@ -408,7 +408,6 @@ def test_weights_that_come_in_between_the_steps_of_a_request_are_searched(engine
         assert len(ids) and torch.equal(ids[:, 1:], table[ids[:, 0]])
 
 
-@pytest.mark.xdist_group("two ranks")
 def test_tensor_parallel(model: Any, tmp_path: Path, difference: Difference) -> None:
     """Two ranks with half of the vocabulary each know the same table and leave the same records, also after a sync."""
     torch.manual_seed(9)
