@@ -271,14 +271,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     train: Any, servers: dict[str, Server], tmp_path: Path, difference: Any
 ) -> None:
     settings = {"mixing_rate": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    settings["vllm_importance_sampling_correction"] = False  # of the engine's rounding, which is the batches'
+    settings["vllm_importance_sampling_correction"] = False  # of the engine's rounding, see below
     whole = train(servers["mixing"].url, **settings)
     resumed = train(servers["mixing"].url, **settings, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert resumed.completions == whole.completions[2:]
+    # What the server adds up in another order, as requests come in, is the last bits of the weights of the mixes.
+    for ours, theirs in zip(resumed.records, whole.records[2:], strict=True):
+        assert torch.equal(ours.gate, theirs.gate) and torch.equal(ours.ids[ours.gate], theirs.ids[theirs.gate])
+        assert torch.allclose(ours.weights[ours.gate], theirs.weights[theirs.gate], atol=1e-5)
     for name in ("loss", "grad_norm", "reward", "mix/gated_share"):
-        assert logged(resumed, name)[-2:] == logged(whole, name)[-2:], name
+        assert logged(resumed, name)[-2:] == pytest.approx(logged(whole, name)[-2:], rel=1e-4, abs=1e-6), name
     for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
+        assert torch.allclose(a, b, atol=1e-4), key
     difference("trl, server, after resume", max(logged(resumed, "mix/replay_error")[-2:]), resumed.plain_difference)
     assert max(logged(resumed, "mix/replay_error")) <= PARITY
 
