@@ -624,6 +624,13 @@ def test_a_replaced_request_that_goes_on_after_a_preemption_stays_replaced(gener
     start(preempted, 1, "again", 7, 3)
     start(preempted, 2, "first", 7, 4, generated)
     assert preempted.steps([7]) == {7: 3}
+    finished = requests_of()
+    start(finished, 0, "first", 7, generated)
+    start(finished, 1, "again", 7, 3)
+    finished.remove("first")  # preempted
+    finished.remove("again")
+    start(finished, 2, "first", 7, 4, generated)
+    assert finished.steps([7]) == {7: 3}
 
 
 def test_a_request_that_goes_on_after_a_preemption_keeps_its_steps() -> None:
