@@ -60,23 +60,23 @@ _NO_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _setting(value, row, PER_ROW: tl.constexpr):
+def _setting(value, row, PER_ROW: tl.constexpr, DTYPE: tl.constexpr):
     if PER_ROW:
         value = tl.load(value + row)
-    return tl.to_tensor(value)
+    return tl.full([], value, DTYPE)  # also of a number that triton has made a constant
 
 
 @triton.jit
 def _counter(value, IS_TENSOR: tl.constexpr):
     if IS_TENSOR:
         value = tl.load(value)
-    return tl.to_tensor(value).to(tl.int64)
+    return tl.full([], value, tl.int64)
 
 
 @triton.jit
 def _inverse(temperature):
     """1 / temperature in two parts, and log2(e) / temperature; of a greedy row as of 1."""
-    t = tl.to_tensor(temperature).to(tl.float32)
+    t = tl.full([], temperature, tl.float32)
     t = tl.where(t == 0.0, 1.0, t)
     inverse = 1.0 / t
     residual = tl.fma(-inverse, t, 1.0) * inverse
@@ -136,7 +136,7 @@ def decode_partials_kernel(
             below = tl.max(left, axis=0)
             last_id = tl.where(below < last, -1, last_id)
             last = below
-    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T))
+    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T, tl.float32))
     e, moments = exponentials(x, top_x, slope)
     group_masses = tl.sum(e, axis=1)
     tl.store(mass + pid, tl.sum(group_masses, axis=0))
@@ -166,7 +166,7 @@ def _cut_row(
     """Largest logit and log2(e) / temperature of a row; its top-k, top-p and log2(min-p), each 0, 1 or -inf where it
     filters nothing; what mass each piece has. And the candidates for the last logit that is kept: all groups that reach
     above an edge, how many in each piece, and the edge. There are none where no edge is low enough."""
-    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T))
+    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T, tl.float32))
     s = tl.arange(0, BLOCK_S)
     piece = row * splits + s
     tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
@@ -176,12 +176,12 @@ def _cut_row(
     usable = (tl.sum(masses, axis=0) > 0.0) & (top_x < float("inf"))  # else nothing will be sampled
     k, share, least = 0, 1.0, float("-inf")
     if HAS_K:
-        k = _setting(top_k, row, PER_ROW_K).to(tl.int64)
+        k = _setting(top_k, row, PER_ROW_K, tl.int64)
         k = tl.where(usable & (k >= 1) & (k < v), k, 0).to(tl.int32)
     if HAS_P:
-        share = tl.where(usable, _setting(top_p, row, PER_ROW_P).to(tl.float32), 1.0)
+        share = tl.where(usable, _setting(top_p, row, PER_ROW_P, tl.float32), 1.0)
     if HAS_M:
-        least = tl.where(usable, tl.log2(_setting(min_p, row, PER_ROW_M).to(tl.float32)), float("-inf"))
+        least = tl.where(usable, tl.log2(_setting(min_p, row, PER_ROW_M, tl.float32)), float("-inf"))
     top_edge = _edge_number(top_x)
     steps_down = top_edge - _edge_number(tops_x)  # from the row's highest edge to the piece's
     j = tl.arange(0, SEARCHED)
@@ -466,7 +466,7 @@ def decode_draws_kernel(
     )
     high = tl.where(i == 0, w1, tl.where(i % 2 == 1, w0, w2))
     low = tl.where(i == 0, w2, tl.where(i % 2 == 1, w1, w3))
-    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T))
+    _, _, slope = _inverse(_setting(temperature, row, PER_ROW_T, tl.float32))
     s = tl.arange(0, BLOCK_S)
     piece = row * splits + s
     tops_x = tl.load(best_values + piece * BEST, mask=s < splits, other=float("-inf"))
@@ -495,7 +495,7 @@ def decode_choice_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     row_logits = logits + widen(row, INT64) * stride_b
-    temperature = _setting(temperature, row, PER_ROW_T)
+    temperature = _setting(temperature, row, PER_ROW_T, tl.float32)
     inverse, residual, slope = _inverse(temperature)
     seed = _counter(seed, SEED_TENSOR)
     step = _counter(step + row * stride_s, STEP_TENSOR)
@@ -574,7 +574,7 @@ def decode_choice_kernel(
 
     if SAMPLE:
         gate_word, high, low, _ = random_words(seed, step, row_id, tl.zeros([], tl.int64))
-        threshold = (tl.to_tensor(threshold_high).to(tl.int64) << 16) + threshold_low
+        threshold = (tl.full([], threshold_high, tl.int64) << 16) + threshold_low
         gate = (gate_word.to(tl.int64) < threshold) & (bad == 0)
         if HAS_ENABLED:
             gate = gate & (tl.load(enabled + row) != 0)
