@@ -25,7 +25,7 @@ class Whitening:
     Raises:
         TypeError, ValueError: an argument of another type or out of range, by name.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import Whitening, group_advantages
         >>> rewards = torch.tensor([1.0, 0.0, 6.0, 0.0])
