@@ -1,4 +1,4 @@
-"""Imports the configurations for the API pages: their fields get help and default when they are imported."""
+"""Imports, for the API pages, what has its help or its values only then: the configurations and the presets."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return repr(field.default if made is dataclasses.MISSING else made())
 
 
-class ConfigurationFields(griffe.Extension):
-    """Gives documented dataclasses the docstring and the defaults that they have once they are imported."""
+class Imported(griffe.Extension):
+    """Gives them the docstrings, the defaults and the values that they have once they are imported."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         for path in CONFIGURATIONS:
@@ -29,3 +29,6 @@ class ConfigurationFields(griffe.Extension):
             for field in dataclasses.fields(loaded):
                 if field.name in documented.members:
                     documented.members[field.name].value = _default(field)
+        module = "ops.group_advantages.presets"
+        presets = importlib.import_module(f"{pkg.name}.{module}").ADVANTAGE_PRESETS
+        pkg[f"{module}.ADVANTAGE_PRESETS"].value = repr({name: dict(settings) for name, settings in presets.items()})
