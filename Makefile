@@ -9,7 +9,7 @@ SECONDS ?= 600
 SEED ?= 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-matrix lint bench bench-engines scaling report resources mutations gpu clean
+.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-matrix lint bench bench-engines scaling report resources mutations gpu dist clean
 
 help:
 	@echo "Try it"
@@ -35,6 +35,8 @@ help:
 	@echo "  make bench-engines what mixing adds to a rollout in vLLM, in .venv-engines"
 	@echo "  make scaling       how the time of a search grows with V and d: a table and a picture"
 	@echo "  make report        everything measured on one page with pictures: benchmarks/results/report.md"
+	@echo "Release it"
+	@echo "  make dist          build, check, and try the package in an environment without a framework (CONTRIBUTING.md)"
 	@echo "Keep house"
 	@echo "  make venv          .venv with everything the above need; they make it themselves"
 	@echo "  make clean         remove every environment and build"
@@ -138,6 +140,16 @@ mutations: venv
 
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+
+dist: venv
+	rm -rf dist build/clean
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/clean/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/clean && bin/python -m ngrpo_ops env && bin/python -c "import sys, torch, ngrpo_ops as n; \
+		print(n.nearest_neighbors(torch.eye(4), 2)); assert not {'transformers', 'trl', 'vllm'} & {*sys.modules}"
 
 clean:
 	rm -rf .venv .venv-engines* .venv-matrix-* build dist site *.egg-info runs
