@@ -135,20 +135,33 @@ def test_a_browser_shows_every_page(browser: Any, site: Path, address: str, widt
     context.close()
 
 
+def _questions() -> list[tuple[str, str]]:
+    """Of CONTRIBUTING.md's table: the words that are searched and the page that answers."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Ten questions")[2]
+    return re.findall(r"^\| .*? \| (.*?) \| \[\w+\]\(docs/([\w/]+)\.md\) \|", table, flags=re.M)
+
+
+def test_there_are_ten_questions() -> None:
+    assert len(_questions()) == 10
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [("NeighborTable", "api/operations.html#ngrpo_ops.NeighborTable"), ("replay_error", "metrics.html")],
-)
-def test_search_finds(browser: Any, address: str, words: str, expected: str) -> None:
+def test_search_finds(browser: Any, address: str) -> None:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     view = context.new_page()
-    view.goto(f"{address}/index.html")
-    field = view.locator("input[name=query]")
-    field.click()
-    field.press_sequentially(words)
-    found = view.locator(".md-search-result__item a")
-    found.first.wait_for()
-    links = [re.sub(r"\?[^#]*", "", link.get_attribute("href")).removeprefix(f"{address}/") for link in found.all()]
-    assert expected in links[:3], links
+    expected = [("NeighborTable", "api/operations.html#ngrpo_ops.NeighborTable")]
+    expected += [(words, f"{page}.html") for words, page in _questions()]
+    missing = []
+    for words, page in expected:
+        view.goto(f"{address}/index.html")
+        field = view.locator("input[name=query]")
+        field.click()
+        field.press_sequentially(words)
+        items = view.locator(".md-search-result__item")
+        view.locator(".md-search-result__meta", has_text="matching").wait_for()
+        links = [link.get_attribute("href") for item in items.all()[:3] for link in item.locator("a").all()]
+        found = [re.sub(r"\?[^#]*", "", link or "").removeprefix(f"{address}/") for link in links]
+        if not any(link == page or link.startswith(f"{page}#") for link in found):
+            missing.append((words, page, found))
+    assert missing == []
     context.close()
