@@ -7,6 +7,7 @@ are without one.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -86,8 +87,25 @@ def draw_rollout(page: Path, folder: Path) -> bool:
     return True
 
 
+def real_model_report(folder: Path) -> str:
+    """The text of a real model's study, from its results."""
+    from examples.real_model.report import report
+
+    return report(json.loads((folder / "results.json").read_text()))
+
+
+def studies() -> list[Path]:
+    """The folders of examples/real_model with results."""
+    return [path.parent for path in sorted((ROOT / "examples/real_model").rglob("results.json"))]
+
+
 def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    for folder in studies():
+        from examples.real_model.report import draw
+
+        draw(json.loads((folder / "results.json").read_text()), folder)
+        (folder / "report.md").write_text(real_model_report(folder))
     draw_data_flow(DOCS / "how_it_works.png")
     for page in pages():
         page.write_text(filled(page.read_text()))

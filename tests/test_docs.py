@@ -66,6 +66,24 @@ def test_every_page_is_in_the_index() -> None:
         assert page.name == "README.md" or f"({page.relative_to(ROOT / 'docs')})" in index, page
 
 
+def _sentences(page: Path) -> Iterator[str]:
+    """The sentences and the cells of a page, of eight words and more; no code, no links' targets."""
+    text = re.sub(r"^```.*?^```|^    .*?$|<!-- table.*?<!-- end -->", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    for block in re.split(r"\n\s*\n|^\s*[-|\d#]|\|", text, flags=re.M):
+        for sentence in re.split(r"(?<=[.:?!])\s", " ".join(block.split())):
+            if len(sentence.split()) >= 8:
+                yield sentence
+
+
+def test_no_sentence_stands_twice() -> None:
+    pages: dict[str, list[str]] = {}
+    for page in snippets.PAGES:
+        for sentence in _sentences(page):
+            pages.setdefault(sentence, []).append(page.name)
+    assert {sentence: names for sentence, names in pages.items() if len(names) > 1} == {}
+
+
 class _Here(adapter.NGRPOConfig):
     """What a page leaves to the machine: no GPU, and no hours."""
 

@@ -57,6 +57,14 @@ def test_the_tables_of_a_study_are_those_of_its_seeds(folder: str) -> None:
                 assert re.search(rf"\| {mean:.3f} ± ", line[0]), (task, name, metric, mean)
 
 
+def test_the_report_of_a_real_model_is_that_of_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    if not figures.studies():
+        pytest.skip("no study of a real model is committed yet")
+    for folder in figures.studies():
+        assert (folder / "report.md").read_text() == figures.real_model_report(folder), folder
+
+
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.png")), ids=lambda path: path.name)
 def test_a_picture_is_on_a_page(picture: Path) -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
