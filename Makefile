@@ -104,10 +104,10 @@ test-full: lint test
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 test-engines-fast: .venv-engines$(SUFFIX)/installed
-	$(ENGINES)/python -m pytest -n 2 --dist loadgroup $(ENGINE_TESTS) -m "not slow"
+	$(ENGINES)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) -m "not slow"
 
 test-engines: .venv-engines$(SUFFIX)/installed
-	$(ENGINES)/python -m pytest -n 2 --dist loadgroup $(ENGINE_TESTS) --report benchmarks/results/engines$(SUFFIX).json
+	$(ENGINES)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) --report benchmarks/results/engines$(SUFFIX).json
 
 test-matrix: .venv-matrix-oldest/installed .venv-matrix-newest/installed
 	.venv-matrix-oldest/bin/python -m pytest -n 2 -m "not slow"
