@@ -10,6 +10,7 @@ import csv
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,8 +157,10 @@ def claims() -> list[Claim]:
             for b in (1, 16, 64))),
     ]  # fmt: skip
     error = largest_replay_error()
+    rollout = "{} of {} tokens were read as a mix, the first as {:.2f} of ' and' and {:.2f} of a comma. Replay error {} ({} with plain ids)"
     return [
         *(Claim(_PAGE, text, tuple(figures)) for text, *figures in found),
+        *(Claim(page, rollout, shown_rollout()) for page in ("README.md", "docs/rollouts.md")),
         Claim("docs/metrics.md", "1e-6 to {} in float32", (f"{error:.0e}".replace("e-0", "e-"),)),
     ]
 
@@ -175,3 +178,12 @@ def largest_replay_error() -> float:
     """The largest difference of log-probabilities between an engine and a replay in float32."""
     paths = json.loads((RESULTS / ENGINES).read_text())["largest difference of log-probabilities"]
     return max(value for name, value in paths.items() if "bfloat16" not in name and isinstance(value, float))
+
+
+def shown_rollout() -> tuple[str | float, ...]:
+    """Of the rollout in the picture: mixed tokens, tokens, two weights of the first mix, and its replay errors."""
+    page = re.sub(r"<[^>]+>", " ", (ROOT / "docs/images/rollout.html").read_text())
+    counts = re.search(r"(\d+) of (\d+) tokens mixed.*?replay error (\S+) \((\S+) with plain ids\)", page, flags=re.S)
+    weights = re.findall(r"\b([01]\.\d{4})\b", page.partition("read as a mix of")[2])
+    assert counts is not None
+    return counts[1], counts[2], float(weights[0]), float(weights[2]), counts[3], counts[4]

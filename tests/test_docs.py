@@ -69,6 +69,7 @@ def test_every_page_is_in_the_index() -> None:
 def _sentences(page: Path) -> Iterator[str]:
     """The sentences and the cells of a page, of eight words and more; no code, no links' targets."""
     text = re.sub(r"^```.*?^```|^    .*?$|<!-- table.*?<!-- end -->", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)|<picture>.*?</picture>", "", text, flags=re.S)  # a picture may stand on two
     text = re.sub(r"\]\([^)]*\)", "]", text)
     for block in re.split(r"\n\s*\n|^\s*[-|\d#]|\|", text, flags=re.M):
         for sentence in re.split(r"(?<=[.:?!])\s", " ".join(block.split())):
