@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from examples.real_model.load import RegistryUnreachableError, load_model, smollm2_folder
 
 QUESTIONS = ("Hi!", "Tom has 3 apples and buys 5 more. How many apples does he have?", "What is seven times six?")
-ROLLOUTS = 4  # of each
+TOKENS = 12  # few: the interpreter takes a second for each token of a vocabulary like this
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +41,17 @@ def start(engine: Callable[..., LLM]) -> Callable[..., LLM]:
     """Engines for weights flat enough that no mix is nearly its anchor, so that a replay that is missing shows."""
 
     def start(**settings: Any) -> LLM:
-        config = MixingConfig(mixing_rate=0.3, temperature=20.0, excluded_token_ids="special")
+        config = MixingConfig(mixing_rate=0.5, temperature=20.0, excluded_token_ids="special")
         return engine(config, skip_tokenizer_init=False, max_model_len=128, **settings)
 
     return start
 
 
 def chats(tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Every question some times, in the chat template."""
-    asked = []
-    for question in QUESTIONS:
-        message = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-        asked += [{"prompt_token_ids": ids}] * ROLLOUTS
-    return asked
+    """The questions in the chat template."""
+    messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return [{"prompt_token_ids": ids} for ids in asked]
 
 
 def test_the_engine_and_transformers_agree(start: Any, loaded: tuple[Any, Any], difference: Difference) -> None:
@@ -62,9 +59,9 @@ def test_the_engine_and_transformers_agree(start: Any, loaded: tuple[Any, Any], 
     llm = start()
     asked = chats(tokenizer)
     rows = list(range(len(asked)))
-    outputs = llm.generate(asked, [params(row, max_tokens=24, temperature=0.7) for row in rows], use_tqdm=False)
+    outputs = llm.generate(asked, [params(row, max_tokens=TOKENS, temperature=0.7) for row in rows], use_tqdm=False)
     record = taken(llm, outputs, rows)
-    assert 0.15 < float(record.gate.float().mean()) < 0.45
+    assert 0.3 < float(record.gate.float().mean()) < 0.7
     difference("vllm, SmolLM2", *check_parity(model, outputs, record, 0.7))
 
 
