@@ -89,5 +89,5 @@ def draw_data_flow(path: Path) -> None:
             FancyBboxPatch((x, 6.95), 0.3, 0.22, boxstyle="round,pad=0.03", facecolor=color, edgecolor=EDGES[color])
         )
         axes.text(x + 0.45, 7.06, text, va="center", fontsize=10)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # the same bytes from every version
     plt.close(figure)

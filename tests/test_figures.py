@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
@@ -63,6 +64,14 @@ def test_the_report_of_a_real_model_is_that_of_its_results(monkeypatch: pytest.M
         pytest.skip("no study of a real model is committed yet")
     for folder in figures.studies():
         assert (folder / "report.md").read_text() == figures.real_model_report(folder), folder
+
+
+def test_the_picture_of_the_data_flow_is_what_its_code_draws(tmp_path: Path) -> None:
+    figures.draw_data_flow(tmp_path / "drawn.png")
+    drawn, committed = (image.imread(path) for path in (tmp_path / "drawn.png", ROOT / "docs/how_it_works.png"))
+    assert drawn.shape == committed.shape
+    differs = abs(drawn - committed).max(axis=2) > 0.1
+    assert differs.mean() < 0.001, "python docs/figures.py draws it again"  # another word is some 0.004
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.png")), ids=lambda path: path.name)
