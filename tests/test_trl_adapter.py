@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas
 import pytest
+import snippets
 import torch
 from datasets import Dataset
 from models import EOS, VOCABULARY, tiny_model, tokenizer
@@ -725,8 +726,7 @@ def test_a_changed_trl_stops_the_import(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 def test_the_script_of_the_page_trains(checkpoint: str, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs/trl.md").read_text()
-    (script,) = (block.split("```")[0] for block in page.split("```python\n")[1:] if "NGRPOTrainer" in block)
+    (script,) = (block for block in snippets.blocks(snippets.ROOT / "docs/trl.md") if "NGRPOTrainer(" in block)
     assert len(script.strip().splitlines()) <= 25
     for old, new in (
         ('model="Qwen/Qwen2.5-0.5B-Instruct",', f"model={checkpoint!r}, processing_class=tokenizer(),"),
