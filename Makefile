@@ -4,7 +4,7 @@ VLLM ?= 0.29
 # Each vLLM has an environment and a results file of its own. The first has OpenRLHF too, which pins that vLLM.
 SUFFIX := $(if $(filter-out 0.29,$(VLLM)),-vllm-$(VLLM))
 ENGINES := .venv-engines$(SUFFIX)/bin
-ENGINE_TESTS := $(if $(SUFFIX),tests/engines/test_vllm.py tests/engines/test_trl.py,tests/engines)
+ENGINE_TESTS := $(if $(SUFFIX),$(addprefix tests/engines/test_,vllm.py vllm_real_model.py trl.py),tests/engines)
 SECONDS ?= 600
 SEED ?= 0
 export HF_HUB_OFFLINE := 1

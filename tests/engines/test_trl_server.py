@@ -597,6 +597,7 @@ def test_the_later_request_has_the_row(order: str) -> None:
         requests.remove("again")
     if order == "after":
         requests.remove("again")
+        requests.find([7], [3])
         requests.remove("first")
     assert requests.steps([7, 8]) == {7: 3}
     requests.find([7], [3])
@@ -604,7 +605,8 @@ def test_the_later_request_has_the_row(order: str) -> None:
     assert requests.steps([7]) == ({7: 3} if order == "finished" else {})  # it still has its slot
     requests.remove("again")
     requests.forget_outside(range(0))
-    assert len(requests.pool._free) == len(requests.pool.gate) and not requests.kept  # nothing leaks
+    assert len(requests.pool._free) == len(requests.pool.gate)  # nothing leaks
+    assert not requests.kept and not requests._replaced
 
 
 @pytest.mark.parametrize("generated", [0, 2])
@@ -624,6 +626,13 @@ def test_a_replaced_request_that_goes_on_after_a_preemption_stays_replaced(gener
     start(preempted, 1, "again", 7, 3)
     start(preempted, 2, "first", 7, 4, generated)
     assert preempted.steps([7]) == {7: 3}
+    finished = requests_of()
+    start(finished, 0, "first", 7, generated)
+    start(finished, 1, "again", 7, 3)
+    finished.remove("first")  # preempted
+    finished.remove("again")
+    start(finished, 2, "first", 7, 4, generated)
+    assert finished.steps([7]) == {7: 3}
 
 
 def test_a_request_that_goes_on_after_a_preemption_keeps_its_steps() -> None:
