@@ -23,6 +23,8 @@ ROOT = snippets.ROOT
 LINKED = [
     *snippets.PAGES,
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *(ROOT / "docs/api").glob("*.md"),
     *(ROOT / "docs/study").rglob("*.md"),
     *(ROOT / "benchmarks").rglob("*.md"),
 ]
