@@ -9,27 +9,37 @@ SECONDS ?= 600
 SEED ?= 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-matrix lint bench bench-engines scaling report resources mutations gpu clean
+.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-matrix lint bench bench-engines scaling report resources mutations gpu dist clean
 
 help:
-	@echo "make demo       rollouts of a real model, mixed; then GRPO and N-GRPO on Countdown (some 6 minutes on 2 cores)"
-	@echo "make study      arms, controls and seeds of two such tasks: some two hours on 2 cores, can be interrupted"
-	@echo "make docs       write what is generated of docs/, follow every link and run every snippet"
-	@echo "make test       the fast tests (under 5 minutes on 2 cores)"
-	@echo "make fuzz       public calls with hostile arguments, for SECONDS=600 from SEED=0"
-	@echo "make test-full  lint, types and every test but those with engines"
-	@echo "make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines;"
-	@echo "                   VLLM=0.32: the first two with that vLLM, in .venv-engines-vllm-0.32"
-	@echo "make test-engines-fast  the same without OpenRLHF's loops"
-	@echo "make test-matrix   the fast tests with the oldest and the newest torch, triton, transformers and TRL"
-	@echo "make bench      the benchmarks, with ratios to peers in the same run"
-	@echo "make bench-engines  what mixing adds to a rollout in vLLM, in .venv-engines"
-	@echo "make scaling    how the time of a search grows with V and d: a table and a picture"
-	@echo "make report     everything measured on one page with pictures: benchmarks/results/report.md"
-	@echo "make resources  compile what changed of the kernels for five GPUs; what each takes, and times predicted from it"
-	@echo "make mutations  the kernels broken on purpose, which the tests must notice (about 10 minutes)"
-	@echo "make gpu        on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
-	@echo "make venv       .venv with everything the above need; they make it themselves"
+	@echo "Try it"
+	@echo "  make demo          rollouts of a real model, mixed; then GRPO and N-GRPO on Countdown (some 6 minutes on 2 cores)"
+	@echo "  make study         arms, controls and seeds of two such tasks: some two hours on 2 cores, can be interrupted"
+	@echo "Change it"
+	@echo "  make test          the fast tests (budget: 5 minutes on 2 cores)"
+	@echo "  make lint          ruff and mypy"
+	@echo "  make test-full     lint and every test but those with engines (budget: 40 minutes); what CI runs"
+	@echo "  make fuzz          public calls with hostile arguments, for SECONDS=600 from SEED=0"
+	@echo "  make mutations     the kernels broken on purpose, which the tests must notice (about 10 minutes)"
+	@echo "  make resources     compile what changed of the kernels for five GPUs; what each takes, and times predicted from it"
+	@echo "Write about it"
+	@echo "  make docs          redraw pictures and tables, build the site into site/ strictly, run every snippet"
+	@echo "Try other versions, engines and machines"
+	@echo "  make test-matrix   the fast tests with the oldest and the newest torch, triton, transformers and TRL"
+	@echo "  make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines;"
+	@echo "                     VLLM=0.32: the first two with that vLLM, in .venv-engines-vllm-0.32"
+	@echo "  make test-engines-fast  the same without OpenRLHF's loops"
+	@echo "  make gpu           on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
+	@echo "Measure it"
+	@echo "  make bench         the benchmarks, with ratios to peers in the same run"
+	@echo "  make bench-engines what mixing adds to a rollout in vLLM, in .venv-engines"
+	@echo "  make scaling       how the time of a search grows with V and d: a table and a picture"
+	@echo "  make report        everything measured on one page with pictures: benchmarks/results/report.md"
+	@echo "Release it"
+	@echo "  make dist          build, check, and try the package in an environment without a framework (CONTRIBUTING.md)"
+	@echo "Keep house"
+	@echo "  make venv          .venv with everything the above need; they make it themselves"
+	@echo "  make clean         remove every environment and build"
 
 venv: .venv/installed
 
@@ -79,9 +89,9 @@ study: venv
 	$(BIN)/python examples/countdown/study.py --preset full
 
 docs: venv
-	$(BIN)/python docs/contract.py
 	$(BIN)/python docs/figures.py
-	$(BIN)/python -m pytest -n 2 tests/test_docs.py
+	$(BIN)/python docs/build.py
+	$(BIN)/python -m pytest -n 2 tests/test_docs.py tests/test_site.py
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -131,5 +141,15 @@ mutations: venv
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
+dist: venv
+	rm -rf dist build/clean
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/clean/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/clean && bin/python -m ngrpo_ops env && bin/python -c "import sys, torch, ngrpo_ops as n; \
+		print(n.nearest_neighbors(torch.eye(4), 2)); assert not {'transformers', 'trl', 'vllm'} & {*sys.modules}"
+
 clean:
-	rm -rf .venv .venv-engines* .venv-matrix-* build dist *.egg-info runs
+	rm -rf .venv .venv-engines* .venv-matrix-* build dist site *.egg-info runs

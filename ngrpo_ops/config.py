@@ -116,7 +116,7 @@ class MixingConfig:
         ValueError: a value that its field does not allow, or fields with which nothing would be mixed or trained; the
             message names the field.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import MixingConfig
         >>> MixingConfig(strategy="anchor").k
         1

@@ -24,7 +24,7 @@ def require_file(path: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: nothing there, or something else than a file.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.files import require_file
         >>> require_file("/dev/zero")
         Traceback (most recent call last):
@@ -49,7 +49,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileError: no such file, no JSON (empty, cut off), or JSON of another type than an object.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ngrpo_ops.files import read_json, write_json
@@ -88,7 +88,7 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     Raises:
         OSError: the folder is not there, not writable or full; what was at `path` is still there.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ngrpo_ops.files import write_json
@@ -113,7 +113,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: the folder is not there, not writable or full; what was at `path` is still there.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ngrpo_ops.files import write_text

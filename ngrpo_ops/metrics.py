@@ -105,7 +105,7 @@ def replay_errors(sums: Tensor) -> ReplayErrors:
     Args:
         sums: [N, 6], `replay_sums` of each.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops.metrics import replay_errors, replay_sums
         >>> gate = torch.tensor([[False, True, False, False]])

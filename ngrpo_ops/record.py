@@ -36,13 +36,15 @@ class MixRecord:
         prompt_length: columns before the first completion token, padding included.
         logprobs: float32 [B, T] or None: the policy's log-softmax of logits / rollout temperature at each emitted
             token when it was emitted, 0 after a row has ended; what a replay is checked against.
-        noise_scale, noise_seed, row_ids: float32, int64, int64 [B], or all None: the noise on the mixed embeddings,
-            which is not stored but drawn again (`gaussian_noise`, with the column as the step).
+        noise_scale: float32 [B], or None with the two that follow: the noise on the mixed embeddings, which is not
+            stored but drawn again (`gaussian_noise`, with the column as the step).
+        noise_seed: int64 [B].
+        row_ids: int64 [B].
 
     Raises:
         TypeError, ValueError: a tensor of another dtype, shape or device; a negative prompt_length; noise in part.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import MixRecord
         >>> gate = torch.tensor([[True, False], [False, False]])
@@ -108,7 +110,7 @@ class MixRecord:
     def cut(self, length: int) -> MixRecord:
         """The record of the first `length` completion columns, or of all of them where there are fewer.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import MixRecord
             >>> record = MixRecord(torch.zeros(1, 3).bool(), torch.zeros(1, 3, 2).long(), torch.ones(1, 3, 2), 4)
@@ -159,7 +161,7 @@ class MixRecord:
         Raises:
             ValueError: a record without log-probabilities.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import MixRecord
             >>> gate = torch.tensor([[False, True, False]])
@@ -179,7 +181,7 @@ class MixRecord:
     def to_bytes(self) -> bytes:
         """The record as bytes, for `from_bytes`; on the CPU.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import MixRecord
             >>> record = MixRecord(torch.ones(1, 1).bool(), torch.zeros(1, 1, 2).long(), torch.ones(1, 1, 2), 4)

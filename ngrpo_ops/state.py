@@ -45,7 +45,7 @@ def make_state(next_row: int, config: MixingConfig) -> dict[str, Any]:
     Raises:
         ValueError: a next_row that is no integer in [0, 2^63).
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.state import make_state
         >>> state = make_state(16, MixingConfig(mixing_rate=0.2))
@@ -75,7 +75,7 @@ def next_row_of(
     Raises:
         ValueError: not a state, of a newer version, or with parts missing; a next_row that is no integer in [0, 2^63).
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.state import make_state, next_row_of
         >>> state = make_state(16, MixingConfig(seed=1))
@@ -124,7 +124,7 @@ def write_state(path: str | os.PathLike[str], next_row: int, config: MixingConfi
     Raises:
         ValueError: as in `make_state`. OSError: as in `write_json`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ngrpo_ops import MixingConfig
@@ -150,7 +150,7 @@ def read_state(path: str | os.PathLike[str], config: MixingConfig, warn: Callabl
     Raises:
         FileError: a ValueError that names the file: not there, damaged, or none of the states that `next_row_of` takes.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.state import read_state
         >>> read_state("nowhere/mixing_state.json", MixingConfig())

@@ -118,7 +118,7 @@ def register_strategy(
         TypeError: a name that is no string, a property that there is not, not a function. ValueError: another function
             has the name; an option that no field sets; a function without a name of its own and no name given.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import decode_step, register_strategy
         >>> @register_strategy("pair")
         ... def pair(policy):

@@ -43,7 +43,7 @@ def special_rows(tokenizer: Any, vocabulary: int) -> SpecialRows:
     Raises:
         TypeError: a tokenizer that cannot list its vocabulary.
 
-    Example:
+    Examples:
         >>> from tokenizers import AddedToken, Tokenizer, models
         >>> from ngrpo_ops.tokens import special_rows
         >>> tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
@@ -86,7 +86,7 @@ def read_excluded(words: str | int | Sequence[str | int] | None) -> Any:
     Returns:
         "special", None or a list of ids. What is none of them is returned as it is, for `MixingConfig` to refuse.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.tokens import read_excluded
         >>> read_excluded(["special"]), read_excluded("none"), read_excluded(["5", "6"])
         ('special', None, [5, 6])

@@ -35,7 +35,7 @@ VERSIONS = {
 def standing(framework: str, version: str) -> Literal["tested", "untested", "refused"]:
     """What a version of a framework is to its adapter. An untested version is accepted.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.versions import standing
         >>> standing("vllm", "0.29.1"), standing("vllm", "0.33.0"), standing("vllm", "0.290.0")
         ('tested', 'untested', 'refused')
@@ -50,7 +50,7 @@ def standing(framework: str, version: str) -> Literal["tested", "untested", "ref
 def accepted(framework: str) -> str:
     """The accepted versions, for a message.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.versions import accepted
         >>> accepted("vllm"), accepted("openrlhf"), accepted("transformers")
         ('0.29 to 0.33', '0.11.2', '5.17 and later')
@@ -64,7 +64,7 @@ def accepted(framework: str) -> str:
 def tested(framework: str) -> str:
     """The tested versions, for a message.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.versions import tested
         >>> tested("vllm")
         '0.29, 0.32'
@@ -75,7 +75,7 @@ def tested(framework: str) -> str:
 def requirement(framework: str) -> str:
     """The accepted versions as an installer reads them.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.versions import requirement
         >>> requirement("vllm"), requirement("transformers")
         ('>=0.29,<0.34', '>=5.17')

@@ -35,7 +35,7 @@ _LEVEL = 1  # of zlib: most of what higher levels save, at a third of their time
 def checksum(tokens: Sequence[int]) -> int:
     """A number that tells completions apart.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.wire import checksum
         >>> checksum([5, 6]) == checksum([5, 6]) != checksum([6, 5])
         True
@@ -59,7 +59,7 @@ def pack_reply(
         completions: the tokens that the engine sampled for each of the B rows.
         shorter: the rows that were asked for and have fewer steps here, each with their number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import MixRecord
         >>> from ngrpo_ops.wire import pack_reply, read_replies
@@ -97,7 +97,7 @@ def read_replies(
         RuntimeError: an engine's error, such as logits that were no distribution, or no record of a row.
         ValueError: an engine's error, or a reply that is none.
 
-    Example:
+    Examples:
         A record of other tokens is no record of the row:
 
         >>> import torch
@@ -142,7 +142,7 @@ def raise_errors(replies: Sequence[dict[str, Any] | None]) -> None:
     Raises:
         ValueError, RuntimeError: see `error_reply`.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.wire import error_reply, raise_errors
         >>> raise_errors([None, error_reply(RuntimeError("no token could be chosen at row 3"))])
         Traceback (most recent call last):
@@ -160,7 +160,7 @@ def read_opened(replies: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: an engine's error, or another form of the replies than `FORMAT`.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.wire import FORMAT, read_opened
         >>> read_opened([{"format": FORMAT, "config": {}}])["config"]
         {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,3 +55,18 @@ def _seeded() -> None:
 def _poisoned():
     with poisoned_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium: playwright's own, or the system's; NGRPO_OPS_BROWSER names another."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("NGRPO_OPS_BROWSER") or next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as started:
+        try:
+            opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no browser that starts: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()

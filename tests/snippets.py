@@ -13,9 +13,7 @@ MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")  # on the hub; a ti
 
 
 def blocks(page: Path) -> list[str]:
-    """Page by page in its order; generated signatures are none."""
-    if page.name == "contract.md":
-        return []
+    """Page by page in its order."""
     return [
         token.content
         for token in MarkdownIt().parse(page.read_text())

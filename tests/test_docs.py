@@ -23,6 +23,8 @@ ROOT = snippets.ROOT
 LINKED = [
     *snippets.PAGES,
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *(ROOT / "docs/api").glob("*.md"),
     *(ROOT / "docs/study").rglob("*.md"),
     *(ROOT / "benchmarks").rglob("*.md"),
 ]
@@ -39,7 +41,8 @@ def _anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     tokens = MarkdownIt().parse(page.read_text())
     headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    documented = re.findall(r"^::: ([\w.]+)$", page.read_text(), flags=re.M)  # anchors of the site
+    return {*documented} | {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
@@ -65,12 +68,23 @@ def test_every_page_is_in_the_index() -> None:
         assert page.name == "README.md" or f"({page.relative_to(ROOT / 'docs')})" in index, page
 
 
-def test_the_contract_is_generated_from_the_docstrings_there_are() -> None:
-    spec = importlib.util.spec_from_file_location("contract", ROOT / "docs/contract.py")
-    assert spec is not None and spec.loader is not None
-    contract = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(contract)
-    assert contract.PAGE.read_text() == contract.page(), "make docs writes it again"
+def _sentences(page: Path) -> Iterator[str]:
+    """The sentences and the cells of a page, of eight words and more; no code, no links' targets."""
+    text = re.sub(r"^```.*?^```|^    .*?$|<!-- table.*?<!-- end -->", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)|<picture>.*?</picture>", "", text, flags=re.S)  # a picture may stand on two
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    for block in re.split(r"\n\s*\n|^\s*[-|\d#]|\|", text, flags=re.M):
+        for sentence in re.split(r"(?<=[.:?!])\s", " ".join(block.split())):
+            if len(sentence.split()) >= 8:
+                yield sentence
+
+
+def test_no_sentence_stands_twice() -> None:
+    pages: dict[str, list[str]] = {}
+    for page in snippets.PAGES:
+        for sentence in _sentences(page):
+            pages.setdefault(sentence, []).append(page.name)
+    assert {sentence: names for sentence, names in pages.items() if len(names) > 1} == {}
 
 
 class _Here(adapter.NGRPOConfig):

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -76,17 +77,30 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert name.isupper() or getattr(ngrpo_ops, name).__doc__, name
 
 
-def test_the_changelog_has_this_version() -> None:
-    assert f"## {ngrpo_ops.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_changelog_keeps_its_form() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    unreleased, latest, *_ = re.findall(r"^## (.*)$", changelog, flags=re.M)
+    assert unreleased == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(ngrpo_ops.__version__)}\] - \d{{4}}-\d\d-\d\d", latest), latest
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # of Keep a Changelog
+    assert {*re.findall(r"^### (.*)$", changelog, flags=re.M)} <= kinds
 
 
-def test_the_readme_names_what_exists() -> None:
-    readme = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make ([a-z-]+)`", readme):
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+def test_the_citation_and_the_addresses_are_of_this_version_and_repository() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    (released,) = re.findall(
+        rf"^## \[{re.escape(ngrpo_ops.__version__)}\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    for line in (f"version: {ngrpo_ops.__version__}", f"date-released: {released}", f"repository-code: {repository}"):
+        assert f"\n{line}\n" in citation, line
+    assert f"repo_url: &repository {repository}\n" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_the_page_of_the_operations_names_them_all() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
     for name in ngrpo_ops.__all__:
-        assert name in readme or name in ("DecodeStep", "MixingCandidates", "NearestNeighbors", "RefreshReport"), name
+        assert name in page or name in ("DecodeStep", "MixingCandidates", "NearestNeighbors", "RefreshReport"), name
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas
 import pytest
+import snippets
 import torch
 from datasets import Dataset
 from models import EOS, VOCABULARY, tiny_model, tokenizer
@@ -724,9 +725,8 @@ def test_a_changed_trl_stops_the_import(monkeypatch: pytest.MonkeyPatch, name: s
         checks.check_trl()
 
 
-def test_the_readmes_script_trains(checkpoint: str, tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (script,) = (block.split("```")[0] for block in readme.split("```python\n")[1:] if "NGRPOTrainer" in block)
+def test_the_script_of_the_page_trains(checkpoint: str, tmp_path: Path) -> None:
+    (script,) = (block for block in snippets.blocks(snippets.ROOT / "docs/trl.md") if "NGRPOTrainer(" in block)
     assert len(script.strip().splitlines()) <= 25
     for old, new in (
         ('model="Qwen/Qwen2.5-0.5B-Instruct",', f"model={checkpoint!r}, processing_class=tokenizer(),"),

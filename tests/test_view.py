@@ -323,21 +323,6 @@ def test_a_folder_that_cannot_be_written_to_is_named(folder, tmp_path, capsys):
 # A browser ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium: playwright's own, or the system's; NGRPO_OPS_BROWSER names another."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("NGRPO_OPS_BROWSER") or next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as started:
-        try:
-            opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no browser that starts: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("width", [1360, 390], ids=["desk", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_the_candidates_on_hover_and_on_focus(browser, tmp_path, width, scheme):

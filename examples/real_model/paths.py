@@ -26,7 +26,7 @@ def path_of(text: str) -> tuple[str, ...]:
     An expression has two numbers at least. Sums and products are the same in any order and grouping: 3 + 5 and 5 + 3.
     Results are no part of it. A text without arithmetic has the empty path.
 
-    Example:
+    Examples:
         >>> from examples.real_model.paths import path_of
         >>> path_of("5 apples + 3 apples = 8 apples. So 3 plus 5 is 8.") == path_of("$3 + $5 = 9")
         True

@@ -183,7 +183,7 @@ def mixes_of(tokenizer: Any, table: Tensor, record: MixRecord) -> dict[str, Any]
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
     """Different n-grams of words over all n-grams of some texts; None where there are none.
 
-    Example:
+    Examples:
         >>> distinct_n(["a b", "a c"], 1)
         0.75
     """

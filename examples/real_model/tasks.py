@@ -60,7 +60,7 @@ class Task(Protocol):
 def last_number(text: str) -> str | None:
     """The last number of a text in one form: 1,200.0 is 1200. None: there is none.
 
-    Example:
+    Examples:
         >>> last_number("3 + 5 = 8.0 apples.")
         '8'
     """

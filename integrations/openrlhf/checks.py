@@ -66,7 +66,7 @@ def check_openrlhf() -> None:
         ImportError: OpenRLHF or vLLM is missing, has an untested version, or has changed a method that the adapter
             relies on.
 
-    Example:
+    Examples:
         >>> from unittest import mock
         >>> from ngrpo_ops.integrations.openrlhf import check_openrlhf
         >>> with mock.patch("importlib.metadata.version", return_value="0.1"):
@@ -114,7 +114,7 @@ def resolve(target: str) -> tuple[Any, str]:
     Returns:
         The class or module, and the name. The owner is None where the module has no such class.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.openrlhf.checks import resolve
         >>> resolve("collections:Counter.update")
         (<class 'collections.Counter'>, 'update')

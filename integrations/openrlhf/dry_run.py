@@ -27,7 +27,7 @@ def strongly_mixed(config: MixingConfig) -> MixingConfig:
 
     At the paper's settings the mixes may be within bfloat16's rounding of the anchor.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.integrations.openrlhf.dry_run import strongly_mixed
         >>> strong = strongly_mixed(MixingConfig(k=5))
@@ -92,7 +92,7 @@ def verdict(plain: Tensor, replayed: Tensor, plain_ids: Tensor, mixes: bool) -> 
         plain_ids: the same on mixed rollouts, given to the policy without their mixes.
         mixes: whether a mix is more than the anchor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops.integrations.openrlhf.dry_run import verdict
         >>> small, large = torch.tensor([1e-6]), torch.tensor([0.1])

@@ -35,7 +35,7 @@ def main() -> None:
         RuntimeError: this process is connected to Ray already.
         SystemExit: a refused setting, or the end of a dry run.
 
-    Example:
+    Examples:
         In a shell, for any command line of ``python -m openrlhf.cli.train_ppo_ray``::
 
             python -m ngrpo_ops.integrations.openrlhf <its arguments> --ngrpo.k 3 --ngrpo.mixing_rate 0.1
@@ -91,7 +91,7 @@ def main() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds one ``--ngrpo.X`` for each field X of `MixingConfig`, and ``--ngrpo.dry_run``.
 
-    Example:
+    Examples:
         >>> import argparse
         >>> from ngrpo_ops.integrations.openrlhf.launcher import add_arguments
         >>> parser = argparse.ArgumentParser()

@@ -33,7 +33,7 @@ def make_overlay(records: Sequence[SparseRecord], attention_mask: Tensor, packed
         group: the process group that shares a packed forward (ring attention); each rank has a slice. None: the whole
             forward runs in this process.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops.integrations.openrlhf.samples import make_overlay
         >>> from ngrpo_ops.record import SparseRecord
@@ -76,7 +76,7 @@ def _noise(records: Sequence[SparseRecord], rows: Tensor, steps: Tensor, device:
 def action_ranges(record: SparseRecord) -> list[tuple[int, int]]:
     """The generated tokens that were not mixed, as OpenRLHF's ranges of tokens that enter the loss.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops.integrations.openrlhf.samples import action_ranges
         >>> from ngrpo_ops.record import SparseRecord
@@ -96,7 +96,7 @@ def experience_metrics(experiences: Sequence[Any]) -> dict[str, float]:
         experiences: OpenRLHF's, with records in `mm_train_inputs` and the policy's log-probabilities in
             `action_log_probs`.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> import torch
         >>> from ngrpo_ops.integrations.openrlhf.samples import experience_metrics

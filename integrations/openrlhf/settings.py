@@ -25,7 +25,7 @@ def write_settings(config: MixingConfig, reward_url: str) -> None:
     Raises:
         ValueError: more token ids than an environment variable holds.
 
-    Example:
+    Examples:
         >>> import os
         >>> from unittest import mock
         >>> from ngrpo_ops import MixingConfig
@@ -55,7 +55,7 @@ def read_settings() -> tuple[MixingConfig, str]:
         ValueError: no such variable, or not what `write_settings` wrote; a strategy that cannot be imported in this
             process.
 
-    Example:
+    Examples:
         >>> import os
         >>> from unittest import mock
         >>> from ngrpo_ops.integrations.openrlhf.settings import VARIABLE, read_settings

@@ -191,7 +191,7 @@ def replaying(actor: Any, batches: Sequence[Sequence[SparseRecord]]) -> Iterator
     Raises:
         RuntimeError: another number of forwards than batches, or a forward of other sequences.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> from ngrpo_ops.integrations.openrlhf.workers import replaying
         >>> with replaying(SimpleNamespace(), [[], []]):
@@ -243,7 +243,7 @@ def install() -> None:
         ImportError: OpenRLHF has changed a method. It is raised here for modules that are loaded, and by the import of
             the others.
 
-    Example:
+    Examples:
         >>> import sys
         >>> from ngrpo_ops.integrations.openrlhf import install, uninstall
         >>> finders = len(sys.meta_path)
@@ -265,7 +265,7 @@ def install() -> None:
 def uninstall() -> None:
     """Undoes `install` and every `substitute`.
 
-    Example:
+    Examples:
         >>> import sys
         >>> from ngrpo_ops.integrations.openrlhf import install, uninstall
         >>> finders = list(sys.meta_path)
@@ -284,7 +284,7 @@ def uninstall() -> None:
 def substitute(target: str, make: Callable[[Any], Any]) -> None:
     """Puts `make(original)` in the place of a target, until `uninstall`.
 
-    Example:
+    Examples:
         >>> import json
         >>> from ngrpo_ops.integrations.openrlhf.workers import substitute, uninstall
         >>> substitute("json:dumps", lambda original: lambda value: original(value).upper())

@@ -30,7 +30,7 @@ def refuse_generation(generation: GenerationConfig, arguments: dict[str, Any]) -
     Raises:
         ValueError: the setting, its value and the reason.
 
-    Example:
+    Examples:
         >>> from transformers import GenerationConfig
         >>> from ngrpo_ops.integrations.transformers import refuse_generation
         >>> refuse_generation(GenerationConfig(do_sample=True), {})
@@ -153,7 +153,7 @@ def refuse_unsupported_filters(generation: GenerationConfig) -> None:
     Raises:
         ValueError: the setting and its value.
 
-    Example:
+    Examples:
         >>> from transformers import GenerationConfig
         >>> from ngrpo_ops.integrations.transformers import refuse_unsupported_filters
         >>> refuse_unsupported_filters(GenerationConfig(do_sample=True, top_p=0.9))

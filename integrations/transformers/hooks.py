@@ -37,7 +37,7 @@ class EmbeddingMixer:
         module: the input-embedding module.
         cosines: cos(mix, anchor) at each position of the last replay, one tensor for each forward.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops.integrations.transformers import EmbeddingMixer
         >>> from ngrpo_ops.rollout import Overlay

@@ -52,7 +52,8 @@ class NeighborMixing:
         tokenizer: the model's, or a processor with it; read where `excluded_token_ids` is "special".
 
     Attributes:
-        model, config: as given.
+        model: as given.
+        config: as given, or its default.
         vocabulary: V, the number of token embeddings.
         table: the neighbor table, None where none is read.
         mixer: the hooks on the model's input embeddings.
@@ -63,7 +64,7 @@ class NeighborMixing:
         ValueError: an encoder-decoder, PEFT prompt learning, token ids beyond the vocabulary, `excluded_token_ids`
             "special" without a tokenizer, or too few tokens left.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from ngrpo_ops import MixingConfig
@@ -108,7 +109,7 @@ class NeighborMixing:
         Raises:
             ValueError: the vocabulary of `model` is another one than the policy's.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> policy, reference = (LlamaForCausalLM(LlamaConfig(**shape)) for _ in range(2))
@@ -129,7 +130,7 @@ class NeighborMixing:
     def remove(self) -> None:
         """Takes the hooks off every model.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> model = LlamaForCausalLM(LlamaConfig(**shape))
@@ -151,7 +152,7 @@ class NeighborMixing:
         Returns:
             What was computed; None: no table is read.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> mixing = NeighborMixing(LlamaForCausalLM(LlamaConfig(**shape)))
@@ -176,7 +177,7 @@ class NeighborMixing:
     def neighbor_ids(self) -> Tensor | None:
         """int64 [V, k - 1], as `decode_step` takes them; None for a strategy that reads no neighbors.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> mixing = NeighborMixing(LlamaForCausalLM(LlamaConfig(**shape)), MixingConfig(k=3))
@@ -199,7 +200,7 @@ class NeighborMixing:
         Args:
             row_ids: int64 [B], what the gates of each row are drawn by; None: the next unused ones.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> model = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None))
@@ -241,7 +242,7 @@ class NeighborMixing:
         Calls from several threads take turns. Gradient checkpointing is off while a rollout runs, as transformers would
         drop the cache.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> model = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None))
@@ -318,7 +319,7 @@ class NeighborMixing:
             RuntimeError: a forward of another shape or of other tokens, rows left over, or a replay of this model that
                 is under way already, here or in another thread.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> model = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None))
@@ -337,7 +338,7 @@ class NeighborMixing:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep for the gates to go on where they were: see `ngrpo_ops.state`.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> mixing = NeighborMixing(LlamaForCausalLM(LlamaConfig(**shape)))
@@ -360,7 +361,7 @@ class NeighborMixing:
         Raises:
             ValueError: not a state, see `ngrpo_ops.state.next_row_of`.
 
-        Example:
+        Examples:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
             >>> mixing = NeighborMixing(LlamaForCausalLM(LlamaConfig(**shape)))

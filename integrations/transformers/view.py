@@ -77,7 +77,7 @@ def roll_out(
         ValueError: an empty prompt, or one that with the new tokens is longer than the model's context; what
             `NeighborMixing` refuses.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -34,7 +34,7 @@ class NGRPOConfig(GRPOConfig):
     Raises:
         ValueError: a mixing field has a value that is not allowed; the message names the field.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.trl import NGRPOConfig
         >>> args = NGRPOConfig("out", use_cpu=True, bf16=False, seed=11, mixing_rate=0.2, mixing_strategy="anchor")
         >>> args.mixing_k
@@ -82,7 +82,7 @@ class NGRPOConfig(GRPOConfig):
         Raises:
             ValueError: see the class.
 
-        Example:
+        Examples:
             >>> from ngrpo_ops.integrations.trl import NGRPOConfig
             >>> NGRPOConfig("out", use_cpu=True, bf16=False, mixing_k=5, mixing_seed=7).mixing().seed
             7

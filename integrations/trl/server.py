@@ -82,7 +82,7 @@ def server_command(config: MixingConfig, model: str) -> str:
         config: the trainer's mixing.
         model: the checkpoint.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.trl import NGRPOConfig
         >>> from ngrpo_ops.integrations.trl.server import server_command
         >>> config = NGRPOConfig("out", use_cpu=True, bf16=False, mixing_rate=0.2).mixing()

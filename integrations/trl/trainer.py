@@ -70,7 +70,8 @@ class NGRPOTrainer(GRPOTrainer):
     The completions table gets a column ``mix_share``.
 
     Args:
-        *arguments, **keywords: those of `GRPOTrainer`. `args` is an `NGRPOConfig`, or None for its defaults.
+        *arguments: those of `GRPOTrainer`.
+        **keywords: those of `GRPOTrainer`. `args` is an `NGRPOConfig`, or None for its defaults.
 
     Attributes:
         mixing: the `NeighborMixing` of the policy.
@@ -79,7 +80,7 @@ class NGRPOTrainer(GRPOTrainer):
         TypeError: `args` is not an NGRPOConfig.
         ValueError: a setting under which mixing would silently not happen, or be wrong; the message has the reason.
 
-    Example:
+    Examples:
         Two steps of a random model with eight tokens, rewarded for every "a":
 
         >>> import tempfile

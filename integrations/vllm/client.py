@@ -22,7 +22,7 @@ def engine_kwargs(config: MixingConfig) -> dict[str, Any]:
 
     Prefix caching is switched off in them. `register` says why.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.integrations.vllm import engine_kwargs
         >>> kwargs = engine_kwargs(MixingConfig(k=3, mixing_rate=0.1))
@@ -39,7 +39,7 @@ def request_kwargs(row_id: int) -> dict[str, Any]:
         row_id: int64. The gates of the request are drawn by it, and its record is taken by it. Two requests must not
             share a row id while one of them is running or its record has not been taken.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.vllm import request_kwargs
         >>> request_kwargs(7)
         {'ngrpo_ops': {'row_id': 7}}
@@ -50,7 +50,7 @@ def request_kwargs(row_id: int) -> dict[str, Any]:
 def request_seed(seed: int, row_id: int) -> int:
     """A `SamplingParams.seed` for one row. The row's tokens then do not depend on the batch or the time of sampling.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.vllm import request_seed
         >>> request_seed(0, 7) == request_seed(0, 7) != request_seed(0, 8)
         True
@@ -78,7 +78,7 @@ def take_records(llm: Any, row_ids: Sequence[int], lengths: Sequence[int]) -> Mi
         RuntimeError: at a mixed step the logits were no distribution.
         ValueError: the engine has no record of that length for a row, or several requests have the row's id.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import MixRecord
         >>> from ngrpo_ops.integrations.vllm import records, take_records
@@ -104,7 +104,7 @@ def require_mixing(llm: Any) -> None:
     Raises:
         ValueError: the engine cannot mix.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.vllm import require_mixing
         >>> class Engine:  # stands for a vllm.LLM without the plugin
         ...     def collective_rpc(self, method, args):
@@ -131,7 +131,7 @@ def records_call(row_ids: Sequence[int], lengths: Sequence[int]) -> tuple[str, N
     Raises:
         ValueError: the numbers of row ids and lengths differ, or two row ids are equal.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.vllm import records_call
         >>> records_call([4, 5], [20, 7])
         ('take_mix_records', None, ([4, 5], [20, 7]))
@@ -149,7 +149,7 @@ def read_records(replies: Sequence[bytes]) -> MixRecord:
     Raises:
         RuntimeError, ValueError: see `take_records`.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.vllm import read_records, records
         >>> read_records([records.pack(ValueError("row 4: the engine has a record of 3 steps, asked for 20"))])
         Traceback (most recent call last):

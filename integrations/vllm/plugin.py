@@ -42,7 +42,7 @@ def register() -> None:
     caching is on and its prompt has no `cache_salt` of its own: vLLM finds cached blocks by token ids alone and would
     reuse the blocks of another mix.
 
-    Example:
+    Examples:
         >>> from importlib.metadata import entry_points
         >>> (plugin,) = entry_points(group="vllm.general_plugins", name="ngrpo_ops")
         >>> plugin.value
@@ -106,7 +106,7 @@ def refuse_engine(vllm_config: Any, config: MixingConfig, *, served: bool = Fals
         ValueError: a setting of the engine under which it would not mix or would mix wrongly, see `register`; a value
             of `config` that does not fit the model's vocabulary.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> from ngrpo_ops import MixingConfig
         >>> from ngrpo_ops.integrations.vllm import refuse_engine

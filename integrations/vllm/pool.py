@@ -25,7 +25,7 @@ class EntryPool:
         logprobs: float32 [N].
         tokens: int32 [N].
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import torch
         >>> from ngrpo_ops.integrations.vllm.pool import EntryPool

@@ -16,7 +16,7 @@ _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError":
 def pack(reply: MixRecord | Exception) -> bytes:
     """A record, or a ValueError or RuntimeError in its place, as bytes for `unpack`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import MixRecord
         >>> from ngrpo_ops.integrations.vllm.records import pack, unpack
@@ -35,7 +35,7 @@ def unpack(reply: bytes) -> MixRecord:
     Raises:
         ValueError, RuntimeError: the error that `pack` made bytes of. ValueError: bytes of something else.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.integrations.vllm.records import pack, unpack
         >>> unpack(pack(RuntimeError("no token could be chosen at row 3")))
         Traceback (most recent call last):

@@ -27,7 +27,7 @@ def candidate_weights(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, 
         TypeError: ids that are not int64, logits that are not floating point. ValueError: shapes that do not fit,
             temperature <= 0, an unknown variant.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import candidate_weights
         >>> logits = torch.tensor([[0.0, 2.0, 2.0, 5.0]])

@@ -26,7 +26,8 @@ def gaussian_noise(
         mixed: [M, d], floating point, of `mix_embeddings`.
         noise_scale: the noise's size over that of each row of `mixed` (root mean square), for all rows or [M].
         seed: int or int64, 0-d or [M], as it was in the decode step.
-        row_ids, steps: int64 [M], as they were in the decode step.
+        row_ids: int64 [M], as they were in the decode step.
+        steps: int64 [M], likewise.
         backend: None, "eager" or "triton".
 
     Returns:
@@ -35,7 +36,7 @@ def gaussian_noise(
     Raises:
         TypeError, ValueError: an argument of another dtype or shape, by name; a backend that cannot be used.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import gaussian_noise
         >>> counters = {"seed": 0, "row_ids": torch.tensor([4, 5]), "steps": torch.tensor([0, 0])}

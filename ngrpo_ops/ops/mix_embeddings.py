@@ -65,7 +65,7 @@ def mix_embeddings(
             the backend cannot be used. Ids are checked on the CPU only; on a GPU a position with an id out of range is
             NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import mix_embeddings
         >>> embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [4.0, 4.0]])

@@ -71,7 +71,7 @@ def selective_log_softmax(
             range, the gradient cannot overwrite the logits because their elements share memory, or the backend cannot
             be used. Ids are checked on the CPU only; on a GPU an id out of range gives NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import selective_log_softmax
         >>> probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])

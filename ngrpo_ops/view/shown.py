@@ -70,7 +70,7 @@ class Arm:
     def summary(self) -> str:
         """Its figures in a line.
 
-        Example:
+        Examples:
             >>> from ngrpo_ops.view import Arm, Candidate, Token
             >>> mixed = Token("7", (Candidate("7", 9, 0.75), Candidate("6", 8, 0.25)), 0.98)
             >>> Arm("N-GRPO", ((Token("="), mixed),), replay_error=2e-6).summary()
@@ -110,7 +110,7 @@ def visible(text: str) -> str:
 
     A line feed stays. A terminal does nothing else than print the result, and it can be encoded.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.view import visible
         >>> print(visible("a\x1b[31m\t\u202eb"))
         a\x1b[31m\t\u202eb
@@ -124,7 +124,7 @@ def visible(text: str) -> str:
 def quoted(text: str) -> str:
     r"""The text of a token on one line, in quotes that show its spaces.
 
-    Example:
+    Examples:
         >>> from ngrpo_ops.view.shown import quoted
         >>> print(quoted(" the"), quoted("\n"))
         ' the' '\n'

@@ -51,14 +51,15 @@ def decode_step(
         mixing_rate: probability rho that a row is mixed at this step.
         temperature: tau >= 0, for all rows or [B]. Sample, weights and log-probabilities use logits / tau. 0 is greedy:
             such a row emits its argmax, and its weights and log-probabilities are those of tau = 1.
-        top_k, top_p, min_p: filters of the *sampled* distribution, applied in this order, for all rows or [B] (int64
-            for top_k; below 1, 1 and 0 filter nothing). Equal logits are kept by the lower id. The weights, the
-            log-probabilities and the entropy do not see the filters. min_p is relative to the largest probability.
-            None: no filter.
-        seed, step: int or 0-d int64 tensor; step also [B], on the device of the logits, for rows at steps of their own.
-            Gate, sample and noise depend on seed, step and row id alone: a Philox generator is keyed by the three, and
-            torch's generators are not touched. Tensors on the GPU are read there, so that a captured CUDA graph goes on
-            with what they then hold.
+        top_k: the first filter of the *sampled* distribution, for all rows or int64 [B]; below 1 and None filter
+            nothing. Equal logits are kept by the lower id. The weights, the log-probabilities and the entropy do not
+            see the filters.
+        top_p: the second filter, for all rows or [B]; 1 and None filter nothing.
+        min_p: the third filter, relative to the largest probability, for all rows or [B]; 0 and None filter nothing.
+        seed: int or 0-d int64 tensor. Gate, sample and noise depend on seed, step and row id alone: a Philox generator
+            is keyed by the three, and torch's generators are not touched. Tensors on the GPU are read there, so that a
+            captured CUDA graph goes on with what they then hold.
+        step: int, 0-d int64 tensor, or int64 [B] on the device of the logits, for rows at steps of their own.
         row_ids: int64 [B]; None: 0 .. B - 1.
         enabled: bool [B]. A row that is False (ended, past its stop token, being evaluated) is sampled and not mixed.
         strategy: the candidates and their weights, see `MixingConfig`: "neighbor"; "topk", "gumbel", "gaussian" and
@@ -91,7 +92,7 @@ def decode_step(
         TypeError, ValueError: an argument of another dtype, shape or range, by name; tables of another vocabulary; a
             setting that the strategy would not read; a backend that cannot be used.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import decode_step
         >>> logits = torch.tensor([[0.0, 4.0, 3.0], [9.0, 0.0, 0.0]])
@@ -145,12 +146,23 @@ def mixing_candidates(
     """What a step would mix, for a trainer or an engine that samples by itself: `decode_step` without gate and sample.
 
     Args:
-        logits, neighbor_ids, strategy, k, temperature, mixing_temperature, moi_beta, variant, row_ids, backend: as in
-            `decode_step`.
+        logits: as in `decode_step`.
+        neighbor_ids: as in `decode_step`.
+        strategy: as in `decode_step`.
+        k: as in `decode_step`.
+        temperature: as in `decode_step`.
+        top_k: a filter of what "moi", "multiplex" and strategies of your own draw from; for these alone.
+        top_p: another, as `top_k`.
+        min_p: another, as `top_k`.
+        mixing_temperature: as in `decode_step`.
         noise_scale: as in `decode_step`. Nothing is mixed here, so only a strategy of your own may read it.
-        seed, step: as in `decode_step`. "gumbel", "moi", "multiplex" and strategies of your own draw by them.
-        top_k, top_p, min_p: filters of what "moi", "multiplex" and strategies of your own draw from; for these alone.
+        moi_beta: as in `decode_step`.
+        variant: as in `decode_step`.
+        seed: as in `decode_step`. "gumbel", "moi", "multiplex" and strategies of your own draw by seed and step.
+        step: as in `decode_step`.
+        row_ids: as in `decode_step`.
         return_entropy: also return the entropy of softmax(logits / temperature), for a gate by entropy.
+        backend: as in `decode_step`.
 
     Returns:
         MixingCandidates: ids [B, k] int64, the first the one that a mixed step emits; weights [B, k] float32; fault [B]
@@ -159,7 +171,7 @@ def mixing_candidates(
     Raises:
         TypeError, ValueError: as `decode_step`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import mixing_candidates
         >>> found = mixing_candidates(torch.tensor([[0.0, 4.0, 3.0]]), strategy="topk", k=2)

@@ -28,7 +28,7 @@ def raise_faults(fault: Tensor, *, row_ids: Tensor | None = None) -> None:
         TypeError, ValueError: an argument of another dtype or shape, by name.
         RuntimeError: the first faulty row and step of those there are, and what is wrong with it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import raise_faults
         >>> raise_faults(torch.tensor([0, 0]))

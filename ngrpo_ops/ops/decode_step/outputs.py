@@ -10,7 +10,7 @@ from torch import Tensor
 class DecodeStep(NamedTuple):
     """What one decode step leaves behind; see `decode_step`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import DecodeStep, decode_step
         >>> step = decode_step(torch.zeros(2, 5), None, strategy="anchor", seed=0, step=0)
@@ -31,7 +31,7 @@ class DecodeStep(NamedTuple):
 class MixingCandidates(NamedTuple):
     """What a step of each row would mix; see `mixing_candidates`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import MixingCandidates, mixing_candidates
         >>> found = mixing_candidates(torch.zeros(2, 5), strategy="topk", k=2)

@@ -33,7 +33,7 @@ class Policy:
         vocabulary: V.
         options: the strategy's options by name.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import mixing_candidates, register_strategy
         >>> @register_strategy("two draws")

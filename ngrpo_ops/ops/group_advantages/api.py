@@ -108,7 +108,7 @@ def group_advantages(
         TypeError, ValueError: an argument of another dtype, shape or range, by name; an empty batch; a group_size that
             does not divide N; not exactly one of group_size, group_ids and offsets; a backend that cannot be used.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import ADVANTAGE_PRESETS, group_advantages
         >>> rewards = torch.tensor([1.0, 0.0, 1.0, 1.0])

@@ -25,7 +25,7 @@ class Whitening:
     Raises:
         TypeError, ValueError: an argument of another type or out of range, by name.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import Whitening, group_advantages
         >>> rewards = torch.tensor([1.0, 0.0, 6.0, 0.0])
@@ -49,19 +49,6 @@ class Whitening:
 _LEAVE_ONE_OUT = {"baseline": "leave_one_out", "scale": "none"}
 _KEEP_SINGLETONS = {"eps": 1e-6, "singleton_groups": "keep"}
 
-#: Keywords of `group_advantages` that reproduce a trainer's advantages. The sources:
-#:
-#: - TRL 1.16: `scale_rewards` and `multi_objective_aggregation` of GRPOTrainer; RLOOTrainer with and without
-#:   `normalize_advantages`.
-#: - verl: `adv_estimator`; Dr. GRPO is `norm_adv_by_std_in_grpo=False`.
-#: - OpenRLHF 0.11: `advantage_estimator`; reinforce_baseline also needs `lengths`.
-#:
-#: Equal rewards give exactly 0 here. In the trainers, the rounding error of the mean may remain, divided by eps.
-#:
-#: Example:
-#:     >>> rewards = torch.tensor([1.0, 0.0, 2.0, 5.0])
-#:     >>> group_advantages(rewards, group_size=4, **ADVANTAGE_PRESETS["verl/rloo"])
-#:     tensor([-1.3333, -2.6667,  0.0000,  4.0000])
 ADVANTAGE_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "trl/grpo": {"nan_policy": "omit"},
@@ -80,3 +67,17 @@ ADVANTAGE_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "maxrl": {"scale": "mean", "eps": 0.0},
     }
 )
+"""Keywords of `group_advantages` that reproduce a trainer's advantages. The sources:
+
+- TRL 1.16: `scale_rewards` and `multi_objective_aggregation` of GRPOTrainer; RLOOTrainer with and without
+  `normalize_advantages`.
+- verl: `adv_estimator`; Dr. GRPO is `norm_adv_by_std_in_grpo=False`.
+- OpenRLHF 0.11: `advantage_estimator`; reinforce_baseline also needs `lengths`.
+
+Equal rewards give exactly 0 here. In the trainers, the rounding error of the mean may remain, divided by eps.
+
+Examples:
+    >>> rewards = torch.tensor([1.0, 0.0, 2.0, 5.0])
+    >>> group_advantages(rewards, group_size=4, **ADVANTAGE_PRESETS["verl/rloo"])
+    tensor([-1.3333, -2.6667,  0.0000,  4.0000])
+"""

@@ -34,7 +34,7 @@ class NearestNeighbors(NamedTuple):
         ids: int64 [Q, k], nearest first.
         scores: float32 [Q, k], larger is nearer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import nearest_neighbors
         >>> ids, scores = nearest_neighbors(torch.tensor([[0.0], [1.0], [3.0]]), 1, metric="l1")
@@ -139,7 +139,7 @@ def nearest_neighbors(
             allowed rows, an unknown metric or backend, shapes that do not fit, a DTensor that is not sharded by rows,
             queries of a sharded table. An error on one rank is raised on all ranks.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import nearest_neighbors
         >>> embedding = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])

@@ -45,7 +45,7 @@ class RefreshReport:
         movers: rows that moved so far that they were scored against every other row instead of being bounded.
         reason: the reason for this, in words.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import NeighborTable
         >>> table = NeighborTable(1)
@@ -155,7 +155,7 @@ class NeighborTable:
     Raises:
         ValueError, TypeError: k < 1, candidates <= k, an unknown metric, an unusable mask.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngrpo_ops import NeighborTable
         >>> table = NeighborTable(1, metric="l2")
@@ -238,7 +238,7 @@ class NeighborTable:
             TypeError: token_ids that are not int64. ValueError: ids out of range (on the CPU), on another device than
                 the table. RuntimeError: before the first `refresh`.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import NeighborTable
             >>> table = NeighborTable(1, metric="l2")
@@ -277,7 +277,7 @@ class NeighborTable:
         Raises:
             TypeError, ValueError: as `nearest_neighbors`, k >= V among them, and too few rows not equal to another.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import NeighborTable
             >>> embedding = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
@@ -438,7 +438,7 @@ class NeighborTable:
         Raises:
             RuntimeError: before the first `refresh`, and for a sharded embedding, of which each rank has a part.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import NeighborTable
             >>> table = NeighborTable(1)
@@ -473,7 +473,7 @@ class NeighborTable:
         Raises:
             ValueError: another k, metric, mask or `exclude_equal_rows`, entries missing, shapes that do not fit.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from ngrpo_ops import NeighborTable
             >>> table, restored = NeighborTable(1), NeighborTable(1)

@@ -1,0 +1,1 @@
+"""N-GRPO in frameworks of others, one folder a framework."""
