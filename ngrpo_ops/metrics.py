@@ -99,6 +99,30 @@ def replay_sums(differences: Tensor, gate: Tensor, compared: Tensor, tolerance: 
     return torch.stack([value.double() for value in (*largest, *counts)])
 
 
+def sample_replay_sums(record: SparseRecord, replayed: Tensor, compared: Tensor, tolerance: float) -> Tensor:
+    """float64 [6] on the CPU: `replay_sums` of one sample.
+
+    Args:
+        record: its record.
+        replayed: [T], the policy's log-probability of every generated token.
+        compared: [T], which tokens are compared.
+        tolerance: see `replay_tolerance`.
+
+    Example:
+        >>> import torch
+        >>> from ngrpo_ops.metrics import replay_errors, sample_replay_sums
+        >>> from ngrpo_ops.record import SparseRecord
+        >>> ids, weights = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.75, 0.25]])
+        >>> record = SparseRecord(1, torch.tensor([0]), ids, weights, logprobs=torch.zeros(2))
+        >>> sums = sample_replay_sums(record, torch.tensor([0.0, -0.5]), torch.ones(2), tolerance=1e-3)
+        >>> replay_errors(sums[None]).largest
+        0.5
+    """
+    difference = replayed.float().cpu() - record.logprobs
+    gate = torch.zeros_like(difference, dtype=torch.bool).index_fill(0, record.steps, True)
+    return replay_sums(difference[None], gate[None], compared.cpu()[None], tolerance)
+
+
 def replay_errors(sums: Tensor) -> ReplayErrors:
     """What the rows of all batches and ranks tell.
 
