@@ -232,7 +232,11 @@ class SparseRecord:
         """
         kept = self.steps < length
         return replace(
-            self, steps=self.steps[kept], ids=self.ids[kept], weights=self.weights[kept], logprobs=self.logprobs[:length]
+            self,
+            steps=self.steps[kept],
+            ids=self.ids[kept],
+            weights=self.weights[kept],
+            logprobs=self.logprobs[:length],
         )
 
     def to_bytes(self) -> bytes:

@@ -17,6 +17,7 @@ from ngrpo_ops.parity import PLAIN, PLAIN_IDS, PROMPTS, REPLAYED, TOKENS, parity
 from .settings import read_settings
 from .workers import install, replaying
 
+
 def dry_run(strategy: Any) -> int:
     """Two prompts, rolled out with and without mixes by an engine, then scored by the policy; in this process.
 

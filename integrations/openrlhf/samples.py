@@ -22,7 +22,9 @@ from ngrpo_ops.record import SparseRecord
 from ngrpo_ops.rollout import Overlay, replay_overlay
 
 
-def make_overlay(records: Sequence[SparseRecord], attention_mask: Tensor, packed: bool, group: Any = None) -> Overlay | None:
+def make_overlay(
+    records: Sequence[SparseRecord], attention_mask: Tensor, packed: bool, group: Any = None
+) -> Overlay | None:
     """What a forward of B samples embeds at its mixed positions, which count through its flattened ids; None: none.
 
     Args:

@@ -25,7 +25,7 @@ FIRST_ROW = "ngrpo_first_row"
 
 @register(AGENT)
 class MixingAgentLoop(SingleTurnAgentLoop):
-    """A training sample is mixed and has its record in `extra_fields`. A validation sample has no row id: it is verl's."""
+    """A training sample is mixed, and has its record in `extra_fields`. A validation sample has no row id."""
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
         if FIRST_ROW not in kwargs:

@@ -47,7 +47,7 @@ def dry_run(config: DictConfig) -> int:
     prompts = _prompts(config, model)
     plain, mixed = _roll_out(config, model, mixing, prompts)
     worker = _make_worker(config, model)
-    without = [rollout._replace(record=_unmixed(rollout.record)) for rollout in mixed]
+    without = [rollout._replace(record=unmixed(rollout.record)) for rollout in mixed]
     follow = [_follow_a_mix(rollout.record) for rollout in mixed]
     differences = {
         PLAIN: torch.cat(_differences(worker, config, plain)),
@@ -67,7 +67,9 @@ def _prompts(config: DictConfig, model: Any) -> list[list[int]]:
     from verl.trainer.ppo.utils import create_rl_dataset
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
-    data = create_rl_dataset(config.data.train_files, config.data, model.tokenizer, model.processor, max_samples=PROMPTS)
+    data = create_rl_dataset(
+        config.data.train_files, config.data, model.tokenizer, model.processor, max_samples=PROMPTS
+    )
     builder = create_continuous_token_builder(
         model.tokenizer, hf_model_type=model.hf_config.model_type,
         chat_template_kwargs=config.data.get("apply_chat_template_kwargs", {}),
@@ -107,7 +109,9 @@ def _roll_out(
         if is_mixed:
             found = take_records(llm, rows, [len(one) for one in tokens])
         else:
-            found = _without_mixes([[x[t].logprob for x, t in zip(o.logprobs, o.token_ids)] for o in outputs])
+            found = _without_mixes(
+                [[x[t].logprob for x, t in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs]
+            )
         records = [found[i : i + 1].cut(len(tokens[i])).sparse(0, len(asked[i])) for i in rows]
         return [Rollout(*one) for one in zip(asked, tokens, records, strict=True)]
 
@@ -121,10 +125,16 @@ def _without_mixes(logprobs: Sequence[list[float]]) -> MixRecord:
     """The record of samples that were not mixed, with these log-probabilities."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True)
     shape = (*padded.shape, 1)
-    return MixRecord(torch.zeros(padded.shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), 0, padded)
+    return MixRecord(
+        torch.zeros(padded.shape, dtype=torch.bool),
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape),
+        0,
+        padded,
+    )
 
 
-def _unmixed(record: SparseRecord) -> SparseRecord:
+def unmixed(record: SparseRecord) -> SparseRecord:
     """The record of the same sample without its mixes."""
     return replace(record, steps=record.steps[:0], ids=record.ids[:0], weights=record.weights[:0])
 

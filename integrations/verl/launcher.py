@@ -54,11 +54,13 @@ def main() -> None:
 
 
 def verl_arguments(given: Sequence[str]) -> tuple[list[str], bool]:
-    """verl's arguments for a command line with ``ngrpo.X=value``, X a field of `MixingConfig` or ``dry_run``.
+    """verl's arguments for a command line with ``ngrpo.X=value``.
+
+    X is a field of `MixingConfig`, or dry_run.
 
     Returns:
-        The arguments, and whether it is a dry run. Settings that the adapter needs are added where the command line does
-        not have them.
+        The arguments, and whether it is a dry run. Settings that the adapter needs are added where the command line
+        does not have them.
 
     Raises:
         SystemExit: a field that `MixingConfig` does not have.
@@ -66,12 +68,12 @@ def verl_arguments(given: Sequence[str]) -> tuple[list[str], bool]:
     Example:
         >>> from ngrpo_ops.integrations.verl.launcher import verl_arguments
         >>> arguments, is_dry_run = verl_arguments(["data.train_batch_size=8", "+ngrpo.k=5"])
-        >>> for argument in arguments:
+        >>> for argument in arguments:  # doctest: +ELLIPSIS
         ...     print(argument)
         data.train_batch_size=8
         +actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.ngrpo_ops.k=5
         actor_rollout_ref.model.external_lib=ngrpo_ops.integrations.verl
-        +actor_rollout_ref.rollout.agent.agent_loop_manager_class=ngrpo_ops.integrations.verl.manager.MixingAgentLoopManager
+        +actor_rollout_ref.rollout.agent.agent_loop_manager_class=ngrpo_ops.integrations.verl...MixingAgentLoopManager
         actor_rollout_ref.rollout.enable_prefix_caching=False
         +actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.ngrpo_ops.seed=${actor_rollout_ref.rollout.seed}
     """

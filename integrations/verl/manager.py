@@ -44,8 +44,8 @@ class MixingAgentLoopManager(AgentLoopManagerTQ):
                 others = {*prompts["agent_name"]} - {*AGENTS}
                 if others:
                     raise ValueError(
-                        f"the data's agent_name must be {' or '.join(AGENTS)}, or left out, got {shown(sorted(others))}: "
-                        "other agent loops are not mixed"
+                        f"the data's agent_name must be {' or '.join(AGENTS)}, or left out, got "
+                        f"{shown(sorted(others))}: other agent loops are not mixed"
                     )
             step = int(prompts["global_steps"])
             if step != self._step:

@@ -1,7 +1,7 @@
 """The records of verl's samples: how they travel, what a forward embeds, what is logged.
 
-Agent loops' workers pack a record into its sample's `extra_fields`, which travel with the sample's row. Training workers
-read it in every forward.
+Agent loops' workers pack a record into its sample's `extra_fields`, which travel with the sample's row. Training
+workers read it in every forward.
 """
 
 from __future__ import annotations
@@ -150,8 +150,7 @@ class BatchRecords:
         for values in cosines:
             cosine += torch.stack([values.double().sum(), torch.tensor(len(values), device=values.device)]).cpu()
         found = {
-            name: PendingMetric(sums[None], functools.partial(_rollout_metric, name))
-            for name in rollout_metrics(sums)
+            name: PendingMetric(sums[None], functools.partial(_rollout_metric, name)) for name in rollout_metrics(sums)
         }
         return found | {
             COSINE: PendingMetric(cosine[None], _mean),
@@ -176,9 +175,9 @@ class PendingMetric:
     """A metric of a part of a training step. Its value is known once all parts are there.
 
     verl collects the values of micro-batches, ranks and mini-batches in one list and takes its `numpy.mean`. That adds
-    the elements and divides by their number. These elements add their sums, so the value is that of all samples, however
-    they were spread; a mean of the parts' means would weight the tokens of small parts more, and the largest of the
-    parts would be lost.
+    the elements and divides by their number. These elements add their sums, so the value is that of all samples,
+    however they were spread. A mean of the parts' means would weight the tokens of small parts more, and the largest of
+    the parts would be lost.
 
     Attributes:
         sums: float64 [N, S].

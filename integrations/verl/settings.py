@@ -113,11 +113,9 @@ def _refusals(config: DictConfig) -> Iterator[Refusal]:
         f"True, set {rollout}.enable_prefix_caching=False",
     )
     yield is_set(f"{rollout}.disaggregation.enabled", "a connector finds blocks by token ids alone")
-    yield other(
-        f"{rollout}.data_parallel_size", (1, None), "records of a replica's other engines would not be fetched"
-    )
+    yield other(f"{rollout}.data_parallel_size", (1, None), "records of a replica's other engines would not be fetched")
     yield other(f"{rollout}.pipeline_model_parallel_size", (1, None), "tokens are sampled on the last stage alone")
-    yield is_set(f"{rollout}.mtp.enable_rollout", "a drafted token is embedded before it is known whether it is mixed")
+    yield is_set(f"{model}.mtp.enable_rollout", "a drafted token is embedded before it is known whether it is mixed")
     yield is_set(f"{rollout}.multi_turn.enable", "earlier turns would be encoded again without their mixes")
     yield is_set(f"{rollout}.enable_rollout_routing_replay", "whether routes and mixes agree was never tried")
     yield is_set(f"{rollout}.agent.custom_async_server.path", "a server of your own does not fetch the records")

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 _FOLDER = Path(__file__).with_name("verl_cpu")
 sys.path.insert(0, str(_FOLDER))
 
-from verl_cpu.runs import OURS, PLATFORM, PROMPTS, SAMPLES, STOCK, TOKENS, Run, arguments, make_inputs, run  # noqa: E402
+from verl_cpu.runs import OURS, PLATFORM, SAMPLES, STOCK, Run, arguments, make_inputs, run  # noqa: E402
 
 os.environ |= PLATFORM
 # What the runs' processes load at their start: here for verl's own imports.
@@ -33,7 +33,7 @@ assert _spec is not None and _spec.loader is not None
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 from hydra import compose, initialize_config_module  # noqa: E402
-from omegaconf import OmegaConf, open_dict  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 from tensordict import NonTensorStack, TensorDict  # noqa: E402
 from transfer_queue.utils import serial_utils  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -61,14 +61,13 @@ from ngrpo_ops._patching import resolve  # noqa: E402
 from ngrpo_ops.integrations.verl import checks, settings  # noqa: E402
 from ngrpo_ops.integrations.verl import samples as sample_module  # noqa: E402
 from ngrpo_ops.integrations.verl.agent import AGENT, FIRST_ROW, MixingAgentLoop  # noqa: E402
-from ngrpo_ops.integrations.verl.dry_run import Rollout, training_batch  # noqa: E402
+from ngrpo_ops.integrations.verl.dry_run import Rollout, training_batch, unmixed  # noqa: E402
 from ngrpo_ops.integrations.verl.engine import ReplayingFSDPEngine  # noqa: E402
 from ngrpo_ops.integrations.verl.launcher import verl_arguments  # noqa: E402
 from ngrpo_ops.integrations.verl.manager import MixingAgentLoopManager  # noqa: E402
 from ngrpo_ops.integrations.verl.registration import register  # noqa: E402
 from ngrpo_ops.integrations.verl.samples import BatchRecords, pack_record, unpack_record  # noqa: E402
 from ngrpo_ops.integrations.verl.server import MixingHttpServer, MixingReplica  # noqa: E402
-from ngrpo_ops.random import bernoulli, philox  # noqa: E402
 from ngrpo_ops.record import SparseRecord  # noqa: E402
 from ngrpo_ops.wire import KEY  # noqa: E402
 
@@ -263,19 +262,12 @@ def test_fsdp1_and_a_reference_replay(mild: Path, packed: bool) -> None:
     made = rollouts()
     batch = training_batch(made, TEMPERATURE)
     expected = by_hand(AutoModelForCausalLM.from_pretrained(mild, dtype=torch.float32), made)
-    without = training_batch([x._replace(record=x.record.cut(0)) for x in made], TEMPERATURE)
-    without["extra_fields"] = NonTensorStack(
-        *[{KEY: pack_record(_unmixed(x.record), x.tokens)} for x in made]
-    )  # fmt: skip
+    without = training_batch([x._replace(record=unmixed(x.record)) for x in made], TEMPERATURE)
     for worker in (make_worker(mild, "fsdp", packed), make_worker(mild, packed=packed, forward_only=True)):
         for values, wanted in zip(score(worker, batch), expected, strict=True):
             torch.testing.assert_close(values, wanted.detach(), atol=5e-6, rtol=1e-5)
         plain = torch.cat(score(worker, without)) - torch.cat(expected).detach()
         assert plain.abs().max() > WITHOUT
-
-
-def _unmixed(record: SparseRecord) -> SparseRecord:
-    return SparseRecord(record.first, record.steps[:0], record.ids[:0], record.weights[:0], record.logprobs)
 
 
 def test_a_sample_that_fills_the_batch_up_needs_no_record(mild: Path) -> None:
@@ -321,7 +313,7 @@ def test_missing_and_foreign_records_stop_a_forward(mild: Path) -> None:
     swapped = [packed[1], packed[0], *packed[2:]]
     with pytest.raises(RuntimeError, match="is of other tokens"):
         score(worker, with_fields([{KEY: one} for one in swapped]))
-    later = SparseRecord(*(made[0].record.first + 1, *vars(made[0].record).values())[:1], *list(vars(made[0].record).values())[1:])
+    later = replace(made[0].record, first=made[0].record.first + 1)
     with pytest.raises(RuntimeError, match="is of other tokens"):
         score(worker, with_fields([{KEY: pack_record(later, made[0].tokens)}, *({KEY: one} for one in packed[1:])]))
     other = copy.deepcopy(made[0].record)
@@ -341,7 +333,7 @@ def test_a_forward_past_the_input_embeddings_stops(mild: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match="called 0 times"):
         score(worker, training_batch(rollouts(), TEMPERATURE))
     monkeypatch.setattr(
-        ReplayingFSDPEngine.__mro__[1], "forward_step", lambda *args: [forward_step(*args) for _ in range(2)][0]
+        ReplayingFSDPEngine.__mro__[1], "forward_step", lambda *args: (forward_step(*args), forward_step(*args))[1]
     )
     with pytest.raises(RuntimeError, match="called 2 times"):
         score(worker, training_batch(rollouts(), TEMPERATURE))
@@ -397,11 +389,15 @@ def test_metrics_are_totals_over_micro_and_mini_batches(mild: Path) -> None:
     assert found["mix/replay_outliers"] == pytest.approx(1 / follow)
     embedded = AutoModelForCausalLM.from_pretrained(mild, dtype=torch.float32).get_input_embeddings().weight
     cosines = [
-        torch.cosine_similarity((x.record.weights[j][:, None] * embedded[x.record.ids[j]]).sum(0), embedded[x.tokens[s]], 0)
+        torch.cosine_similarity(
+            (x.record.weights[j][:, None] * embedded[x.record.ids[j]]).sum(0), embedded[x.tokens[s]], 0
+        )
         for x in made
         for j, s in enumerate(x.record.steps.tolist())
     ]
-    assert found["mix/cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-2)  # the 2nd is of new weights
+    assert found["mix/cosine"] == pytest.approx(
+        float(torch.stack(cosines).mean()), abs=1e-2
+    )  # the 2nd is of new weights
 
 
 # Samples -----------------------------------------------------------------------------------------------------------
@@ -552,7 +548,9 @@ def test_validation_prompts_are_verls_own(manager: Any) -> None:
 
 def test_prompts_with_another_agent_loop_are_refused(manager: Any) -> None:
     manager.generate_sequences(prompts(1, 5, agent_name=["single_turn_agent"]))
-    with pytest.raises(ValueError, match="agent_name must be single_turn_agent or ngrpo, or left out, got .'tool_agent'"):
+    with pytest.raises(
+        ValueError, match=r"agent_name must be single_turn_agent or ngrpo, or left out, got .'tool_agent'"
+    ):
         manager.generate_sequences(prompts(2, 5, agent_name=["tool_agent", "single_turn_agent"]))
 
 
@@ -573,7 +571,7 @@ def test_prompts_with_another_agent_loop_are_refused(manager: Any) -> None:
         ("actor_rollout_ref.rollout.disaggregation.enabled=True", "a connector finds blocks"),
         ("actor_rollout_ref.rollout.data_parallel_size=2", "other engines would not be fetched"),
         ("actor_rollout_ref.rollout.pipeline_model_parallel_size=2", "sampled on the last stage"),
-        ("+actor_rollout_ref.rollout.mtp={enable_rollout:True}", "a drafted token"),
+        ("actor_rollout_ref.model.mtp.enable_rollout=True", "a drafted token"),
         ("actor_rollout_ref.rollout.multi_turn.enable=True", "earlier turns would be encoded again"),
         ("actor_rollout_ref.rollout.enable_rollout_routing_replay=True", "was never tried"),
         ("actor_rollout_ref.rollout.agent.custom_async_server.path=x.py", "a server of your own"),
@@ -591,16 +589,10 @@ def test_prompts_with_another_agent_loop_are_refused(manager: Any) -> None:
 )
 def test_settings_without_mixing_are_refused(inputs: Path, given: str, message: str) -> None:
     assert settings.check_settings(configuration(inputs)).k == 3
-    config = configuration(inputs)
-    key, _, value = given.lstrip("+").partition("=")
-    with open_dict(config):
-        OmegaConf.update(config, key, OmegaConf.create({"x": value}).x if "{" not in value else {"enable_rollout": True})
-    value = {"True": True, "False": False, "2": 2}.get(value, value)
-    if "{" not in str(value):
-        OmegaConf.update(config, key, value)
+    config = configuration(inputs, given)
     with pytest.raises(ValueError, match=message) as error:
         settings.check_settings(config)
-    assert str(error.value).startswith(key.partition("=")[0].removesuffix(".mtp"))
+    assert str(error.value).startswith(given.lstrip("+").partition("=")[0])
 
 
 @pytest.mark.parametrize(
@@ -641,15 +633,15 @@ def test_the_mixing_is_read_from_verls_settings(inputs: Path) -> None:
     with pytest.raises(ValueError, match="must hold the fields of MixingConfig, got none"):
         settings.check_settings(config)
     OmegaConf.update(config, settings.MIXING, {"rate": 1}, force_add=True)
-    with pytest.raises(ValueError, match="must hold fields of MixingConfig, got {'rate': 1}"):
+    with pytest.raises(ValueError, match=r"must hold fields of MixingConfig, got \{'rate': 1\}"):
         settings.check_settings(config)
 
 
 def test_arguments_of_the_launcher() -> None:
     assert verl_arguments(["+ngrpo.dry_run=True"])[1] and not verl_arguments(["+ngrpo.dry_run=false"])[1]
-    with pytest.raises(SystemExit, match="ngrpo.rate is not known, known are k, "):
+    with pytest.raises(SystemExit, match=r"ngrpo\.rate is not known, known are k, "):
         verl_arguments(["+ngrpo.rate=1"])
-    with pytest.raises(SystemExit, match="ngrpo.dry_run must be True or False, got '2'"):
+    with pytest.raises(SystemExit, match=r"ngrpo\.dry_run must be True or False, got '2'"):
         verl_arguments(["+ngrpo.dry_run=2"])
     own = ["actor_rollout_ref.rollout.enable_prefix_caching=True", "++actor_rollout_ref.model.external_lib=[a,b]"]
     found, _ = verl_arguments(own)
@@ -681,7 +673,9 @@ def test_a_renamed_hook_stops_the_launcher(inputs: Path, tmp_path: Path) -> None
     """In a process of its own, before anything starts."""
     target = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.forward_step"
     (tmp_path / "dump").mkdir()
-    path = os.pathsep.join([str(_FOLDER), str(_FOLDER.parent), str(_FOLDER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(_FOLDER), str(_FOLDER.parent), str(_FOLDER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"import {OURS}"], env=os.environ | {"PYTHONPATH": path, "VERL_RENAMED": target},
         capture_output=True, text=True, timeout=300,
@@ -702,7 +696,241 @@ def test_the_registries_have_our_classes() -> None:
     original = EngineRegistry._engines
     EngineRegistry._engines = {"language_model": mine}
     try:
-        with pytest.raises(ImportError, match="builtins.dict is verl's engine for strategy 'fsdp' on cuda of cpu"):
+        with pytest.raises(ImportError, match=r"builtins\.dict is verl's engine for strategy 'fsdp' on cuda of cpu"):
             register()
     finally:
         EngineRegistry._engines = original
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+MIXED = ("+ngrpo.k=3", "+ngrpo.mixing_rate=0.5", "+ngrpo.temperature=4.0")
+
+
+@pytest.fixture
+def train(inputs: Path, tmp_path: Path) -> Callable[..., Run]:
+    def start(*given: str, module: str = OURS, name: str = "run", **settings: Any) -> Run:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return run(module, inputs, folder, *given, **settings)
+
+    return start
+
+
+def largest(forwards: list[dict[str, Any]], what: str) -> float:
+    """The largest difference between an engine's and the policy's log-probabilities: "replayed", or by "plain" ids."""
+    differences = [
+        (scored - record.logprobs).abs().max()
+        for forward in forwards
+        for scored, record in zip(forward[what], forward["records"], strict=True)
+        if record is not None
+    ]
+    return float(torch.stack(differences).max())
+
+
+def assert_mixed(result: Run, difference: Difference | None = None, name: str = "", steps: int = 2) -> list[dict]:
+    """A run's forwards of the policy, which replay what the engine has mixed; the metrics are those of its records."""
+    assert result.status == 0, result.output[-6000:]
+    policys = [forward for forward in result.noted("forward") if not forward["reference"] and not forward["trains"]]
+    replayed, plain = largest(policys, "replayed"), largest(policys, "plain")
+    assert replayed <= PARITY and plain > WITHOUT
+    logged = {metric: result.logged(f"actor/mix/{metric}") for metric in METRICS}
+    assert all(len(values) == steps for values in logged.values())
+    assert max(logged["replay_error"]) == pytest.approx(replayed, rel=1e-3, abs=1e-9)
+    assert set(logged["replay_outliers"]) == {0.0}
+    records = [record for forward in policys for record in forward["records"] if record is not None]
+    assert len(records) == steps * 4 * SAMPLES
+    shares = [0.0] * 2
+    for record in records:
+        shares[0] += len(record.steps)
+        shares[1] += len(record.logprobs)
+    assert min(logged["gated_share"]) <= shares[0] / shares[1] <= max(logged["gated_share"])
+    assert all(0.3 < share < 0.7 for share in logged["gated_share"]) and all(x < 1 for x in logged["cosine"])
+    if difference is not None:
+        difference(name, replayed, plain)
+    return policys
+
+
+def gates(forwards: list[dict]) -> dict[tuple[int, ...], list[int]]:
+    return {
+        (*prompt, -1, *response): record.steps.tolist()
+        for forward in forwards
+        for prompt, response, record in zip(forward["prompts"], forward["responses"], forward["records"], strict=True)
+        if record is not None
+    }
+
+
+@pytest.mark.slow
+def test_two_steps_with_a_reference(train: Callable[..., Run], difference: Difference) -> None:
+    result = train(*MIXED)
+    assert_mixed(result, difference, "verl, fsdp2, packed")
+    # In the first step the reference is the policy: its replayed log-probabilities are the same.
+    references = [forward for forward in result.noted("forward") if forward["reference"]]
+    assert largest(references[: len(references) // 2], "replayed") <= PARITY
+    first, second = result.logged("actor/kl_loss")
+    assert abs(first) <= 1e-9 < second
+    assert max(map(abs, result.logged("actor/ppo_kl"))) <= 1e-6
+    # The forwards that train, too.
+    assert largest([forward for forward in result.noted("forward") if forward["trains"]], "replayed") <= PARITY
+    # Gates are drawn by step and place: no two samples have the same, nor do the steps.
+    steps = [tuple(x.steps.tolist()) for forward in references for x in forward["records"]]
+    assert len(set(steps)) > len(steps) * 0.9
+    # In the engine: the table of the second step is that of the weights that the first update has made.
+    *_, synced, trained = result.noted("table")
+    updates = result.noted("update")
+    assert synced["equal"] and trained["equal"] and synced["embedding"] != trained["embedding"]
+    assert trained["embedding"] == pytest.approx(updates[0], rel=1e-12)
+    assert len(result.rollouts("validations")) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_and_two_replicas(train: Callable[..., Run], difference: Difference) -> None:
+    """Balanced over the ranks in dynamic batches, without the mixed steps in the loss, and an update on both."""
+    sizes = [
+        f"actor_rollout_ref.{name}=64"
+        for name in (
+            "actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu",
+            "ref.log_prob_max_token_len_per_gpu",
+        )
+    ]  # fmt: skip
+    dynamic = [
+        f"actor_rollout_ref.{name}=True"
+        for name in ("actor.use_dynamic_bsz", "rollout.log_prob_use_dynamic_bsz", "ref.log_prob_use_dynamic_bsz")
+    ]
+    result = train(*MIXED, "ngrpo.loss_on_mixed_steps=False", *sizes, *dynamic, ranks=2)
+    policys = assert_mixed(result, difference, "verl, two ranks and two replicas")
+    assert len({len(forward["records"]) for forward in policys}) > 1  # dynamic
+    for forward in result.noted("forward"):
+        for mask, record in zip(forward["masks"], forward["records"], strict=True):
+            if record is not None:
+                assert [step for step, kept in enumerate(mask) if not kept] == record.steps.tolist()
+    updates = result.noted("update")
+    assert len(updates) == 4 and len(set(updates)) == 2  # both ranks have the weights of one policy
+    tables = result.noted("table")
+    assert all(table["equal"] for table in tables)
+    assert sum(table["embedding"] == pytest.approx(updates[0], rel=1e-12) for table in tables) == 2  # each replica's
+    first, second = result.logged("actor/kl_loss")
+    assert abs(first) <= 1e-9 < second
+
+
+@pytest.mark.slow
+def test_rate_zero_is_stock_step_by_step(train: Callable[..., Run]) -> None:
+    """Tokens, losses and validations."""
+    validated = ("actor_rollout_ref.rollout.val_kwargs.temperature=1.0", "trainer.test_freq=1")
+    ours = train("+ngrpo.mixing_rate=0", *validated, name="ours", VERL_SEEDS="1")
+    stock = train(
+        "actor_rollout_ref.rollout.enable_prefix_caching=False", *validated, module=STOCK, name="stock",
+        VERL_SEEDS="1",
+    )  # fmt: skip
+    assert ours.status == 0, ours.output[-6000:]
+    assert stock.status == 0, stock.output[-6000:]
+    assert ours.logged("actor/mix/gated_share") == [0.0] * 2
+    for folder in ("rollouts", "validations"):
+        one, other = (
+            [sorted((x["input"], x["output"], x["score"]) for x in step) for step in each.rollouts(folder)]
+            for each in (ours, stock)
+        )
+        assert len(one) == 2 and one == other, folder
+    for name in ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/entropy"):
+        assert ours.logged(name) == pytest.approx(stock.logged(name), rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.slow
+def test_validation_is_that_of_plain_sampling(train: Callable[..., Run]) -> None:
+    """Before the first step, beside an engine that mixes every step of a training sample."""
+    validated = (
+        "actor_rollout_ref.rollout.val_kwargs.temperature=1.0", "trainer.val_before_train=True",
+        "trainer.total_training_steps=1", "trainer.test_freq=-1",
+    )  # fmt: skip
+    ours = train("+ngrpo.mixing_rate=1.0", *validated, name="ours", VERL_SEEDS="1")
+    stock = train(*validated, module=STOCK, name="stock", VERL_SEEDS="1")
+    assert ours.status == stock.status == 0
+    one, other = ([x["output"] for x in each.rollouts("validations")[0]] for each in (ours, stock))
+    assert one == other and any(one)
+
+
+@pytest.mark.slow
+def test_fsdp1_and_padded_rows(train: Callable[..., Run], difference: Difference) -> None:
+    """Without a reference, which FSDP1 offloads into pinned memory. With noise on the mixes."""
+    given = (
+        "actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.model.use_remove_padding=False",
+        "actor_rollout_ref.actor.use_kl_loss=False",
+    )  # fmt: skip
+    result = train(*MIXED[:2], "ngrpo.strategy=gaussian", *given)
+    policys = assert_mixed(result, difference, "verl, fsdp, padded")
+    assert not any(forward["packed"] for forward in policys)
+
+
+@pytest.mark.slow
+def test_lora_with_checkpointing(train: Callable[..., Run], difference: Difference) -> None:
+    """The adapter is merged into what the engine gets; the reference is the policy without it."""
+    given = (
+        "actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=True",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=True",
+    )  # fmt: skip
+    result = train(*MIXED, *given)
+    assert_mixed_lora(result, difference)
+
+
+def assert_mixed_lora(result: Run, difference: Difference) -> None:
+    """Policy and reference are one engine, so the forwards are taken by what they are to reproduce."""
+    assert result.status == 0, result.output[-6000:]
+    assert max(result.logged("actor/mix/replay_error")) <= PARITY
+    trains = [forward for forward in result.noted("forward") if forward["trains"]]
+    plain = largest(trains, "plain")
+    assert plain > WITHOUT and largest(trains, "replayed") <= PARITY
+    first, second = result.logged("actor/kl_loss")
+    assert abs(first) <= 1e-9 < second
+    difference("verl, lora, checkpointing", max(result.logged("actor/mix/replay_error")), plain)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_the_same_gates(train: Callable[..., Run], difference: Difference) -> None:
+    saved = ("trainer.save_freq=1", "trainer.test_freq=-1")
+    whole = train(*MIXED, *saved, name="whole", VERL_SEEDS="1")
+    assert_mixed(whole)
+    checkpoint = whole.folder / "checkpoints" / "global_step_1"
+    resumed = train(
+        *MIXED, "trainer.test_freq=-1", "trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoint}",
+        name="resumed", VERL_SEEDS="1",
+    )  # fmt: skip
+    policys = assert_mixed(resumed, difference, "verl, resumed", steps=1)
+    second = [forward for forward in whole.noted("forward") if not forward["reference"] and not forward["trains"]]
+    assert gates(policys).items() <= gates(second).items()  # tokens and gates
+    assert resumed.logged("training/global_step") == [2]
+
+
+@pytest.mark.slow
+def test_a_plugin_that_is_not_loaded_stops_the_start(train: Callable[..., Run]) -> None:
+    result = train(*MIXED, VLLM_PLUGINS="none")
+    assert result.status not in (0, -9)
+    assert "the plugin 'ngrpo_ops' was not loaded in its process" in result.output
+    assert not result.rollouts()
+
+
+@pytest.mark.slow
+def test_settings_by_hand_without_the_manager_stop_the_first_forward(train: Callable[..., Run]) -> None:
+    """No launcher: nothing asks the engine to mix, and the training workers say so."""
+    result = train(
+        f"actor_rollout_ref.model.external_lib={settings.EXTERNAL_LIB}", f"+{settings.MIXING}.k=3",
+        "actor_rollout_ref.rollout.enable_prefix_caching=False", module=STOCK,
+    )  # fmt: skip
+    assert result.status not in (0, -9)
+    assert "RuntimeError: a training sample has no record" in result.output
+    assert not result.logged("actor/pg_loss")
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_parity(train: Callable[..., Run]) -> None:
+    result = train("+ngrpo.dry_run=True", "+ngrpo.loss_on_mixed_steps=False")
+    assert result.status == 0, result.output[-6000:]
+    assert "parity: the policy agrees with the engine on mixed rollouts" in result.output
+
+
+@pytest.mark.slow
+def test_a_refused_setting_ends_the_launcher(train: Callable[..., Run]) -> None:
+    result = train(*MIXED, "trainer.v1.trainer_mode=separate_async")
+    assert result.status == 1
+    assert "error: trainer.v1.trainer_mode='separate_async' is not supported with N-GRPO" in result.output
+    assert "Started a local Ray instance" not in result.output

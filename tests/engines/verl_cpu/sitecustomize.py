@@ -100,7 +100,7 @@ def _dump_forwards(module: Any) -> None:
             "masks": [x.tolist() for x in micro_batch["response_mask"].unbind()],
             "replayed": of_samples(output["model_output"]["log_probs"]),
             "plain": of_samples(plain["model_output"]["log_probs"]),
-            "packed": records.packed, "loss": output["loss"], "metrics": output["metrics"] if not forward_only else None,
+            "packed": records.packed, "loss": output["loss"],
         })  # fmt: skip
         return loss, output
 
