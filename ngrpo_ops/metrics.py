@@ -13,6 +13,8 @@ from .record import MixRecord, SparseRecord
 REPLAY_ERROR = "mix/replay_error"
 REPLAY_OUTLIERS = "mix/replay_outliers"
 COSINE = "mix/cosine"
+ROLLOUT_METRICS = ("mix/gated_share", "mix/anchor_differs", "mix/anchor_weight")
+"""What `rollout_metrics` returns."""
 
 
 def rollout_sums(record: MixRecord | SparseRecord, tokens: Tensor | int) -> Tensor:
@@ -41,14 +43,11 @@ def rollout_metrics(sums: Tensor) -> dict[str, float]:
 
     mix/gated_share is the share of completion tokens that were mixed. Over mixed steps, mix/anchor_differs is the
     probability that a sample would have differed from the anchor, and mix/anchor_weight the anchor's weight in the mix.
-    Both are NaN where no step was mixed.
+    Both are NaN where no step was mixed, and all are of no tokens.
     """
     gated, tokens, differs, weight = sums.tolist()
-    return {
-        "mix/gated_share": gated / tokens,
-        "mix/anchor_differs": mean(differs, gated),
-        "mix/anchor_weight": mean(weight, gated),
-    }
+    found = mean(gated, tokens), mean(differs, gated), mean(weight, gated)
+    return dict(zip(ROLLOUT_METRICS, found, strict=True))
 
 
 # The replay -------------------------------------------------------------------------------------------------------

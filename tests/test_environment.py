@@ -220,7 +220,9 @@ def test_the_versions_are_those_that_an_installation_gets():
         assert of_framework.tested[0] == of_framework.oldest
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/trl.md", "docs/vllm.md", "docs/openrlhf.md", "docs/verl.md", "docs/limits.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/trl.md", "docs/vllm.md", "docs/openrlhf.md", "docs/verl.md", "docs/limits.md"]
+)
 def test_the_pages_state_the_accepted_versions(page):
     """Wherever a page names a framework's version, that is one end of what is accepted, or tested."""
     text = (ROOT / page).read_text()

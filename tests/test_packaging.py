@@ -54,7 +54,8 @@ def imported(path: Path, package: str) -> set[str]:
 
 
 ABOVE_THE_OPERATIONS = (
-    "rollout", "record", "metrics", "parity", "checkpoint", "environment", "files", "state", "testing", "view", "__main__",
+    "rollout", "record", "metrics", "parity", "checkpoint", "environment", "files", "state", "testing", "view",
+    "__main__",
 )  # fmt: skip
 
 

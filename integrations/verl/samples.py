@@ -20,6 +20,7 @@ from ngrpo_ops.metrics import (
     COSINE,
     REPLAY_ERROR,
     REPLAY_OUTLIERS,
+    ROLLOUT_METRICS,
     mean,
     replay_errors,
     replay_tolerance,
@@ -149,9 +150,7 @@ class BatchRecords:
         replay, cosine = torch.cat(errors), torch.zeros(2, dtype=torch.float64)
         for values in cosines:
             cosine += torch.stack([values.double().sum(), torch.tensor(len(values), device=values.device)]).cpu()
-        found = {
-            name: PendingMetric(sums[None], functools.partial(_rollout_metric, name)) for name in rollout_metrics(sums)
-        }
+        found = {name: PendingMetric(sums[None], functools.partial(_rollout_metric, name)) for name in ROLLOUT_METRICS}
         return found | {
             COSINE: PendingMetric(cosine[None], _mean),
             REPLAY_ERROR: PendingMetric(replay, functools.partial(_replay_metric, "largest")),
@@ -206,8 +205,7 @@ class PendingMetric:
 
 
 def _rollout_metric(name: str, sums: Tensor) -> float:
-    total = sums.sum(0)
-    return rollout_metrics(total)[name] if float(total[1]) else float("nan")
+    return rollout_metrics(sums.sum(0))[name]
 
 
 def _replay_metric(name: str, sums: Tensor) -> float:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import doctest
 import functools
+import importlib
 import importlib.util
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -400,6 +404,21 @@ def test_metrics_are_totals_over_micro_and_mini_batches(mild: Path) -> None:
     )  # the 2nd is of new weights
 
 
+def test_metrics_of_a_micro_batch_that_only_fills_up() -> None:
+    """It counts for nothing beside others, and alone it has no values."""
+    import numpy as np
+
+    made = rollouts()[0]
+    nothing = torch.nested.as_nested_tensor([torch.zeros(1)], layout=torch.jagged)
+    filler = BatchRecords([None], torch.zeros(1, dtype=torch.int64), True).metrics(nothing, [])
+    scored = torch.nested.as_nested_tensor([made.record.logprobs], layout=torch.jagged)
+    real = BatchRecords([made.record], torch.zeros(1, dtype=torch.int64), True).metrics(scored, [torch.ones(4)])
+    for name, metric in real.items():
+        assert np.isnan(np.mean([filler[name]])), name
+        assert np.mean([filler[name], metric]) == np.mean([metric]) == pytest.approx(np.mean([metric, metric])), name
+    assert np.mean([real["mix/cosine"], filler["mix/cosine"]]) == 1
+
+
 # Samples -----------------------------------------------------------------------------------------------------------
 
 
@@ -635,6 +654,37 @@ def test_the_mixing_is_read_from_verls_settings(inputs: Path) -> None:
     OmegaConf.update(config, settings.MIXING, {"rate": 1}, force_add=True)
     with pytest.raises(ValueError, match=r"must hold fields of MixingConfig, got \{'rate': 1\}"):
         settings.check_settings(config)
+
+
+def test_the_example_has_the_papers_settings_and_its_reward_grades(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "verl_r1_distill_qwen_1.5b.sh").read_text()
+    _, reward, between, data, command = re.split(r"<<'PYTHON'\n|^PYTHON\n", text, flags=re.MULTILINE)
+    words = shlex.split(command.partition("python -m")[2].replace("\\\n", " "))
+    assert words[0] == OURS and words[-1] == "$@"
+    given = [word for word in words[1:-1] if not word.startswith("actor_rollout_ref.model.path=")]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", verl_arguments([*given, f"actor_rollout_ref.model.path={inputs}/model"])[0])
+    mixing = settings.check_settings(config)
+    assert (mixing.k, mixing.mixing_rate, mixing.excluded_token_ids) == (3, 0.1, "special")
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (config.data.train_batch_size, rollout.n, rollout.temperature) == (64, 4, 0.7)
+    assert (actor.optim.lr, actor.kl_loss_coef, actor.use_kl_loss) == (1e-6, 0.001, True)
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (4096, 8192)
+    scope: dict[str, Any] = {"__name__": "reward"}
+    exec(reward, scope)
+    graded = [scope["compute_score"]("", text, "2") for text in ("so \\boxed{2}", "so \\boxed{3}", "I do not know")]
+    assert graded == [1.0, 0.0, 0.0]
+    exec(data, scope)
+    row = scope["verl_row"]("1 + 1 = ?", 2, "toy", 7)
+    assert row["reward_model"]["ground_truth"] == "2" and row["prompt"][0]["content"].startswith("1 + 1 = ? ")
+
+
+@pytest.mark.parametrize("name", ["checks", "dry_run", "launcher", "samples", "settings"])
+def test_the_examples_of_the_docstrings(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"{OURS}.{name}"))
+    assert found.attempted > 0 and not found.failed
 
 
 def test_arguments_of_the_launcher() -> None:
