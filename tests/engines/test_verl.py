@@ -660,7 +660,7 @@ def test_the_example_has_the_papers_settings_and_its_reward_grades(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (Path(__file__).parents[2] / "examples" / "verl_r1_distill_qwen_1.5b.sh").read_text()
-    _, reward, between, data, command = re.split(r"<<'PYTHON'\n|^PYTHON\n", text, flags=re.MULTILINE)
+    _, reward, _, data, command = re.split(r"<<'PYTHON'\n|^PYTHON\n", text, flags=re.MULTILINE)
     words = shlex.split(command.partition("python -m")[2].replace("\\\n", " "))
     assert words[0] == OURS and words[-1] == "$@"
     given = [word for word in words[1:-1] if not word.startswith("actor_rollout_ref.model.path=")]
