@@ -65,7 +65,7 @@ def check_signature(
     Raises:
         ImportError: the method is missing or abstract, or has other parameters.
     """
-    method = getattr(owner, name, None)
+    method = None if owner is None else getattr(owner, name, None)
     found = None
     if callable(method) and not getattr(method, "__isabstractmethod__", False):
         parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "_ray_trace_ctx"]

@@ -19,7 +19,6 @@ EXPECTED_PARAMETERS = {
         ],
         "verl.utils.metric.utils:reduce_metrics": ["metrics"],
         "verl.utils.ulysses:get_ulysses_sequence_parallel_rank": ["group"],
-        "verl.utils.ulysses:get_ulysses_sequence_parallel_world_size": ["group"],
         "verl.workers.utils.padding:response_from_nested": ["tensor", "response_mask"],
     },
     "server": {
@@ -98,4 +97,7 @@ def check_parameters(file: str) -> None:
         ImportError: verl has changed a function.
     """
     for target, expected in EXPECTED_PARAMETERS[file].items():
-        check_signature(*resolve(target), expected, "verl", tested("verl"), where=target)
+        owner, name = resolve(target)
+        if isinstance(owner, type) and name not in vars(owner):
+            owner = None  # a method of the same name that a base class has is another, perhaps one to be overridden
+        check_signature(owner, name, expected, "verl", tested("verl"), where=target)
