@@ -66,15 +66,15 @@ venv: .venv/installed
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# verl, which cannot share an environment with the TRL of the others. Its requirements pin other versions of vLLM, torch
-# and transformers than it runs with, and a tensordict that pip would not build for this Python: neither is asked.
+# verl, which cannot share an environment with the TRL of the others. Its own requirements are not asked: they have an older
+# transformers than it runs with, and wandb; TransferQueue's have Ray's dashboard.
 .venv-engines-verl/installed: pyproject.toml constraints/verl.txt tests/engines/requirements-verl.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints/verl.txt torch
 	$(@D)/bin/python -m pip install --quiet --constraint constraints/verl.txt -r tests/engines/requirements-verl.txt
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(@D)/bin/python -m pip install --quiet 'setuptools>=77' wheel
-	$(@D)/bin/python -m pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11 tensordict==0.10.0 pyvers==0.1.0
+	$(@D)/bin/python -m pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -6,20 +6,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from ngrpo_ops import MixingConfig
 
-from .settings import EXTERNAL_LIB, MANAGER, MIXING, check_settings
+from .settings import EXTERNAL_LIB, MANAGER, MIXING, ROLLOUT, check_settings
 
 _PREFIX = "ngrpo."
 _DRY_RUN = "dry_run"
-_ADDED = {
-    "actor_rollout_ref.model.external_lib": EXTERNAL_LIB,
-    "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": MANAGER,
-    "actor_rollout_ref.rollout.enable_prefix_caching": "False",  # verl's default is True
-    f"+{MIXING}.seed": "${actor_rollout_ref.rollout.seed}",
-}
 
 
 def main() -> None:
@@ -39,7 +34,8 @@ def main() -> None:
     arguments, is_dry_run = verl_arguments(sys.argv[1:])
     sys.argv[1:] = arguments
 
-    def run(config: Any) -> None:
+    def run(config: DictConfig) -> None:
+        complete(config)
         try:
             check_settings(config)
         except (ValueError, ImportError) as error:
@@ -56,11 +52,11 @@ def main() -> None:
 def verl_arguments(given: Sequence[str]) -> tuple[list[str], bool]:
     """verl's arguments for a command line with ``ngrpo.X=value``.
 
-    X is a field of `MixingConfig`, or dry_run.
+    X is a field of `MixingConfig`, or dry_run. Prefix caching, which is verl's default, is turned off where the command
+    line does not name it.
 
     Returns:
-        The arguments, and whether it is a dry run. Settings that the adapter needs are added where the command line
-        does not have them.
+        The arguments, and whether it is a dry run.
 
     Raises:
         SystemExit: a field that `MixingConfig` does not have.
@@ -68,14 +64,11 @@ def verl_arguments(given: Sequence[str]) -> tuple[list[str], bool]:
     Example:
         >>> from ngrpo_ops.integrations.verl.launcher import verl_arguments
         >>> arguments, is_dry_run = verl_arguments(["data.train_batch_size=8", "+ngrpo.k=5"])
-        >>> for argument in arguments:  # doctest: +ELLIPSIS
+        >>> for argument in arguments:
         ...     print(argument)
         data.train_batch_size=8
-        +actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.ngrpo_ops.k=5
-        actor_rollout_ref.model.external_lib=ngrpo_ops.integrations.verl
-        +actor_rollout_ref.rollout.agent.agent_loop_manager_class=ngrpo_ops.integrations.verl...MixingAgentLoopManager
+        ++actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.ngrpo_ops.k=5
         actor_rollout_ref.rollout.enable_prefix_caching=False
-        +actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.ngrpo_ops.seed=${actor_rollout_ref.rollout.seed}
     """
     known = [field.name for field in fields(MixingConfig)]
     arguments, is_dry_run = [], False
@@ -90,9 +83,36 @@ def verl_arguments(given: Sequence[str]) -> tuple[list[str], bool]:
                 raise SystemExit(f"error: {_PREFIX}{_DRY_RUN} must be True or False, got {value!r}")
             is_dry_run = value.lower() == "true"
         elif name in known:
-            arguments.append(f"+{MIXING}.{name}={value}")
+            arguments.append(f"++{MIXING}.{name}={value}")
         else:
             raise SystemExit(f"error: {_PREFIX}{name} is not known, known are {', '.join([*known, _DRY_RUN])}")
-    named = {argument.lstrip("+").partition("=")[0] for argument in arguments}
-    arguments += [f"{key}={value}" for key, value in _ADDED.items() if key.lstrip("+") not in named]
+    caching = f"{ROLLOUT}.enable_prefix_caching"
+    if not any(argument.lstrip("+").startswith(f"{caching}=") for argument in arguments):
+        arguments.append(f"{caching}=False")
     return arguments, is_dry_run
+
+
+def complete(config: DictConfig) -> None:
+    """Adds to verl's composed configuration what the adapter needs and nobody has set.
+
+    These are the external library, the manager of agent loops, and, as the mixing's seed, the rollout's. What the
+    configuration has stays, and is refused later where it would not mix.
+
+    Example:
+        >>> from omegaconf import OmegaConf
+        >>> from ngrpo_ops.integrations.verl.launcher import complete
+        >>> config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"seed": 7}, "model": {"external_lib": None}}})
+        >>> complete(config)
+        >>> config.actor_rollout_ref.model.external_lib
+        'ngrpo_ops.integrations.verl'
+        >>> config.actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.ngrpo_ops.seed
+        7
+    """
+    values = {
+        "actor_rollout_ref.model.external_lib": EXTERNAL_LIB,
+        f"{ROLLOUT}.agent.agent_loop_manager_class": MANAGER,
+        f"{MIXING}.seed": OmegaConf.select(config, f"{ROLLOUT}.seed"),
+    }
+    for key, value in values.items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, value, force_add=True)

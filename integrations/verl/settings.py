@@ -19,7 +19,10 @@ EXTERNAL_LIB = __package__
 MANAGER = f"{__package__}.manager.MixingAgentLoopManager"
 """The value of ``actor_rollout_ref.rollout.agent.agent_loop_manager_class``."""
 
-MIXING = f"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.{KEY}"
+ROLLOUT = "actor_rollout_ref.rollout"
+"""Where verl's settings of rollouts stand."""
+
+MIXING = f"{ROLLOUT}.engine_kwargs.vllm.additional_config.{KEY}"
 """Where the fields of `MixingConfig` stand among verl's settings: it hands them to its vLLM engines."""
 
 AGENTS = ("single_turn_agent", "ngrpo")
@@ -86,7 +89,7 @@ def _refusals(config: DictConfig) -> Iterator[Refusal]:
         found = value(key)
         return Refusal(f"{key}={shown(found)}", found not in allowed, reason)
 
-    rollout, model = "actor_rollout_ref.rollout", "actor_rollout_ref.model"
+    rollout, model = ROLLOUT, "actor_rollout_ref.model"
     yield other("trainer.use_v1", (True,), "the older trainer drops the records of the samples")
     yield other(
         "trainer.v1.trainer_mode",

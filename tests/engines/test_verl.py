@@ -67,7 +67,7 @@ from ngrpo_ops.integrations.verl import samples as sample_module  # noqa: E402
 from ngrpo_ops.integrations.verl.agent import AGENT, FIRST_ROW, MixingAgentLoop  # noqa: E402
 from ngrpo_ops.integrations.verl.dry_run import Rollout, training_batch, unmixed  # noqa: E402
 from ngrpo_ops.integrations.verl.engine import ReplayingFSDPEngine  # noqa: E402
-from ngrpo_ops.integrations.verl.launcher import verl_arguments  # noqa: E402
+from ngrpo_ops.integrations.verl.launcher import complete, verl_arguments  # noqa: E402
 from ngrpo_ops.integrations.verl.manager import MixingAgentLoopManager  # noqa: E402
 from ngrpo_ops.integrations.verl.registration import register  # noqa: E402
 from ngrpo_ops.integrations.verl.samples import BatchRecords, pack_record, unpack_record  # noqa: E402
@@ -426,7 +426,9 @@ def configuration(inputs: Path, *given: str) -> Any:
     named = {argument.lstrip("+").partition("=")[0] for argument in given}
     kept = [x for x in arguments(inputs, inputs) if x.lstrip("+").partition("=")[0] not in named]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", verl_arguments([*kept, *given])[0])
+        config = compose("ppo_trainer", verl_arguments([*kept, *given])[0])
+    complete(config)
+    return config
 
 
 @pytest.mark.parametrize("loss_on_mixed_steps", [True, False])
@@ -665,6 +667,7 @@ def test_the_example_has_the_papers_settings_and_its_reward_grades(
     given = [word for word in words[1:-1] if not word.startswith("actor_rollout_ref.model.path=")]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", verl_arguments([*given, f"actor_rollout_ref.model.path={inputs}/model"])[0])
+    complete(config)
     mixing = settings.check_settings(config)
     assert (mixing.k, mixing.mixing_rate, mixing.excluded_token_ids) == (3, 0.1, "special")
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
@@ -692,9 +695,19 @@ def test_arguments_of_the_launcher() -> None:
         verl_arguments(["+ngrpo.rate=1"])
     with pytest.raises(SystemExit, match=r"ngrpo\.dry_run must be True or False, got '2'"):
         verl_arguments(["+ngrpo.dry_run=2"])
-    own = ["actor_rollout_ref.rollout.enable_prefix_caching=True", "++actor_rollout_ref.model.external_lib=[a,b]"]
+    own = ["actor_rollout_ref.rollout.enable_prefix_caching=True", "+ngrpo.seed=5"]
     found, _ = verl_arguments(own)
-    assert found[:2] == own and not any("=False" in argument or "external_lib=ngrpo" in argument for argument in found)
+    assert found == [own[0], f"++{settings.MIXING}.seed=5"]
+
+
+def test_what_the_configuration_has_stays(inputs: Path) -> None:
+    config = configuration(inputs, "actor_rollout_ref.rollout.seed=6")
+    assert config.actor_rollout_ref.model.external_lib == settings.EXTERNAL_LIB == OURS
+    assert resolve(":".join(settings.MANAGER.rsplit(".", 1)))[1] == "MixingAgentLoopManager"
+    assert OmegaConf.select(config, settings.MIXING).seed == 6
+    own = configuration(inputs, "+ngrpo.seed=5", "actor_rollout_ref.model.external_lib=mine")
+    assert OmegaConf.select(own, settings.MIXING).seed == 5
+    assert own.actor_rollout_ref.model.external_lib == "mine"
 
 
 TARGETS = [(file, target) for file, targets in checks.EXPECTED_PARAMETERS.items() for target in targets]
