@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._messages import shown
 from ngrpo_ops._patching import Refusal, refuse
-from ngrpo_ops.wire import KEY, SERVED_DEFAULTS
+from ngrpo_ops.wire import KEY, SERVED_DEFAULTS, read_config
 
 EXTERNAL_LIB = __package__
 """The value of ``actor_rollout_ref.model.external_lib``."""
@@ -47,10 +46,7 @@ def mixing_config(config: DictConfig) -> MixingConfig:
     if found is None:
         raise ValueError(f"{MIXING} must hold the fields of MixingConfig, got none: nothing would be mixed")
     settings = OmegaConf.to_container(found, resolve=True) if isinstance(found, DictConfig) else found
-    known = {field.name for field in fields(MixingConfig)}
-    if not isinstance(settings, dict) or not {*settings} <= known:
-        raise ValueError(f"{MIXING} must hold fields of MixingConfig, got {shown(settings)}")
-    return MixingConfig(**(SERVED_DEFAULTS | settings))  # type: ignore[arg-type]
+    return read_config(SERVED_DEFAULTS | settings if isinstance(settings, dict) else settings, MIXING)
 
 
 def check_settings(config: DictConfig) -> MixingConfig:

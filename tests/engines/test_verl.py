@@ -653,7 +653,7 @@ def test_the_mixing_is_read_from_verls_settings(inputs: Path) -> None:
     with pytest.raises(ValueError, match="must hold the fields of MixingConfig, got none"):
         settings.check_settings(config)
     OmegaConf.update(config, settings.MIXING, {"rate": 1}, force_add=True)
-    with pytest.raises(ValueError, match=r"must hold fields of MixingConfig, got \{'rate': 1\}"):
+    with pytest.raises(ValueError, match=r"must hold fields of MixingConfig, got .*'rate': 1\}"):
         settings.check_settings(config)
 
 
