@@ -875,39 +875,32 @@ def test_two_ranks_and_two_replicas(train: Callable[..., Run], difference: Diffe
 
 
 @pytest.mark.slow
-def test_rate_zero_is_stock_step_by_step(train: Callable[..., Run]) -> None:
-    """Tokens, losses and validations."""
-    validated = ("actor_rollout_ref.rollout.val_kwargs.temperature=1.0", "trainer.test_freq=1")
-    ours = train("+ngrpo.mixing_rate=0", *validated, name="ours", VERL_SEEDS="1")
-    stock = train(
-        "actor_rollout_ref.rollout.enable_prefix_caching=False", *validated, module=STOCK, name="stock",
-        VERL_SEEDS="1",
-    )  # fmt: skip
-    assert ours.status == 0, ours.output[-6000:]
-    assert stock.status == 0, stock.output[-6000:]
-    assert ours.logged("actor/mix/gated_share") == [0.0] * 2
-    for folder in ("rollouts", "validations"):
-        one, other = (
-            [sorted((x["input"], x["output"], x["score"]) for x in step) for step in each.rollouts(folder)]
-            for each in (ours, stock)
-        )
-        assert len(one) == 2 and one == other, folder
-    for name in ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/entropy"):
-        assert ours.logged(name) == pytest.approx(stock.logged(name), rel=1e-5, abs=1e-8), name
-
-
-@pytest.mark.slow
-def test_validation_is_that_of_plain_sampling(train: Callable[..., Run]) -> None:
-    """Before the first step, beside an engine that mixes every step of a training sample."""
+def test_rate_zero_and_validation_are_stock(train: Callable[..., Run]) -> None:
+    """At rate 0 tokens, losses and validations, step by step; at rate 1 the validation before the first step."""
     validated = (
         "actor_rollout_ref.rollout.val_kwargs.temperature=1.0", "trainer.val_before_train=True",
-        "trainer.total_training_steps=1", "trainer.test_freq=-1",
+        "actor_rollout_ref.rollout.enable_prefix_caching=False",
     )  # fmt: skip
-    ours = train("+ngrpo.mixing_rate=1.0", *validated, name="ours", VERL_SEEDS="1")
-    stock = train(*validated, module=STOCK, name="stock", VERL_SEEDS="1")
-    assert ours.status == stock.status == 0
-    one, other = ([x["output"] for x in each.rollouts("validations")[0]] for each in (ours, stock))
-    assert one == other and any(one)
+    every_step = (*validated, "trainer.test_freq=1")
+    stock = train(*every_step, module=STOCK, name="stock", VERL_SEEDS="1")
+    zero = train("+ngrpo.mixing_rate=0", *every_step, name="zero", VERL_SEEDS="1")
+    last = ("trainer.total_training_steps=1", "trainer.test_freq=-1")
+    one = train("+ngrpo.mixing_rate=1.0", *validated, *last, name="one", VERL_SEEDS="1")
+    for result in (stock, zero, one):
+        assert result.status == 0, result.output[-6000:]
+    assert zero.logged("actor/mix/gated_share") == [0.0] * 2 and one.logged("actor/mix/gated_share") == [1.0]
+
+    def samples(result: Run, folder: str) -> list[list[tuple[str, str, float]]]:
+        return [sorted((x["input"], x["output"], x["score"]) for x in step) for step in result.rollouts(folder)]
+
+    assert len(samples(stock, "rollouts")) == 2 and len(samples(stock, "validations")) == 3
+    for folder in ("rollouts", "validations"):
+        assert samples(zero, folder) == samples(stock, folder)
+    assert samples(one, "validations")[0] == samples(stock, "validations")[0]
+    assert samples(one, "rollouts")[0] != samples(stock, "rollouts")[0]
+    for name in ("actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/entropy"):
+        assert len(stock.logged(name)) == 2
+        assert zero.logged(name) == pytest.approx(stock.logged(name), rel=1e-5, abs=1e-8), name
 
 
 @pytest.mark.slow
