@@ -39,7 +39,7 @@ class ReplayingFSDPEngine(FSDPEngineWithLMHead):
         return loss, output
 
     def _current_mixer(self) -> EmbeddingMixer:
-        module = getattr(self.module, "_fsdp_wrapped_module", self.module)  # FSDP1 wraps it
+        module: Any = getattr(self.module, "_fsdp_wrapped_module", self.module)  # FSDP1 wraps it
         embedding = module.get_input_embeddings()
         if self._mixer is None or self._mixer.module is not embedding:  # verl builds the model again on a reset
             self._mixer = EmbeddingMixer(embedding)
