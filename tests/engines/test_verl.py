@@ -979,6 +979,8 @@ def test_a_dry_run_prints_the_parity(train: Callable[..., Run]) -> None:
     result = train("+ngrpo.dry_run=True", "+ngrpo.loss_on_mixed_steps=False")
     assert result.status == 0, result.output[-6000:]
     assert "parity: the policy agrees with the engine on mixed rollouts" in result.output
+    broken = train("+ngrpo.dry_run=True", name="broken", VERL_WITHOUT_REPLAY="1")
+    assert broken.status == 1 and "NO PARITY" in broken.output
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ And what the tests look at:
   log-probabilities and those of plain ids; every update, a checksum of the policy's input embedding; every refresh of
   an engine's neighbor table, a checksum of the embedding that the engine has, and whether the table is that of it.
 - `VERL_SEEDS`: the n-th request of a prompt has the seed n, where verl leaves it to the order of arrival.
+- `VERL_WITHOUT_REPLAY`: the policy is fed plain ids, as it would be without the adapter's other half.
 - `VERL_RENAMED`: "module:Class.method" of verl that has another name, as after a change upstream.
 """
 
@@ -133,6 +134,10 @@ def _dump_tables(module: Any) -> None:
     mixer._refresh = noted
 
 
+def _without_replay(module: Any) -> None:
+    module.BatchRecords.overlay = lambda self, input_ids: None
+
+
 def _seeds(module: Any) -> None:
     generate, asked = module.AsyncLLM.generate, collections.Counter()
 
@@ -166,6 +171,8 @@ AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
 if "VERL_DUMP" in os.environ:
     AFTER_IMPORT["ngrpo_ops.integrations.verl.engine"] = _dump_forwards
     AFTER_IMPORT["ngrpo_ops.integrations.vllm.engine"] = _dump_tables
+if "VERL_WITHOUT_REPLAY" in os.environ:
+    AFTER_IMPORT["ngrpo_ops.integrations.verl.samples"] = _without_replay
 if "VERL_SEEDS" in os.environ:
     AFTER_IMPORT["vllm.v1.engine.async_llm"] = _seeds
 if "VERL_RENAMED" in os.environ:
