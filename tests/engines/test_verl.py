@@ -903,14 +903,23 @@ def test_rate_zero_and_validation_are_stock(train: Callable[..., Run]) -> None:
         assert zero.logged(name) == pytest.approx(stock.logged(name), rel=1e-5, abs=1e-8), name
 
 
+BY_HAND = (
+    f"actor_rollout_ref.model.external_lib={settings.EXTERNAL_LIB}",
+    "actor_rollout_ref.rollout.enable_prefix_caching=False",
+    f"+{settings.MIXING}.k=3",
+    f"+{settings.MIXING}.mixing_rate=0.5",
+)
+
+
 @pytest.mark.slow
-def test_fsdp1_and_padded_rows(train: Callable[..., Run], difference: Difference) -> None:
+def test_fsdp1_and_padded_rows_by_verls_own_launcher(train: Callable[..., Run], difference: Difference) -> None:
     """Without a reference, which FSDP1 offloads into pinned memory. With noise on the mixes."""
     given = (
+        f"+{settings.ROLLOUT}.agent.agent_loop_manager_class={settings.MANAGER}", f"+{settings.MIXING}.strategy=gaussian",
         "actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.model.use_remove_padding=False",
         "actor_rollout_ref.actor.use_kl_loss=False",
     )  # fmt: skip
-    result = train(*MIXED[:2], "ngrpo.strategy=gaussian", *given)
+    result = train(*BY_HAND, *given, module=STOCK)
     policys = assert_mixed(result, difference, "verl, fsdp, padded")
     assert not any(forward["packed"] for forward in policys)
 
@@ -965,10 +974,7 @@ def test_a_plugin_that_is_not_loaded_stops_the_start(train: Callable[..., Run]) 
 @pytest.mark.slow
 def test_settings_by_hand_without_the_manager_stop_the_first_forward(train: Callable[..., Run]) -> None:
     """No launcher: nothing asks the engine to mix, and the training workers say so."""
-    result = train(
-        f"actor_rollout_ref.model.external_lib={settings.EXTERNAL_LIB}", f"+{settings.MIXING}.k=3",
-        "actor_rollout_ref.rollout.enable_prefix_caching=False", module=STOCK,
-    )  # fmt: skip
+    result = train(*BY_HAND, module=STOCK)
     assert result.status not in (0, -9)
     assert "RuntimeError: a training sample has no record" in result.output
     assert not result.logged("actor/pg_loss")
