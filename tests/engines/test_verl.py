@@ -915,7 +915,8 @@ BY_HAND = (
 def test_fsdp1_and_padded_rows_by_verls_own_launcher(train: Callable[..., Run], difference: Difference) -> None:
     """Without a reference, which FSDP1 offloads into pinned memory. With noise on the mixes."""
     given = (
-        f"+{settings.ROLLOUT}.agent.agent_loop_manager_class={settings.MANAGER}", f"+{settings.MIXING}.strategy=gaussian",
+        f"+{settings.ROLLOUT}.agent.agent_loop_manager_class={settings.MANAGER}",
+        f"+{settings.MIXING}.strategy=gaussian",
         "actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.model.use_remove_padding=False",
         "actor_rollout_ref.actor.use_kl_loss=False",
     )  # fmt: skip
