@@ -28,7 +28,7 @@ from torch import Tensor, nn
 _FOLDER = Path(__file__).with_name("verl_cpu")
 sys.path.insert(0, str(_FOLDER))
 
-from verl_cpu.runs import OURS, PLATFORM, SAMPLES, STOCK, Run, arguments, make_inputs, run  # noqa: E402
+from verl_cpu.runs import OURS, PATH, PLATFORM, SAMPLES, STOCK, Run, arguments, make_inputs, run  # noqa: E402
 
 os.environ |= PLATFORM
 # What the runs' processes load at their start: here for verl's own imports.
@@ -733,11 +733,8 @@ def test_a_renamed_hook_stops_the_launcher(inputs: Path, tmp_path: Path) -> None
     """In a process of its own, before anything starts."""
     target = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.forward_step"
     (tmp_path / "dump").mkdir()
-    path = os.pathsep.join(
-        [str(_FOLDER), str(_FOLDER.parent), str(_FOLDER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
     done = subprocess.run(
-        [sys.executable, "-c", f"import {OURS}"], env=os.environ | {"PYTHONPATH": path, "VERL_RENAMED": target},
+        [sys.executable, "-c", f"import {OURS}"], env=os.environ | {"PYTHONPATH": PATH, "VERL_RENAMED": target},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
@@ -925,15 +922,31 @@ def test_fsdp1_and_padded_rows_by_verls_own_launcher(train: Callable[..., Run], 
     assert not any(forward["packed"] for forward in policys)
 
 
+OWN_STRATEGY = """
+import torch
+
+
+def half_and_half(policy):
+    ids = policy.likeliest(2)
+    return ids, torch.full(ids.shape, 0.5, device=ids.device)
+"""
+
+
 @pytest.mark.slow
-def test_lora_with_checkpointing(train: Callable[..., Run], difference: Difference) -> None:
+def test_lora_with_checkpointing_and_a_strategy_of_the_users(
+    train: Callable[..., Run], difference: Difference, tmp_path: Path
+) -> None:
     """The adapter is merged into what the engine gets; the reference is the policy without it."""
+    (tmp_path / "own_strategies.py").write_text(OWN_STRATEGY)
     given = (
         "actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=True",
         "actor_rollout_ref.model.enable_gradient_checkpointing=True",
     )  # fmt: skip
-    result = train(*MIXED, *given)
+    own = ("+ngrpo.strategy=own_strategies:half_and_half", "+ngrpo.k=2", "+ngrpo.mixing_rate=0.5")
+    result = train(*own, *given, PYTHONPATH=os.pathsep.join([str(tmp_path), PATH]))
     assert_mixed_lora(result, difference)
+    records = [record for forward in result.noted("forward") for record in forward["records"]]
+    assert all(record.ids.shape[1] == 2 and bool((record.weights == 0.5).all()) for record in records)
 
 
 def assert_mixed_lora(result: Run, difference: Difference) -> None:

@@ -24,9 +24,11 @@ PLATFORM = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
 """The environment in which verl takes the CPU for an accelerator."""
 
 _FOLDER = Path(__file__).parent
-_PATH = os.pathsep.join(
+PATH = os.pathsep.join(
     filter(None, [str(_FOLDER), str(_FOLDER.parent), str(_FOLDER.parent.parent), os.environ.get("PYTHONPATH")])
 )
+"""PYTHONPATH of a process with the stand-ins."""
+
 _REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return len(set(solution_str)) / 10
@@ -118,7 +120,7 @@ def run(module: str, inputs: Path, folder: Path, *given: str, ranks: int = 1, **
     """
     (folder / "dump").mkdir()
     environment = os.environ | PLATFORM | {
-        "PYTHONPATH": _PATH, "VERL_DUMP": str(folder / "dump"), "VERL_FILE_LOGGER_PATH": str(folder / "log.jsonl"),
+        "PYTHONPATH": PATH, "VERL_DUMP": str(folder / "dump"), "VERL_FILE_LOGGER_PATH": str(folder / "log.jsonl"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "RAY_DEDUP_LOGS": "0",
     }  # fmt: skip
