@@ -11,9 +11,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from . import agent  # noqa: F401  (verl's decorator registers the agent loop)
 from .engine import ReplayingFSDPEngine
-
-STRATEGIES = ("fsdp", "fsdp2")
-"""The strategies of verl whose engine replays."""
+from .settings import STRATEGIES
 
 
 def register() -> None:

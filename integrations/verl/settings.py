@@ -24,6 +24,9 @@ ROLLOUT = "actor_rollout_ref.rollout"
 MIXING = f"{ROLLOUT}.engine_kwargs.vllm.additional_config.{KEY}"
 """Where the fields of `MixingConfig` stand among verl's settings: it hands them to its vLLM engines."""
 
+STRATEGIES = ("fsdp", "fsdp2")
+"""The strategies of verl whose engine replays."""
+
 AGENTS = ("single_turn_agent", "ngrpo")
 """verl's agent loop of one turn, and the adapter's, which takes its place in training."""
 
@@ -104,7 +107,7 @@ def _refusals(config: DictConfig) -> Iterator[Refusal]:
     )
     yield other(f"{rollout}.agent.default_agent_loop", AGENTS, "an agent loop of your own is not mixed")
     for role in ("actor", "ref"):
-        yield other(f"actor_rollout_ref.{role}.strategy", ("fsdp", "fsdp2"), "the other engines do not replay")
+        yield other(f"actor_rollout_ref.{role}.strategy", STRATEGIES, "the other engines do not replay")
     yield other(f"{rollout}.name", ("vllm",), "the plugin that mixes is vLLM's")
     yield is_set(
         f"{rollout}.enable_prefix_caching",
