@@ -895,9 +895,11 @@ def test_rate_zero_and_validation_are_stock(train: Callable[..., Run]) -> None:
         assert samples(zero, folder) == samples(stock, folder)
     assert samples(one, "validations")[0] == samples(stock, "validations")[0]
     assert samples(one, "rollouts")[0] != samples(stock, "rollouts")[0]
+    # The rows are in the order of their arrival, in which they are added up. At a ratio of 1 the policy's loss is a sum
+    # of advantages, of size 1, that cancel: its rounding is not relative to it.
     for name in ("actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/entropy"):
         assert len(stock.logged(name)) == 2
-        assert zero.logged(name) == pytest.approx(stock.logged(name), rel=1e-5, abs=1e-8), name
+        assert zero.logged(name) == pytest.approx(stock.logged(name), rel=1e-5, abs=1e-6), name
 
 
 BY_HAND = (
