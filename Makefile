@@ -4,7 +4,7 @@ VLLM ?= 0.29
 # Each vLLM has an environment and a results file of its own. The first has OpenRLHF too, which pins that vLLM.
 SUFFIX := $(if $(filter-out 0.29,$(VLLM)),-vllm-$(VLLM))
 ENGINES := .venv-engines$(SUFFIX)/bin
-ENGINE_TESTS := $(if $(SUFFIX),tests/engines/test_vllm.py tests/engines/test_trl.py,\
+ENGINE_TESTS := $(if $(SUFFIX),$(addprefix tests/engines/test_,vllm.py vllm_real_model.py trl.py),\
 	tests/engines --ignore tests/engines/test_verl.py)
 SECONDS ?= 600
 SEED ?= 0
@@ -108,10 +108,10 @@ test-full: lint test
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 test-engines-fast: .venv-engines$(SUFFIX)/installed
-	$(ENGINES)/python -m pytest -n 2 --dist loadgroup $(ENGINE_TESTS) -m "not slow"
+	$(ENGINES)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) -m "not slow"
 
 test-engines: .venv-engines$(SUFFIX)/installed
-	$(ENGINES)/python -m pytest -n 2 --dist loadgroup $(ENGINE_TESTS) --report benchmarks/results/engines$(SUFFIX).json
+	$(ENGINES)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) --report benchmarks/results/engines$(SUFFIX).json
 
 test-engines-verl: .venv-engines-verl/installed
 	.venv-engines-verl/bin/python -m pytest tests/engines/test_verl.py --report benchmarks/results/engines-verl.json

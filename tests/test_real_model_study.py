@@ -24,7 +24,7 @@ from examples.real_model import report, results, sample, step_times, study, task
 from examples.real_model.cells import CELLS, kind_of  # noqa: E402
 from examples.real_model.paths import path_of  # noqa: E402
 from ngrpo_ops import MixingConfig, selective_log_softmax  # noqa: E402
-from ngrpo_ops.files import FileError, read_json  # noqa: E402
+from ngrpo_ops.files import FileError, read_json, write_json  # noqa: E402
 from ngrpo_ops.integrations.transformers import NeighborMixing  # noqa: E402
 
 HERE = ROOT / "examples" / "real_model"
@@ -401,7 +401,9 @@ def test_the_reward_reads_texts_and_chats() -> None:
     assert train_study.reward(completions=chats, answer=["8", "8"], prompts=[]) == [1.0, 0.0]
 
 
-def test_a_training_study_goes_on_from_its_last_checkpoint(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_training_study_goes_on_from_its_last_checkpoint(
+    folder: Path, copied: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(study, "commit", lambda: "some commit")
     monkeypatch.setattr(train_study, "_SAVE_STEPS", 1)
     monkeypatch.setitem(train_study.PRESETS, "quick", replace(train_study.PRESETS["quick"], arms=("ngrpo",), tokens=6))
@@ -435,6 +437,17 @@ def test_a_training_study_goes_on_from_its_last_checkpoint(folder: Path, tmp_pat
     found = results.training_figures(tmp_path / "cut")
     assert found["arms"]["ngrpo"]["replay_error"] == max(whole["history"]["mix/replay_error"])
     assert found["arms"]["ngrpo"]["pass@1"] == np.mean(whole["correct"]) / 4
+    # Its figures stand beside those of the rollout study, also when that one is reported anew.
+    reported = copied / "report"
+    before = read_json(reported / "results.json")
+    train_study.main(["--out", str(tmp_path / "cut"), "--report-only", "--report", str(reported)])
+    after = read_json(reported / "results.json")
+    assert after == before | {"training": json.loads(json.dumps(found))} and (reported / "training.png").exists()
+    study.main(["--out", str(copied), "--report-only"])
+    assert read_json(reported / "results.json") == after
+    write_json(reported / "results.json", after | {"model": "another"})
+    with pytest.raises(SystemExit, match=r"results\.json must be of .*model, as .*cut is, got 'another'"):
+        train_study.main(["--out", str(tmp_path / "cut"), "--report-only", "--report", str(reported)])
 
 
 def test_the_parts_of_a_step_are_timed(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -487,6 +500,19 @@ def test_bad_numbers_are_refused(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):
         study.main(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--report-only"], "--report-only needs --report"),
+        (["--report", "nowhere"], "--report nowhere must hold the results.json of a rollout study"),
+    ],
+)
+def test_a_training_study_is_reported_beside_a_rollout_study(arguments: list[str], said: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        train_study.main(arguments)
+    assert said in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny: tuple[Any, Any]) -> None:

@@ -12,25 +12,49 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ngrpo_ops.files import write_json, write_text
+from ngrpo_ops.files import read_json, write_json, write_text
 
 from ..countdown.report import bare, color_of, draw_differences
 from ..measure import Estimate, markdown_table
-from .results import ASKED, QUANTILES, collect
+from .results import ASKED, QUANTILES, collect, training_figures
 
 PAPER = {"mean": 0.9985, "min": 0.8813, "below_0.95": 0.012}  # cos(mix, anchor), of its 1.5B model
+_RESULTS = "results.json"
 _NEAREST = 1e-5  # of 1 - cos in the picture
 
 
-def write_report(out: Path, folder: Path, training: Path | None = None) -> Path:
-    """Everything of a rollout study, and of a training study where there is one, in `folder`; the path of report.md.
+def write_report(out: Path, folder: Path) -> Path:
+    """Everything of a rollout study in `folder`; the path of report.md. A training study that is there stays.
 
     Raises:
-        FileError: a file of a study is damaged or missing.
+        FileError: a file of the study is damaged or missing.
     """
+    results = collect(out)
+    path = folder / _RESULTS
+    before = read_json(path) if path.exists() else {}
+    if before.get("model") == results["model"]:
+        results["training"] = before["training"]
+    return _write(results, folder)
+
+
+def add_training(out: Path, folder: Path) -> Path:
+    """Everything of a training study beside the rollout study in `folder`; the path of report.md.
+
+    Raises:
+        FileError: a file is damaged or missing.
+        ValueError: the studies are of different models.
+    """
+    results, training = read_json(folder / _RESULTS), training_figures(out)
+    if training["settings"]["model"] != results["model"]:
+        raise ValueError(
+            f"{folder / _RESULTS} must be of {training['settings']['model']}, as {out} is, got {results['model']!r:.80}"
+        )
+    return _write(results | {"training": training}, folder)
+
+
+def _write(results: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    results = collect(out, training)
-    write_json(folder / "results.json", results, indent=1)
+    write_json(folder / _RESULTS, results, indent=1)
     draw(results, folder)
     write_text(folder / "report.md", report(results))
     return folder / "report.md"

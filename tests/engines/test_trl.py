@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,10 @@ from ngrpo_ops.random import philox
 PARITY = 1e-4
 WITHOUT = 1e-2  # what plain ids differ by, at the least
 
-with socket.socket() as _socket:  # TRL's own choice is the same port in every process
-    _socket.bind(("localhost", 0))
-    _PORT = _socket.getsockname()[1]
-
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What TRL has no setting for."""
-    monkeypatch.setenv("MASTER_PORT", str(_PORT))
     start = vllm_generation.LLM.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +116,6 @@ def test_the_engine_and_the_policy_agree(train: Any, settings: dict, difference:
         assert len(logged(trainer, f"mix/{name}")) >= generations, name
 
 
-@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize(
     ("ranks", "path"), [(2, "trl, colocated, tensor parallel"), (1, "trl, colocated, two engines")]
 )

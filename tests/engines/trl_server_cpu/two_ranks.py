@@ -10,9 +10,10 @@ from pathlib import Path
 
 import sitecustomize  # the stand-ins
 import torch
+from plain_ids import ScoresPlainIds
 from trl_server_cpu.runs import make_trainer
 
-from ngrpo_ops.integrations.trl import NGRPOConfig, NGRPOTrainer
+from ngrpo_ops.integrations.trl import NGRPOConfig
 
 assert sitecustomize.__file__ is not None
 torch.set_num_threads(1)
@@ -23,7 +24,7 @@ settings = {
 seen: dict[str, list] = {"refused": [], "gates": [], "completions": []}
 
 
-class Watched(NGRPOTrainer):
+class Watched(ScoresPlainIds):
     def _log_rollout(self, record, lengths):  # type: ignore[no-untyped-def]
         seen["gates"].append(record.gate.tolist())
         super()._log_rollout(record, lengths)
@@ -49,6 +50,6 @@ try:
     trainer._generate(["w3"] * 4)
 except RuntimeError as error:
     seen["refused"].append(str(error))
-(folder / f"rank{rank}.json").write_text(json.dumps(seen | {"logs": logs}))
+(folder / f"rank{rank}.json").write_text(json.dumps(seen | {"logs": logs, "plain": trainer.plain_difference}))
 torch.distributed.destroy_process_group()
 os._exit(0)

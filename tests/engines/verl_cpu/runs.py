@@ -119,7 +119,9 @@ def run(module: str, inputs: Path, folder: Path, *given: str, ranks: int = 1, **
         variables: environment variables.
     """
     (folder / "dump").mkdir()
-    environment = os.environ | PLATFORM | {
+    ranks_of_this_process = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in ranks_of_this_process}
+    environment = inherited | PLATFORM | {
         "PYTHONPATH": PATH, "VERL_DUMP": str(folder / "dump"), "VERL_FILE_LOGGER_PATH": str(folder / "log.jsonl"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "RAY_DEDUP_LOGS": "0",
