@@ -4,12 +4,13 @@ VLLM ?= 0.29
 # Each vLLM has an environment and a results file of its own. The first has OpenRLHF too, which pins that vLLM.
 SUFFIX := $(if $(filter-out 0.29,$(VLLM)),-vllm-$(VLLM))
 ENGINES := .venv-engines$(SUFFIX)/bin
-ENGINE_TESTS := $(if $(SUFFIX),$(addprefix tests/engines/test_,vllm.py vllm_real_model.py trl.py),tests/engines)
+ENGINE_TESTS := $(if $(SUFFIX),$(addprefix tests/engines/test_,vllm.py vllm_real_model.py trl.py),\
+	tests/engines --ignore tests/engines/test_verl.py)
 SECONDS ?= 600
 SEED ?= 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-matrix lint bench bench-engines scaling report resources mutations gpu dist clean
+.PHONY: help venv demo study docs test fuzz test-full test-engines test-engines-fast test-engines-verl test-matrix lint bench bench-engines scaling report resources mutations gpu dist clean
 
 help:
 	@echo "Try it"
@@ -29,6 +30,7 @@ help:
 	@echo "  make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines;"
 	@echo "                     VLLM=0.32: the first two with that vLLM, in .venv-engines-vllm-0.32"
 	@echo "  make test-engines-fast  the same without OpenRLHF's loops"
+	@echo "  make test-engines-verl  verl: its training loop on the CPU, in .venv-engines-verl"
 	@echo "  make gpu           on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"
 	@echo "Measure it"
 	@echo "  make bench         the benchmarks, with ratios to peers in the same run"
@@ -74,6 +76,18 @@ venv: .venv/installed
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# verl, which cannot share an environment with the TRL of the others. Its own requirements are not asked: they have an older
+# transformers than it runs with, and wandb; TransferQueue's have Ray's dashboard.
+.venv-engines-verl/installed: pyproject.toml constraints/verl.txt tests/engines/requirements-verl.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints/verl.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints/verl.txt -r tests/engines/requirements-verl.txt
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet 'setuptools>=77' wheel
+	$(@D)/bin/python -m pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 # The sets of `make test-matrix`. torch comes first and alone, as above.
 .venv-matrix-%/installed: pyproject.toml constraints/%.txt
 	$(PYTHON) -m venv $(@D)
@@ -108,6 +122,9 @@ test-engines-fast: .venv-engines$(SUFFIX)/installed
 
 test-engines: .venv-engines$(SUFFIX)/installed
 	$(ENGINES)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) --report benchmarks/results/engines$(SUFFIX).json
+
+test-engines-verl: .venv-engines-verl/installed
+	.venv-engines-verl/bin/python -m pytest tests/engines/test_verl.py --report benchmarks/results/engines-verl.json
 
 test-matrix: .venv-matrix-oldest/installed .venv-matrix-newest/installed
 	.venv-matrix-oldest/bin/python -m pytest -n 2 -m "not slow"

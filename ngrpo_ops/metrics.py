@@ -13,6 +13,8 @@ from .record import MixRecord, SparseRecord
 REPLAY_ERROR = "mix/replay_error"
 REPLAY_OUTLIERS = "mix/replay_outliers"
 COSINE = "mix/cosine"
+ROLLOUT_METRICS = ("mix/gated_share", "mix/anchor_differs", "mix/anchor_weight")
+"""What `rollout_metrics` returns."""
 
 
 def rollout_sums(record: MixRecord | SparseRecord, tokens: Tensor | int) -> Tensor:
@@ -41,14 +43,11 @@ def rollout_metrics(sums: Tensor) -> dict[str, float]:
 
     mix/gated_share is the share of completion tokens that were mixed. Over mixed steps, mix/anchor_differs is the
     probability that a sample would have differed from the anchor, and mix/anchor_weight the anchor's weight in the mix.
-    Both are NaN where no step was mixed.
+    Both are NaN where no step was mixed, and all are of no tokens.
     """
     gated, tokens, differs, weight = sums.tolist()
-    return {
-        "mix/gated_share": gated / tokens,
-        "mix/anchor_differs": mean(differs, gated),
-        "mix/anchor_weight": mean(weight, gated),
-    }
+    found = mean(gated, tokens), mean(differs, gated), mean(weight, gated)
+    return dict(zip(ROLLOUT_METRICS, found, strict=True))
 
 
 # The replay -------------------------------------------------------------------------------------------------------
@@ -97,6 +96,30 @@ def replay_sums(differences: Tensor, gate: Tensor, compared: Tensor, tolerance: 
     counts = [(mask & compared).sum() for mask in (after & off, after, ~after & off, ~after)]
     largest = [errors.masked_fill(~mask, -math.inf).amax() for mask in (compared, compared & ~after)]
     return torch.stack([value.double() for value in (*largest, *counts)])
+
+
+def sample_replay_sums(record: SparseRecord, replayed: Tensor, compared: Tensor, tolerance: float) -> Tensor:
+    """float64 [6] on the CPU: `replay_sums` of one sample.
+
+    Args:
+        record: its record.
+        replayed: [T], the policy's log-probability of every generated token.
+        compared: [T], which tokens are compared.
+        tolerance: see `replay_tolerance`.
+
+    Examples:
+        >>> import torch
+        >>> from ngrpo_ops.metrics import replay_errors, sample_replay_sums
+        >>> from ngrpo_ops.record import SparseRecord
+        >>> ids, weights = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.75, 0.25]])
+        >>> record = SparseRecord(1, torch.tensor([0]), ids, weights, logprobs=torch.zeros(2))
+        >>> sums = sample_replay_sums(record, torch.tensor([0.0, -0.5]), torch.ones(2), tolerance=1e-3)
+        >>> replay_errors(sums[None]).largest
+        0.5
+    """
+    difference = replayed.float().cpu() - record.logprobs
+    gate = torch.zeros_like(difference, dtype=torch.bool).index_fill(0, record.steps, True)
+    return replay_sums(difference[None], gate[None], compared.cpu()[None], tolerance)
 
 
 def replay_errors(sums: Tensor) -> ReplayErrors:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .ops._checks import (
 )
 
 _NOISE = ("noise_scale", "noise_seed", "row_ids")
+_Record = TypeVar("_Record")
 
 
 @dataclass
@@ -188,11 +190,7 @@ class MixRecord:
             >>> MixRecord.from_bytes(record.to_bytes()).prompt_length
             4
         """
-        file = io.BytesIO()
-        # A copy: torch.save would write all of the storage that a slice shares.
-        content = {name: tensor.cpu().clone() for name, tensor in self.tensors().items()}
-        torch.save({"prompt_length": self.prompt_length, **content}, file)
-        return file.getvalue()
+        return _to_bytes({"prompt_length": self.prompt_length, **self.tensors()})
 
     @staticmethod
     def from_bytes(content: bytes) -> MixRecord:
@@ -201,10 +199,7 @@ class MixRecord:
         Raises:
             ValueError: bytes that are not a record's.
         """
-        try:
-            return MixRecord(**torch.load(io.BytesIO(content), weights_only=True))
-        except Exception as error:
-            raise ValueError(f"content must be what MixRecord.to_bytes returned: {error}") from error
+        return _from_bytes(content, MixRecord)
 
 
 @dataclass(frozen=True)
@@ -225,3 +220,59 @@ class SparseRecord:
     weights: Tensor
     logprobs: Tensor
     noise: tuple[float, int, int] | None = None
+
+    def cut(self, length: int) -> SparseRecord:
+        """The record of the first `length` generated tokens, or of all of them where there are fewer.
+
+        Examples:
+            >>> import torch
+            >>> from ngrpo_ops.record import SparseRecord
+            >>> ids, weights = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2) / 2
+            >>> record = SparseRecord(5, torch.tensor([1, 3]), ids, weights, logprobs=torch.zeros(4))
+            >>> record.cut(2).steps.tolist(), len(record.cut(2).logprobs)
+            ([1], 2)
+        """
+        kept = self.steps < length
+        return replace(
+            self,
+            steps=self.steps[kept],
+            ids=self.ids[kept],
+            weights=self.weights[kept],
+            logprobs=self.logprobs[:length],
+        )
+
+    def to_bytes(self) -> bytes:
+        """The record as bytes, for `from_bytes`; on the CPU.
+
+        Examples:
+            >>> import torch
+            >>> from ngrpo_ops.record import SparseRecord
+            >>> ids, weights = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2) / 2
+            >>> record = SparseRecord(5, torch.tensor([1]), ids, weights, logprobs=torch.zeros(4))
+            >>> SparseRecord.from_bytes(record.to_bytes()).first
+            5
+        """
+        return _to_bytes({one.name: getattr(self, one.name) for one in fields(self)})
+
+    @staticmethod
+    def from_bytes(content: bytes) -> SparseRecord:
+        """The record that `to_bytes` made bytes of. Nothing in the bytes is executed.
+
+        Raises:
+            ValueError: bytes that are not a record's.
+        """
+        return _from_bytes(content, SparseRecord)
+
+
+def _to_bytes(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    # A copy: torch.save would write all of the storage that a slice shares.
+    torch.save({name: x.cpu().clone() if isinstance(x, Tensor) else x for name, x in content.items()}, file)
+    return file.getvalue()
+
+
+def _from_bytes(content: bytes, kind: type[_Record]) -> _Record:
+    try:
+        return kind(**torch.load(io.BytesIO(content), weights_only=True))
+    except Exception as error:
+        raise ValueError(f"content must be what {kind.__name__}.to_bytes returned: {error}") from error

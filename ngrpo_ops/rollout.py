@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from .ops.mix_embeddings import mix_embeddings
 from .ops.nearest_neighbors.search import Progress
 from .ops.nearest_neighbors.table import NeighborTable, RefreshReport
 from .random import gates
+from .record import SparseRecord
 from .strategies import get_strategy
 from .tokens import SpecialRows, special_rows
 
@@ -274,3 +275,49 @@ class Overlay:
         if self.gate is not None:
             mixed = torch.where(self.gate[:, None], mixed, own[self.positions])
         return own, mixed, candidates.view(*self.ids.shape, -1)[:, 0]
+
+    def in_slice(self, index: int, length: int) -> Overlay:
+        """The part of a forward's overlay in slice `index` of its flattened ids, which are cut into slices of `length`.
+
+        Sequence-parallel ranks have a slice each.
+
+        Examples:
+            >>> import torch
+            >>> from ngrpo_ops.rollout import Overlay
+            >>> whole = Overlay(torch.tensor([1, 6]), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3) / 3)
+            >>> whole.in_slice(1, length=5).positions
+            tensor([1])
+        """
+        part = self[self.positions // length == index]
+        return replace(part, positions=part.positions - index * length)
+
+
+def replay_overlay(records: Sequence[SparseRecord], starts: Tensor) -> Overlay | None:
+    """What a forward of several samples embeds at its mixed positions; None: nothing is mixed.
+
+    Args:
+        records: one for each sample.
+        starts: int64 [B], the position of each sample's first token among the flattened ids of the forward.
+
+    Examples:
+        >>> import torch
+        >>> from ngrpo_ops.record import SparseRecord
+        >>> from ngrpo_ops.rollout import replay_overlay
+        >>> ids, weights, logprobs = torch.tensor([[7, 8]]), torch.tensor([[0.5, 0.5]]), torch.zeros(2)
+        >>> records = [SparseRecord(1, torch.tensor([step]), ids, weights, logprobs) for step in (0, 1)]
+        >>> replay_overlay(records, torch.tensor([0, 3])).positions.tolist()
+        [1, 5]
+    """
+    starts = starts.cpu()
+    counts = torch.tensor([len(record.steps) for record in records], dtype=torch.int64, device="cpu")
+    if not int(counts.sum()):
+        return None
+    rows = torch.arange(len(records), device="cpu").repeat_interleave(counts)
+    first = torch.tensor([record.first for record in records], device="cpu")
+    steps, ids, weights = (torch.cat([getattr(r, name) for r in records]) for name in ("steps", "ids", "weights"))
+    noise = None
+    if records[0].noise is not None:
+        by_record = zip(*(record.noise or () for record in records), strict=True)
+        scale, seed, row_ids = (torch.tensor(values, device="cpu")[rows] for values in by_record)
+        noise = Noise(scale, seed, row_ids, steps)
+    return Overlay(starts[rows] + first[rows] + steps, ids, weights, noise=noise)

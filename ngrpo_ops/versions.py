@@ -28,6 +28,7 @@ VERSIONS = {
     "trl": Versions("1.9.2", "1.16", ("1.9.2", "1.16")),
     "vllm": Versions("0.29", "0.33", ("0.29", "0.32")),
     "openrlhf": Versions("0.11.2", "0.11.2", ("0.11.2",)),
+    "verl": Versions("0.9.1", "0.9.1", ("0.9.1",)),
 }
 """The adapters, each with the versions of its framework."""
 

@@ -10,10 +10,13 @@ import base64
 import binascii
 import zlib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from ._messages import shown
+from .config import MixingConfig
 from .record import MixRecord
 
 KEY = "ngrpo_ops"
@@ -30,6 +33,27 @@ FORMAT = 1
 
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "RuntimeError": RuntimeError}
 _LEVEL = 1  # of zlib: most of what higher levels save, at a third of their time, and an engine's step waits for it
+
+
+def read_config(settings: Any, where: str) -> MixingConfig:
+    """The configuration in settings that came from another process. A strategy of the user's own is imported here.
+
+    Args:
+        settings: what is to be a mapping with fields of `MixingConfig`.
+        where: what they are called, for the message.
+
+    Raises:
+        ValueError: not such a mapping, or a value that `MixingConfig` refuses.
+
+    Examples:
+        >>> from ngrpo_ops.wire import read_config
+        >>> read_config({"k": 5}, "additional_config['ngrpo_ops']").k
+        5
+    """
+    known = {field.name for field in fields(MixingConfig)}
+    if not isinstance(settings, dict) or not {*settings} <= known:
+        raise ValueError(f"{where} must hold fields of MixingConfig, got {shown(settings)}")
+    return MixingConfig(**settings)
 
 
 def checksum(tokens: Sequence[int]) -> int:

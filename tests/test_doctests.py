@@ -12,7 +12,7 @@ import pytest
 import ngrpo_ops
 from ngrpo_ops import strategies
 
-NEED_AN_ENGINE = tuple(f"ngrpo_ops.integrations.{name}" for name in ("vllm", "openrlhf", "trl.engine"))
+NEED_AN_ENGINE = tuple(f"ngrpo_ops.integrations.{name}" for name in ("vllm", "openrlhf", "verl", "trl.engine"))
 OTHERS = ("ngrpo_ops.integrations.transformers:NeighborMixing", "ngrpo_ops.integrations.trl:NGRPOConfig")
 
 

@@ -39,7 +39,7 @@ def test_a_fresh_process_reports_without_importing_a_framework():
 import sys
 from ngrpo_ops.__main__ import main
 code = main(["env"])
-print(code, {"transformers", "trl", "vllm", "openrlhf", "datasets"} & set(sys.modules))
+print(code, {"transformers", "trl", "vllm", "openrlhf", "verl", "datasets"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     *text, last = done.stdout.splitlines()
@@ -125,8 +125,9 @@ def test_an_adapter_without_its_framework_says_what_to_install(installed, monkey
     lines = section("adapters")
     assert len(lines) == len(versions.VERSIONS)
     for name, line in zip(versions.VERSIONS, lines, strict=True):
-        # OpenRLHF pins versions of its own, which an extra of ours would not fit.
-        wanted = f"openrlhf[vllm]{versions.requirement(name)}" if name == "openrlhf" else f".[{name}]"
+        # OpenRLHF and verl pin versions of their own, which an extra of ours would not fit.
+        own = {"openrlhf": "openrlhf[vllm]", "verl": "verl"}
+        wanted = f"{own[name]}{versions.requirement(name)}" if name in own else f".[{name}]"
         assert f"{name}: not usable: " in line and f"pip install '{wanted}'" in line
 
 
@@ -226,6 +227,7 @@ def test_the_versions_are_those_that_an_installation_gets():
         "docs/trl.md",
         "docs/vllm.md",
         "docs/openrlhf.md",
+        "docs/verl.md",
         "docs/limits.md",
         "docs/tested.md",
     ],
@@ -233,7 +235,7 @@ def test_the_versions_are_those_that_an_installation_gets():
 def test_the_pages_state_the_accepted_versions(page):
     """Wherever a page names a framework's version, that is one end of what is accepted, or tested."""
     text = (ROOT / page).read_text()
-    named = {"TRL": "trl", "vLLM": "vllm", "OpenRLHF": "openrlhf", "`transformers`": "transformers"}
+    named = {"TRL": "trl", "vLLM": "vllm", "OpenRLHF": "openrlhf", "verl": "verl", "`transformers`": "transformers"}
     found = [
         (framework, number)
         for name, framework in named.items()

@@ -55,12 +55,13 @@ def imported(path: Path, package: str) -> set[str]:
 
 
 ABOVE_THE_OPERATIONS = (
-    "rollout", "record", "metrics", "checkpoint", "environment", "files", "state", "testing", "view", "__main__",
+    "rollout", "record", "metrics", "parity", "checkpoint", "environment", "files", "state", "testing", "view",
+    "__main__",
 )  # fmt: skip
 
 
 def test_each_layer_imports_only_those_below() -> None:
-    of_folders = {"ngrpo_ops": ("ngrpo_ops.integrations", "transformers", "trl", "vllm", "openrlhf")}
+    of_folders = {"ngrpo_ops": ("ngrpo_ops.integrations", "transformers", "trl", "vllm", "openrlhf", "verl")}
     of_folders["ngrpo_ops/ops"] = tuple(f"ngrpo_ops.{name}" for name in ABOVE_THE_OPERATIONS)
     of_folders["kernels"] = ("ngrpo_ops",)
     for folder, refused in of_folders.items():
@@ -145,7 +146,7 @@ import importlib.util
 import torch
 import ngrpo_ops as ops
 
-assert not any(map(importlib.util.find_spec, ("transformers", "trl", "peft", "vllm", "openrlhf", "ray")))
+assert not any(map(importlib.util.find_spec, ("transformers", "trl", "peft", "vllm", "openrlhf", "verl", "ray")))
 embedding = torch.randn(500, 32, requires_grad=True)
 table = ops.NeighborTable(k=3)
 table.refresh(embedding.detach())
@@ -156,7 +157,7 @@ assert embedding.grad.isfinite().all() and embedding.grad.any()
 assert ops.group_advantages(torch.rand(8), group_size=4).shape == (8,)
 logprobs = ops.selective_log_softmax(torch.randn(2, 3, 500), torch.zeros(2, 3, dtype=torch.int64))
 assert (logprobs < 0).all()
-for adapter in ("transformers", "trl", "vllm", "openrlhf"):
+for adapter in ("transformers", "trl", "vllm", "openrlhf", "verl"):
     try:
         __import__(f"ngrpo_ops.integrations.{adapter}")
     except ImportError as error:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngrpo_ops import MixRecord
+from ngrpo_ops.record import SparseRecord
 from ngrpo_ops.testing import generators
 
 BY_ROW = ("noise_scale", "noise_seed", "row_ids")
@@ -165,3 +166,34 @@ def other_bytes(content: object) -> bytes:
 def test_damaged_bytes_are_named(content):
     with pytest.raises(ValueError, match=r"^content must be what MixRecord\.to_bytes returned: "):
         MixRecord.from_bytes(content)
+
+
+# One rollout's ------------------------------------------------------------------------------------------------------
+
+
+def sparse() -> SparseRecord:
+    ids, weights = torch.tensor([[7, 8], [9, 3]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    return SparseRecord(5, torch.tensor([1, 3]), ids, weights, torch.tensor([-0.1, -0.2, -0.3, -0.4]), (0.5, 7, 9))
+
+
+def same(one: SparseRecord, other: SparseRecord) -> bool:
+    tensors = ("steps", "ids", "weights", "logprobs")
+    return (one.first, one.noise) == (other.first, other.noise) and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in tensors
+    )
+
+
+def test_a_sparse_record_survives_its_bytes():
+    assert same(SparseRecord.from_bytes(sparse().to_bytes()), sparse())
+    many = SparseRecord(5, torch.arange(999), torch.ones(999, 3).long(), torch.ones(999, 3), torch.zeros(999))
+    assert len(many.cut(3).to_bytes()) < len(many.to_bytes()) / 4  # of the slice alone
+    for content in (b"", pickle.dumps(print), MixRecord(**good()).to_bytes(), other_bytes({"first": 1}), None):
+        with pytest.raises(ValueError, match=r"^content must be what SparseRecord\.to_bytes returned: "):
+            SparseRecord.from_bytes(content)
+
+
+@pytest.mark.parametrize(("length", "steps"), [(0, []), (1, []), (2, [1]), (3, [1]), (4, [1, 3]), (9, [1, 3])])
+def test_a_sparse_record_is_cut_with_its_tokens(length, steps):
+    found = sparse().cut(length)
+    assert found.steps.tolist() == steps and len(found.logprobs) == min(length, 4)
+    assert torch.equal(found.ids, sparse().ids[: len(steps)]) and found.noise == sparse().noise

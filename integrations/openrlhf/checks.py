@@ -5,11 +5,9 @@ The methods are private to OpenRLHF, so a change of a signature stops the start.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-from typing import Any
 
-from ngrpo_ops._patching import check_signature
+from ngrpo_ops._patching import check_signature, resolve
 from ngrpo_ops.versions import accepted, requirement, standing, tested
 
 EXPECTED_PARAMETERS = {
@@ -106,24 +104,3 @@ def check_target(target: str) -> None:
     """
     owner, name = resolve(target)
     check_signature(owner, name, EXPECTED_PARAMETERS[target], "OpenRLHF", tested("openrlhf"), where=target)
-
-
-def resolve(target: str) -> tuple[Any, str]:
-    """The owner of a target "module:Class.name" or "module:name", and the name there.
-
-    Returns:
-        The class or module, and the name. The owner is None where the module has no such class.
-
-    Examples:
-        >>> from ngrpo_ops.integrations.openrlhf.checks import resolve
-        >>> resolve("collections:Counter.update")
-        (<class 'collections.Counter'>, 'update')
-    """
-    module, _, path = target.partition(":")
-    *parents, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for parent in parents:
-        owner = getattr(owner, parent, None)
-        metadata = getattr(owner, "__ray_metadata__", None)  # set on a class that Ray has made an actor
-        owner = owner if metadata is None else metadata.modified_class
-    return owner, name

@@ -14,7 +14,7 @@ from ngrpo_ops import MixRecord
 from ngrpo_ops.integrations.openrlhf.samples import action_ranges
 from ngrpo_ops.integrations.openrlhf.settings import read_settings
 from ngrpo_ops.integrations.openrlhf.workers import substitute
-from ngrpo_ops.integrations.vllm import engine_kwargs, read_records, records_call, request_kwargs
+from ngrpo_ops.integrations.vllm import engine_kwargs, fetch_records, request_kwargs
 
 
 class AgentExecutor(SingleTurnAgentExecutor):
@@ -68,14 +68,7 @@ class _RecordingEngine:
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, **kwargs: Any) -> Any:
         sampling_params.extra_args = {**(sampling_params.extra_args or {}), **request_kwargs(self.row_id)}
         output = await self.engine.generate(prompt_token_ids, sampling_params, **kwargs)
-        call = records_call([self.row_id], [len(output.outputs[0].token_ids)])
-        try:
-            replies = await self.engine.llm.collective_rpc(*call)
-        except Exception as error:
-            raise RuntimeError(
-                f"the engine has no record of a mixed sample ({error}). If it does not know {call[0]!r}, the plugin "
-                "'ngrpo_ops' was not loaded in its process: is ngrpo-ops installed on every node, and is it among "
-                "VLLM_PLUGINS where that is set?"
-            ) from error
-        self.first, self.record = len(prompt_token_ids), read_records(replies)
+        length = len(output.outputs[0].token_ids)
+        self.first = len(prompt_token_ids)
+        self.record = await fetch_records(self.engine.llm, [self.row_id], [length])
         return output

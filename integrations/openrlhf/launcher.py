@@ -14,10 +14,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, refuse, replaced
+from ngrpo_ops.parity import strongly_mixed
 from ngrpo_ops.tokens import read_excluded
 
 from .checks import check_openrlhf
-from .dry_run import dry_run, strongly_mixed
+from .dry_run import dry_run
 from .settings import VARIABLE, write_settings
 from .workers import install
 
@@ -141,6 +142,8 @@ def _boolean(text: str) -> bool:
 
 def _read_config(parser: argparse.ArgumentParser, values: dict[str, Any]) -> MixingConfig:
     """The configuration in parsed arguments. A refused value is an error of the command line."""
+    from ..transformers.checks import model_config
+
     mixing = {field.name: values[f"ngrpo.{field.name}"] for field in fields(MixingConfig)}
     if mixing["seed"] is None:
         mixing["seed"] = values["train.seed"]
@@ -152,10 +155,10 @@ def _read_config(parser: argparse.ArgumentParser, values: dict[str, Any]) -> Mix
     refusals = _refusals(values)
     with _usage_errors(parser):
         refuse(refusals, "is not supported with N-GRPO")
-    size = _vocabulary_size(values["actor.model_name_or_path"])
-    if size is not None:
+    model = model_config(values["actor.model_name_or_path"], trust_remote_code=True)
+    if model is not None:
         with _usage_errors(parser, "--ngrpo."):
-            config.require_vocabulary(size)
+            config.require_vocabulary(model.get_text_config().vocab_size)
     return config
 
 
@@ -166,16 +169,6 @@ def _usage_errors(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator
         yield
     except ValueError as error:
         parser.error(f"{prefix}{error}")
-
-
-def _vocabulary_size(model: str) -> int | None:
-    """The model's vocabulary size; None where there is no such model, which OpenRLHF will report."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=True).get_text_config().vocab_size
-    except OSError:
-        return None
 
 
 def _refusals(values: dict[str, Any]) -> list[Refusal]:

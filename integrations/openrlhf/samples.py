@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +13,19 @@ from ngrpo_ops.metrics import (
     REPLAY_ERROR,
     REPLAY_OUTLIERS,
     replay_errors,
-    replay_sums,
     replay_tolerance,
     rollout_metrics,
     rollout_sums,
+    sample_replay_sums,
 )
 from ngrpo_ops.record import SparseRecord
-from ngrpo_ops.rollout import Noise, Overlay
+from ngrpo_ops.rollout import Overlay, replay_overlay
 
 
-def make_overlay(records: Sequence[SparseRecord], attention_mask: Tensor, packed: bool, group: Any = None) -> Overlay:
-    """What a forward of B samples embeds at its mixed positions, which count through its flattened ids.
+def make_overlay(
+    records: Sequence[SparseRecord], attention_mask: Tensor, packed: bool, group: Any = None
+) -> Overlay | None:
+    """What a forward of B samples embeds at its mixed positions, which count through its flattened ids; None: none.
 
     Args:
         records: the records of the B rows.
@@ -45,32 +46,15 @@ def make_overlay(records: Sequence[SparseRecord], attention_mask: Tensor, packed
         >>> make_overlay(records, attention_mask, packed=True).positions.tolist()
         [1, 5]
     """
-    device = attention_mask.device
-    counts = torch.tensor([len(record.steps) for record in records], device="cpu")
-    rows = torch.arange(len(records), device="cpu").repeat_interleave(counts)
-    first = torch.tensor([record.first for record in records], device="cpu")
-    steps = torch.cat([record.steps for record in records])
-    positions = (rows * attention_mask.shape[1] + first[rows] + steps).to(device)
-    if packed:
-        positions = (attention_mask.flatten().cumsum(0) - 1)[positions]
-    ids = torch.cat([record.ids for record in records]).to(device)
-    weights = torch.cat([record.weights for record in records]).to(device)
-    overlay = Overlay(positions, ids, weights, noise=_noise(records, rows, steps, device))
-    if not packed or group is None:
+    lengths = attention_mask.sum(1)
+    rows = torch.arange(len(records), device=lengths.device)
+    starts = lengths.cumsum(0) - lengths if packed else rows * attention_mask.shape[1]
+    overlay = replay_overlay(records, starts)
+    if overlay is None or not packed or group is None:
         return overlay
     # OpenRLHF pads the packed row to a multiple of the group's size and gives each rank a slice.
-    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    length = -(-int(attention_mask.sum()) // size)
-    part = overlay[positions // length == rank]
-    return replace(part, positions=part.positions - rank * length)
-
-
-def _noise(records: Sequence[SparseRecord], rows: Tensor, steps: Tensor, device: torch.device) -> Noise | None:
-    if records[0].noise is None:
-        return None
-    by_record = zip(*(record.noise or () for record in records), strict=True)
-    scale, seed, row_ids = (torch.tensor(values, device="cpu")[rows].to(device) for values in by_record)
-    return Noise(scale, seed, row_ids, steps.to(device))
+    size = torch.distributed.get_world_size(group)
+    return overlay.in_slice(torch.distributed.get_rank(group), length=-(-int(lengths.sum()) // size))
 
 
 def action_ranges(record: SparseRecord) -> list[tuple[int, int]]:
@@ -124,11 +108,7 @@ def experience_metrics(experiences: Sequence[Any]) -> dict[str, float]:
             sums += rollout_sums(record, tokens)
             # Column j of OpenRLHF's scores belongs to the token at position j + 1.
             columns = slice(record.first - 1, record.first - 1 + tokens)
-            difference = experience.action_log_probs[row, columns].float() - record.logprobs
-            gate = torch.zeros_like(difference, dtype=torch.bool).index_fill(
-                0, record.steps.to(difference.device), True
-            )
-            compared = experience.action_mask[row, columns]
-            replayed.append(replay_sums(difference[None], gate[None], compared[None], tolerance).cpu())
+            scored, compared = experience.action_log_probs[row, columns], experience.action_mask[row, columns]
+            replayed.append(sample_replay_sums(record, scored, compared, tolerance))
     errors = replay_errors(torch.stack(replayed))
     return {**rollout_metrics(sums), REPLAY_ERROR: errors.largest, REPLAY_OUTLIERS: errors.outliers}

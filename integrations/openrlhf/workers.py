@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from ngrpo_ops._patching import wrap
+from ngrpo_ops._patching import resolve, wrap
 from ngrpo_ops.metrics import COSINE, mean
 from ngrpo_ops.record import SparseRecord
 
-from .checks import check_target, resolve
+from .checks import check_target
 from .samples import experience_metrics, make_overlay
 
 _STEPS = "mix/steps"  # mixed steps of a sample

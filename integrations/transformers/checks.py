@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ngrpo_ops._patching import Refusal, refuse, replaced
@@ -174,6 +174,14 @@ def refuse_unsupported_filters(generation: GenerationConfig) -> None:
         ],
         verb="is not supported by sampler 'counter_based' nor by strategies that draw",
     )
+
+
+def model_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """The configuration of a model by its name or path; None where there is none, which its trainer will report."""
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except OSError:
+        return None
 
 
 def supported_model(model: Any) -> Any:

@@ -174,23 +174,37 @@ class EmbeddingMixer:
             )
 
     @contextmanager
-    def replaying_at(self, overlay: Overlay) -> Iterator[None]:
+    def replaying_at(self, overlay: Overlay | None) -> Iterator[None]:
         """Within it one forward replays `overlay`, whose positions count through the flattened ids, packed or not.
+
+        None: nothing is mixed.
 
         Raises:
             RuntimeError: a token at one of the positions is not the anchor, or there was not exactly one forward.
         """
+        with self.replaying_with(lambda input_ids: overlay):
+            yield
+
+    @contextmanager
+    def replaying_with(self, make_overlay: Callable[[Tensor], Overlay | None]) -> Iterator[None]:
+        """Within it one forward replays the overlay that `make_overlay` returns for its input ids.
+
+        Raises:
+            RuntimeError: see `replaying_at`.
+        """
         forwards = 0
 
-        def make_overlay(input_ids: Tensor) -> Overlay | None:
+        def counted(input_ids: Tensor) -> Overlay | None:
             nonlocal forwards
             forwards += 1
-            if not overlay.positions.numel():
+            overlay = make_overlay(input_ids)
+            if overlay is None or not overlay.positions.numel():
                 return None
+            overlay = overlay.to(input_ids.device)
             _require_anchors(input_ids, overlay)
             return overlay
 
-        with self._replay(make_overlay):
+        with self._replay(counted):
             yield
         if forwards != 1:
             raise RuntimeError(

@@ -32,6 +32,7 @@ except ImportError as error:
 from .client import (
     KEY,
     engine_kwargs,
+    fetch_records,
     read_records,
     records_call,
     request_kwargs,
@@ -44,6 +45,7 @@ from .plugin import refuse_engine, register
 __all__ = [
     "KEY",
     "engine_kwargs",
+    "fetch_records",
     "read_records",
     "records_call",
     "refuse_engine",

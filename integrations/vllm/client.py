@@ -64,7 +64,7 @@ def request_seed(seed: int, row_id: int) -> int:
 def take_records(llm: Any, row_ids: Sequence[int], lengths: Sequence[int]) -> MixRecord:
     """Fetches the record of finished requests from an engine. The engine forgets these records.
 
-    For an asynchronous engine: ``read_records(await engine.collective_rpc(*records_call(row_ids, lengths)))``.
+    For an asynchronous engine: `fetch_records`.
 
     Args:
         llm: an engine with a `collective_rpc` method, such as `LLM`.
@@ -93,6 +93,39 @@ def take_records(llm: Any, row_ids: Sequence[int], lengths: Sequence[int]) -> Mi
     """
     method, _, args = records_call(row_ids, lengths)
     return read_records(llm.collective_rpc(method, args=args))
+
+
+async def fetch_records(engine: Any, row_ids: Sequence[int], lengths: Sequence[int]) -> MixRecord:
+    """`take_records` from an asynchronous engine.
+
+    Args:
+        engine: an engine with an asynchronous `collective_rpc` method, such as `AsyncLLM`.
+        row_ids, lengths: see `take_records`. Empty: only whether the engine can mix is found out.
+
+    Raises:
+        RuntimeError: the engine has no records, or at a mixed step the logits were no distribution.
+        ValueError: see `take_records`.
+
+    Examples:
+        >>> import asyncio
+        >>> from ngrpo_ops.integrations.vllm.client import fetch_records
+        >>> class Engine:  # stands for vllm.AsyncLLM without the plugin
+        ...     async def collective_rpc(self, method, timeout, args):
+        ...         raise NotImplementedError(f"no method {method}")
+        >>> asyncio.run(fetch_records(Engine(), [4], [20]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: the engine has no record of a mixed sample (no method take_mix_records). If it does not know ...
+    """
+    call = records_call(row_ids, lengths)
+    try:
+        replies = await engine.collective_rpc(*call)
+    except Exception as error:
+        raise RuntimeError(
+            f"the engine has no record of a mixed sample ({error}). If it does not know {call[0]!r}, the plugin "
+            "'ngrpo_ops' was not loaded in its process: is ngrpo-ops installed on every node, and is it among "
+            "VLLM_PLUGINS where that is set?"
+        ) from error
+    return read_records(replies)
 
 
 def require_mixing(llm: Any) -> None:

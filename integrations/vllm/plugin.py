@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import vllm
@@ -19,7 +18,7 @@ from ngrpo_ops import MixingConfig
 from ngrpo_ops._patching import Refusal, refuse, wrap
 from ngrpo_ops.rollout import reads_table
 from ngrpo_ops.versions import accepted, standing, tested
-from ngrpo_ops.wire import KEY, SERVED_DEFAULTS
+from ngrpo_ops.wire import KEY, SERVED_DEFAULTS, read_config
 
 from .client import request_kwargs
 
@@ -89,10 +88,7 @@ def config_of(settings: Any) -> MixingConfig:
     Raises:
         ValueError: not the fields of a MixingConfig, or a value that MixingConfig rejects.
     """
-    known = {field.name for field in fields(MixingConfig)}
-    if not isinstance(settings, dict) or not set(settings) <= known:
-        raise ValueError(f"additional_config[{KEY!r}] must hold fields of MixingConfig, got {settings!r}")
-    return MixingConfig(**settings)
+    return read_config(settings, f"additional_config[{KEY!r}]")
 
 
 def refuse_engine(vllm_config: Any, config: MixingConfig, *, served: bool = False) -> None:

