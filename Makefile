@@ -141,6 +141,7 @@ bench: venv
 bench-engines: .venv-engines$(SUFFIX)/installed
 	PYTHONPATH=tests/engines:tests $(ENGINES)/python -m pytest benchmarks/bench_vllm.py benchmarks/bench_trl_server.py \
 		--benchmark-only
+	PYTHONPATH=tests/engines:tests $(ENGINES)/python benchmarks/engine_overhead.py
 
 scaling: venv
 	$(BIN)/python benchmarks/search_scaling.py
