@@ -105,7 +105,7 @@ def _code(function: Any, seen: dict[str, str]) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
-    seen[function.__qualname__] = ast.dump(tree)
+    seen[function.__qualname__] = ast.unparse(tree)  # the same by every version of Python, as a dump is not
     for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(seen):
         value = function.__globals__.get(name)
         if hasattr(value, "fn") and hasattr(value, "arg_names"):

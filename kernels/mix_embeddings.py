@@ -169,7 +169,7 @@ def mix_grad_long_segments_kernel(
             token = tl.load(sorted_ids + entries, mask=entries < end, other=v)
             of_head = (token == first) & first_long & (entries < end)
             of_tail = (token == last) & last_long & (entries < end)
-            used = of_head | of_tail
+            used = (of_head | of_tail) != 0  # the interpreter of triton 3.9 has made integers of them
             entry = tl.load(order + entries, mask=used, other=0)
             weight = tl.load(weights + entry, mask=used, other=0.0).to(tl.float32)
             used = used & (weight != 0.0)

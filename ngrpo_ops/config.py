@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import operator
@@ -97,10 +98,11 @@ def _option_help(strategy: str, option: str) -> str:
 def _documented(cls: type) -> type:
     """The class with the help of its fields in its docstring."""
     lines = [
-        textwrap.fill(f"{f.name}: {f.metadata['help']}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        textwrap.fill(f"{f.name}: {f.metadata['help']}", 116, initial_indent=" " * 4, subsequent_indent=" " * 8)
         for f in fields(cls)
     ]
-    cls.__doc__ = (cls.__doc__ or "").replace("    Raises:", "\n".join(["    Args:", *lines, "", "    Raises:"]), 1)
+    doc = inspect.cleandoc(cls.__doc__ or "")  # from Python 3.13 on it is dedented already
+    cls.__doc__ = doc.replace("Raises:", "\n".join(["Args:", *lines, "", "Raises:"]), 1)
     return cls
 
 

@@ -221,7 +221,7 @@ def watched() -> Iterator[Watch]:
         mock.patch.object(builder, "create_masked_store", watched_store),
         mock.patch.object(builder, "create_atomic_rmw", watched_add),
         mock.patch.object(builder, "create_atomic_cas", refuse),
-        mock.patch.object(builder, "create_make_block_ptr", refuse),
+        mock.patch.object(builder, "create_make_block_ptr", refuse, create=True),  # until triton 3.8
         mock.patch.object(builder, "create_make_tensor_descriptor", refuse),
         mock.patch.object(builder, "set_grid_idx", watched_index),
         mock.patch.object(interpreter, "_implicit_cvt", watched_convert),
