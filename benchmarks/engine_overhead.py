@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from bench_vllm import CASES, WHO  # it imports vLLM with its stand-ins, before triton's interpreter is used
+from harness import environment
 from tqdm import tqdm
 from triton.runtime.interpreter import GridExecutor
 
@@ -58,15 +58,28 @@ def measure(rounds: int) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Medians, and medians of the ratios within a round, in Markdown."""
-    lines = ["| | whole | of it interpreted | whole / plain | the rest / plain's rest |", "|---|---|---|---|---|"]
+def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians of the rounds, and of the ratios to the plain engine within a round."""
+    out = {}
     for who, rounds in found.items():
         pairs = list(zip(rounds, found[PLAIN], strict=True))
-        whole = median(a["seconds"] / b["seconds"] for a, b in pairs)
-        rest = median((a["seconds"] - a["interpreter"]) / (b["seconds"] - b["interpreter"]) for a, b in pairs)
-        seconds, inside = (median(one[name] for one in rounds) for name in ("seconds", "interpreter"))
-        lines.append(f"| {who} | {seconds:.2f} s | {inside:.2f} s | {whole:.2f} | {rest:.2f} |")
+        out[who] = {name: median(one[name] for one in rounds) for name in ("seconds", "interpreter")} | {
+            "times_plain": median(a["seconds"] / b["seconds"] for a, b in pairs),
+            "rest_times_plain": median(
+                (a["seconds"] - a["interpreter"]) / (b["seconds"] - b["interpreter"]) for a, b in pairs
+            ),
+        }
+    return out
+
+
+def table(medians: dict[str, dict[str, float]]) -> str:
+    """In Markdown."""
+    lines = ["| | whole | of it interpreted | whole / plain | the rest / plain's rest |", "|---|---|---|---|---|"]
+    for who, of in medians.items():
+        lines.append(
+            f"| {who} | {of['seconds']:.2f} s | {of['interpreter']:.2f} s | {of['times_plain']:.2f} "
+            f"| {of['rest_times_plain']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -74,9 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     found = measure(parser.parse_args().rounds)
-    machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-    RESULTS.write_text(json.dumps(machine | {"rounds": found}, indent=1) + "\n")
-    print(table(found))
+    results = {"environment": environment("cpu"), "medians": summary(found), "rounds": found}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results["medians"]))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,6 @@ _COMPILED = "torch.compile of log_softmax + gather"
 _FILTERED = "decode_step top-k 50, top-p 0.95", "B=64 V=151936"
 _WARPERS = "transformers' warpers + multinomial, no mixing"
 _GENERATE = "generate", "B={} new=32 V=32000 layers=4 d=512"
-_VLLM = "vLLM rollout", "B=8 new=16 V=4096 layers=4 d=512"
 _REWARDS = "group_advantages", "N=65536 groups of 8"
 
 
@@ -147,11 +146,11 @@ def claims() -> list[Claim]:
         ("| every row | {:.1f} s | {:.1f} | | {:.1f} |", *_real("whole table k=2", tiled)),
         ("lr 1e-5 | {:.2f} s | {:.0f} | | {:.1f} |",
          *_real("k=2 after a step of 1e-05", tiled, op="NeighborTable.refresh")),
-        ("records fetched,\ntake {:.1f} s; the engine without mixing {:.1f} s", seconds(*_VLLM),
-         seconds(*_VLLM, who="plain engine")),
-        ("is not asked to {:.1f} s", seconds(*_VLLM, who="mixing engine, plain requests")),
-        ("the ratios are {:.2f}\nand, of the two engines that can mix, {:.2f}", times("plain engine", *_VLLM),
-         times("mixing engine, plain requests", *_VLLM)),
+        ("records fetched,\ntake {:.2f} times the time without mixing ({:.2f} and {:.2f} s", overhead("ours", "times_plain"),
+         overhead("ours", "seconds"), overhead("plain engine", "seconds")),
+        ("is not asked to {:.2f} times", overhead("mixing engine, plain requests", "times_plain")),
+        ("{:.2f} and {:.2f} s of it are the interpreter's, and what is\nleft takes {:.2f} times", overhead("ours", "interpreter"),
+         overhead("plain engine", "interpreter"), overhead("ours", "rest_times_plain")),
         ("({:.3f}, {:.3f} and {:.3f} for 1, 16 and 64 rows", *(
             1 / float(_row("plain generate", _GENERATE[0], _GENERATE[1].format(b), "float32", EPYC)["best_times_ours"])
             for b in (1, 16, 64))),
@@ -172,6 +171,11 @@ def _real(shape: str, *who: str, op: str = "nearest_neighbors") -> tuple[float, 
         *(times(name, *case, "float32", XEON) for name in who),
         pairs(*case),
     )
+
+
+def overhead(who: str, name: str) -> float:
+    """A median of benchmarks/engine_overhead.py."""
+    return float(json.loads((RESULTS / "engine_overhead.json").read_text())["medians"][who][name])
 
 
 def largest_replay_error() -> float:
