@@ -15,7 +15,7 @@ from .ops.selective_log_softmax import selective_log_softmax
 from .record import MixRecord
 from .strategies import register_strategy
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 
 __all__ = [
     "ADVANTAGE_PRESETS",
