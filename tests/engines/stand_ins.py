@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -69,3 +71,17 @@ def pynccl_over_gloo(module: Any) -> None:
             self.gloo.broadcast([tensor], options).wait()
 
     module.PyNcclCommunicator = OverGloo
+
+
+def seeds_by_prompt(module: Any) -> None:
+    """The n-th request of a prompt gets the seed n, in the framework's module that has `AsyncLLM`."""
+    generate, asked = module.AsyncLLM.generate, collections.Counter()
+
+    @functools.wraps(generate)
+    def seeded(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = tuple(prompt["prompt_token_ids"])
+        sampling_params.seed = asked[tokens]
+        asked[tokens] += 1
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    module.AsyncLLM.generate = seeded

@@ -23,7 +23,6 @@ And what the tests look at:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import importlib.machinery
@@ -35,7 +34,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from stand_ins import after_import, pynccl_over_gloo, vllm_on_cpu
+from stand_ins import after_import, pynccl_over_gloo, seeds_by_prompt, vllm_on_cpu
 
 FLOAT32 = "OPENRLHF_FLOAT32" in os.environ
 os.environ["TRITON_INTERPRET"] = "1"
@@ -154,19 +153,6 @@ def _without_replay(module: Any) -> None:
     module.replaying = lambda actor, batches: contextlib.nullcontext()
 
 
-def _seeds(module: Any) -> None:
-    generate, asked = module.AsyncLLM.generate, collections.Counter()
-
-    @functools.wraps(generate)
-    def seeded(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = tuple(prompt["prompt_token_ids"])
-        sampling_params.seed = asked[tokens]
-        asked[tokens] += 1
-        return generate(self, prompt, sampling_params, *args, **kwargs)
-
-    module.AsyncLLM.generate = seeded
-
-
 def _dump(module: Any) -> None:
     number = itertools.count()
     for name in ("generate_samples", "generate_eval_samples"):
@@ -202,7 +188,7 @@ if FLOAT32:
 if "OPENRLHF_WITHOUT_REPLAY" in os.environ:
     AFTER_IMPORT["ngrpo_ops.integrations.openrlhf.workers"] = _without_replay
 if "OPENRLHF_SEEDS" in os.environ:
-    AFTER_IMPORT["vllm.v1.engine.async_llm"] = _seeds
+    AFTER_IMPORT["vllm.v1.engine.async_llm"] = seeds_by_prompt
 if "OPENRLHF_DUMP" in os.environ:
     AFTER_IMPORT["openrlhf.trainer.ppo_utils.samples_generator"] = _dump
 

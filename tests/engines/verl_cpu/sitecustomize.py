@@ -21,7 +21,6 @@ And what the tests look at:
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib.metadata
 import itertools
@@ -30,7 +29,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from stand_ins import after_import, vllm_on_cpu
+from stand_ins import after_import, seeds_by_prompt, vllm_on_cpu
 
 os.environ["TRITON_INTERPRET"] = "1"
 _version = importlib.metadata.version
@@ -138,19 +137,6 @@ def _without_replay(module: Any) -> None:
     module.BatchRecords.overlay = lambda self, input_ids: None
 
 
-def _seeds(module: Any) -> None:
-    generate, asked = module.AsyncLLM.generate, collections.Counter()
-
-    @functools.wraps(generate)
-    def seeded(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = tuple(prompt["prompt_token_ids"])
-        sampling_params.seed = asked[tokens]
-        asked[tokens] += 1
-        return generate(self, prompt, sampling_params, *args, **kwargs)
-
-    module.AsyncLLM.generate = seeded
-
-
 def _renamed(path: str) -> Callable[[Any], None]:
     def rename(module: Any) -> None:
         *parents, name = path.split(".")
@@ -174,7 +160,7 @@ if "VERL_DUMP" in os.environ:
 if "VERL_WITHOUT_REPLAY" in os.environ:
     AFTER_IMPORT["ngrpo_ops.integrations.verl.samples"] = _without_replay
 if "VERL_SEEDS" in os.environ:
-    AFTER_IMPORT["vllm.v1.engine.async_llm"] = _seeds
+    AFTER_IMPORT["vllm.v1.engine.async_llm"] = seeds_by_prompt
 if "VERL_RENAMED" in os.environ:
     _module, _, _path = os.environ["VERL_RENAMED"].partition(":")
     AFTER_IMPORT[_module] = _renamed(_path)
