@@ -28,7 +28,8 @@ class Trainer(NGRPOTrainer):
 
 
 def make(model: str, out: Path, steps: int) -> Trainer:
-    texts = [" ".join(f"w{3 + (7 * i + j) % 60}" for j in range(2 + i % 4)) for i in range(16)]
+    # More prompts than steps: past its first epoch TRL takes up the first one's order again when it resumes (docs/trl.md).
+    texts = [" ".join(f"w{3 + (7 * i + j) % 60}" for j in range(2 + i % 4)) for i in range(64)]
     settings = NGRPOConfig(
         str(out), use_cpu=True, bf16=False, report_to="none", num_generations=4, per_device_train_batch_size=4,
         max_completion_length=8, learning_rate=1e-3, logging_steps=1, save_strategy="steps", save_steps=1,

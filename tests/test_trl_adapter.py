@@ -498,6 +498,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         assert torch.equal(a, b), key
 
 
+def test_a_stock_run_that_resumes_in_a_later_epoch_takes_the_first_one_s_order(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/trl.md says of TRL. When this fails, TRL has mended it, and a resume is exact in every epoch."""
+    order: list[str] = []
+    generate = GRPOTrainer._generate_and_score_completions
+
+    def keep(self: Any, inputs: list[dict]) -> Any:
+        order.append(inputs[0]["prompt"])
+        return generate(self, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", keep)
+    settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 17, "max_steps": 20}
+    settings |= {"max_completion_length": 1, "trainer": GRPOTrainer, "config": GRPOConfig}
+    train.make(**settings).train()  # 16 prompts: an epoch is 16 steps
+    whole, order[:] = list(order), []
+    train.make(**settings).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-17"))
+    assert len(order) == 3 and order != whole[17:20] and order == whole[1:4]
+
+
 # Refused ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """A run that is killed, at random moments and while it saves, ends as the run that is not.
 
-KILLS=10 in the environment kills it ten times; each start takes some ten seconds.
+KILLS=10 in the environment kills it ten times; each start takes some ten seconds. All steps are within an epoch.
 """
 
 from __future__ import annotations
