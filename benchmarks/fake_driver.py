@@ -57,12 +57,16 @@ class _Driver:
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Every operation launches its kernels, which must not be interpreted, on a GPU that is not there."""
+    """Every operation launches its kernels, which must not be interpreted, on a GPU that is not there.
+
+    As on a GPU, no check looks at a tensor's values.
+    """
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
         for name, module in list(sys.modules.items()):
-            if name.startswith("ngrpo_ops.ops.") and hasattr(module, "choose_backend"):
-                stack.enter_context(mock.patch.object(module, "choose_backend", lambda *arguments: "triton"))
+            for function, there in (("choose_backend", "triton"), ("values_are_readable", False)):
+                if name.startswith("ngrpo_ops.ops.") and hasattr(module, function):
+                    stack.enter_context(mock.patch.object(module, function, lambda *arguments, there=there: there))
         yield
 
 

@@ -38,10 +38,12 @@ from .primitives import (
     LEAST_UNIT,
     LN_2,
     LOG2_E,
+    ceil_div,
     exponentials,
     launch,
     launcher,
     merged,
+    next_power_of_2,
     random_words,
     scale,
     widen,
@@ -646,7 +648,7 @@ class _Partials:
         kernel = decode_partials_kernel
         config = configs.pinned(kernel.__name__, v, interpreted=primitives.interpreted(kernel))
         self.split: int = config.kwargs["BLOCK_V"]
-        self.splits, self.best = triton.cdiv(v, self.split), best
+        self.splits, self.best = ceil_div(v, self.split), best
         floats = primitives.aligned_rows(2 + best, rows * self.splits, logits.device)
         self.mass, self.moment, self.values = floats[0], floats[1], floats[2:]
         self.ids = torch.empty(rows * self.splits * best, dtype=torch.int32, device=logits.device)
@@ -671,7 +673,7 @@ class _Partials:
     def piece_arguments(self) -> dict[str, Any]:
         return {
             "best_values": self.values, "mass": self.mass, "BEST": self.best,
-            "BLOCK_S": triton.next_power_of_2(self.splits), "SPLIT": self.split,
+            "BLOCK_S": next_power_of_2(self.splits), "SPLIT": self.split,
         }  # fmt: skip
 
 
@@ -704,11 +706,11 @@ def _filter(logits: Tensor, settings: Any, partials: _Partials) -> dict[str, Any
 
 
 def _counter_arguments(settings: Any) -> dict[str, Any]:
-    seed, step, row_ids = settings.seed, settings.step, settings.row_ids
+    seed, step, row_ids = _number(settings.seed), _number(settings.step), settings.row_ids
     return {
-        "seed": _number(seed), "step": _number(step), "stride_s": step.stride(0) if step.dim() else 0,
+        "seed": seed, "step": step, "stride_s": settings.step.stride(0) if settings.step.dim() else 0,
         "row_ids": None if row_ids is None else row_ids.contiguous(), "HAS_ROWS": row_ids is not None,
-        "SEED_TENSOR": _per_row(_number(seed)), "STEP_TENSOR": _per_row(_number(step)),
+        "SEED_TENSOR": _per_row(seed), "STEP_TENSOR": _per_row(step),
     }  # fmt: skip
 
 
@@ -768,7 +770,7 @@ def _choose(logits: Tensor, embedding: Tensor | None, settings: Any, outputs: di
         stride_k=0 if neighbors is None else neighbors.stride(1), mixing_temperature=1.0 if tau is None else tau,
         moi_beta=option if strategy == "moi" else 0.0, noise_scale=option if strategy == "gaussian" else 0.0,
         draws=draws, best_ids=partials.ids, moment=partials.moment, ids_out=ids, weights_out=weights,
-        entropies=entropy, faults=fault, K=k, BLOCK_K=triton.next_power_of_2(k), NEIGHBOR=neighbors is not None,
+        entropies=entropy, faults=fault, K=k, BLOCK_K=next_power_of_2(k), NEIGHBOR=neighbors is not None,
         GUMBEL=strategy == "gumbel", GAUSSIAN=strategy == "gaussian" and embedding is not None, MOI=strategy == "moi",
         MULTIPLEX=strategy == "multiplex", RELEASED=settings.variant == "released",
         HAS_MIXING_TEMPERATURE=tau is not None,

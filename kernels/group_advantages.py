@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import inverse_of_power, launch, launcher, power_of_two, widen
+from .primitives import ceil_div, inverse_of_power, launch, launcher, power_of_two, widen
 
 # The constants of the kernels for the values of the settings.
 _BASELINES = {"mean": 0, "leave_one_out": 1, "none": 2}
@@ -230,7 +230,7 @@ def _launch(kernel: Any, rewards: Tensor, settings: Any, **others: Any) -> None:
     n, columns = rewards.shape
     groups = settings.num_groups(n)
     launch(
-        kernel, lambda meta: (triton.cdiv(groups, meta["BLOCK_G"]), columns),
+        kernel, lambda meta: (ceil_div(groups, meta["BLOCK_G"]), columns),
         width=settings.group_size if settings.offsets is None else _RAGGED_WIDTH,
         int64_for=(rewards, others.get("grad"), others["out"]),
         rewards=rewards, weights=settings.weights, order=settings.order, offsets=settings.offsets, groups=groups,

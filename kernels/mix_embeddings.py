@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, launcher, widen
+from .primitives import ceil_div, launch, launcher, next_power_of_2, widen
 
 SEGMENT = 32
 _UNDER_WAY = tl.constexpr(4)  # entries of a row that are loaded at once
@@ -242,7 +242,7 @@ def forward(embedding: Tensor, ids: Tensor, weights: Tensor, padding_id: int | N
     if n:
         launch(
             mix_forward_kernel,
-            lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(d, meta["BLOCK_D"])),
+            lambda meta: (ceil_div(n, meta["BLOCK_N"]), ceil_div(d, meta["BLOCK_D"])),
             width=d, int64_for=(embedding, out, ids),
             embedding=embedding, ids=ids, weights=weights, out=out, n=n, d=d, v=v,
             stride_v=embedding.stride(0), stride_d=embedding.stride(1), padding_id=_padding(padding_id), K=k,
@@ -258,12 +258,12 @@ def grad_weights(grad: Tensor, embedding: Tensor, ids: Tensor, weights: Tensor, 
     if n:
         launch(
             mix_grad_weights_kernel,
-            lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),),
+            lambda meta: (ceil_div(n, meta["BLOCK_N"]),),
             width=d, int64_for=(embedding, grad, ids),
             grad=grad, embedding=embedding, ids=ids, out=out, n=n, d=d, v=v,
             stride_n=grad.stride(0), stride_g=grad.stride(1), stride_v=embedding.stride(0),
             stride_d=embedding.stride(1), padding_id=_padding(padding_id), K=k,
-            BLOCK_C=min(4, triton.next_power_of_2(k)),
+            BLOCK_C=min(4, next_power_of_2(k)),
         )  # fmt: skip
     return out
 
@@ -280,7 +280,7 @@ def grad_embedding(
         total = torch.zeros(v, d, dtype=torch.float32, device=embedding.device)
         launch(
             mix_grad_atomic_kernel,
-            lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(d, meta["BLOCK_D"])),
+            lambda meta: (ceil_div(n, meta["BLOCK_N"]), ceil_div(d, meta["BLOCK_D"])),
             width=d, int64_for=(total, grad, ids),
             grad=grad, ids=ids, weights=weights, out=total, n=n, d=d, v=v,
             stride_n=grad.stride(0), stride_g=grad.stride(1), padding_id=_padding(padding_id), K=k,
@@ -289,13 +289,13 @@ def grad_embedding(
     m, device = n * k, ids.device
     keys = torch.empty(m, dtype=torch.int32, device=device)
     launch(
-        mix_keys_kernel, lambda meta: (triton.cdiv(m, meta["BLOCK_M"]),), width=m, int64_for=(ids,),
+        mix_keys_kernel, lambda meta: (ceil_div(m, meta["BLOCK_M"]),), width=m, int64_for=(ids,),
         ids=ids, keys=keys, m=m, v=v, padding_id=_padding(padding_id),
     )  # fmt: skip
     sorted_ids, order = keys.sort(stable=True)
     offsets = torch.empty(v + 1, dtype=torch.int32 if m < 2**31 else torch.int64, device=device)
     launch(
-        mix_offsets_kernel, lambda meta: (triton.cdiv(v + 1, meta["BLOCK_V"]),), width=v, int64_for=(ids,),
+        mix_offsets_kernel, lambda meta: (ceil_div(v + 1, meta["BLOCK_V"]),), width=v, int64_for=(ids,),
         sorted_ids=sorted_ids, offsets=offsets, m=m, v=v, halvings=m.bit_length(),
     )  # fmt: skip
     out = torch.empty(v, d, dtype=embedding.dtype, device=embedding.device)
@@ -303,21 +303,21 @@ def grad_embedding(
               "stride_n": grad.stride(0), "stride_g": grad.stride(1)}  # fmt: skip
     launch(
         mix_grad_embedding_kernel,
-        lambda meta: (triton.cdiv(v, meta["BLOCK_V"]), triton.cdiv(d, meta["BLOCK_D"])),
+        lambda meta: (ceil_div(v, meta["BLOCK_V"]), ceil_div(d, meta["BLOCK_D"])),
         width=d, int64_for=(out, grad, ids), order=order, offsets=offsets, out=out, **common,
     )  # fmt: skip
     if m > SEGMENT:
-        tiles = triton.cdiv(m, SEGMENT)
+        tiles = ceil_div(m, SEGMENT)
         partial = torch.empty(tiles, 2, d, dtype=torch.float32, device=grad.device)
         launch(
             mix_grad_long_segments_kernel,
-            lambda meta: (tiles, triton.cdiv(d, meta["BLOCK_D"])),
+            lambda meta: (tiles, ceil_div(d, meta["BLOCK_D"])),
             width=d, int64_for=(partial, grad, ids),
             sorted_ids=sorted_ids, order=order, offsets=offsets, partial=partial, m=m, **common,
         )  # fmt: skip
         launch(
             mix_grad_merge_kernel,
-            lambda meta: (tiles, triton.cdiv(d, meta["BLOCK_D"])),
+            lambda meta: (tiles, ceil_div(d, meta["BLOCK_D"])),
             width=d, int64_for=(partial, out),
             sorted_ids=sorted_ids, offsets=offsets, partial=partial, out=out, m=m, d=d, v=v, SEGMENT=SEGMENT,
         )  # fmt: skip

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, primitives
-from .primitives import launch, launcher, widen
+from .primitives import ceil_div, launch, launcher, next_power_of_2, widen
 
 STEP = 64  # columns multiplied at once; the width of prepared rows is a multiple of it
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -284,7 +284,7 @@ def _operands(x: Tensor, y: Tensor, metric: str, kernel: Any) -> dict[str, Any]:
     return {
         "width": width,
         "x": x, "y": y, "q": x.shape[0], "c": y.shape[0], "d": x.shape[1], "x_m": x.stride(0), "y_n": y.stride(0),
-        "n_m": triton.cdiv(x.shape[0], blocks["BLOCK_M"]), "n_n": triton.cdiv(y.shape[0], blocks["BLOCK_N"]),
+        "n_m": ceil_div(x.shape[0], blocks["BLOCK_M"]), "n_n": ceil_div(y.shape[0], blocks["BLOCK_N"]),
         "L1": metric == "l1", "UPCAST": primitives.interpreted(kernel),
     }  # fmt: skip
 
@@ -438,10 +438,10 @@ def keep_best(
         rounding, underflow: with which the rows were prepared.
     """
     n, capacity = pairs.columns.shape
-    width = triton.next_power_of_2(capacity)
+    width = next_power_of_2(capacity)
     if n:
         launch(
-            keep_best_kernel, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),), width=width, int64_for=(pairs.scores,),
+            keep_best_kernel, lambda meta: (ceil_div(n, meta["BLOCK_N"]),), width=width, int64_for=(pairs.scores,),
             **pairs._asdict(), thresholds=thresholds, kth=kth, is_far=is_far, x_norms=x_norms, x_roundoffs=x_roundoffs,
             y_norms=y_norms, y_roundoffs=y_roundoffs, n=n, capacity=capacity, k=k, kept=kept, rounding=rounding,
             underflow=underflow, METRIC=metric, EXTRA=kept > k, CAPACITY=width,
@@ -465,7 +465,7 @@ def pair_scores(
     out = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     if out.numel():
         launch(
-            pair_scores_kernel, lambda meta: (triton.cdiv(out.numel(), meta["BLOCK_P"]),),
+            pair_scores_kernel, lambda meta: (ceil_div(out.numel(), meta["BLOCK_P"]),),
             width=x.shape[1], int64_for=(x, y),
             x=x, y=y, x_scales=x_scales, y_scales=y_scales, rows=rows, columns=columns, out=out, pairs=out.numel(),
             d=x.shape[1], x_m=x.stride(0), x_d=x.stride(1), y_n=y.stride(0), y_d=y.stride(1), METRIC=metric,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import primitives
 from .nearest_neighbors_rows import load_rows, to_bfloat16
-from .primitives import launch, launcher, widen
+from .primitives import ceil_div, launch, launcher, widen
 
 ORDINARY, NOT_FINITE, EXTREME = (tl.constexpr(state) for state in range(3))
 _LEAST_SQUARE, _MOST_SQUARE = tl.constexpr(1e-24), tl.constexpr(1e36)
@@ -105,7 +105,7 @@ def score_few(
     states = torch.empty(n, dtype=torch.int32, device=y.device)
     if n and q:
         launch(
-            score_few_kernel, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),), width=q, int64_for=(y, upper),
+            score_few_kernel, lambda meta: (ceil_div(n, meta["BLOCK_N"]),), width=q, int64_for=(y, upper),
             x=x, x_norms=x_norms, x_roundoffs=x_roundoffs, y=y, upper=upper, norms=norms, roundoffs=roundoffs,
             states=states, q=q, n=n, d=d, rounding=rounding, underflow=underflow, x_m=x.stride(0), y_n=y.stride(0),
             y_d=y.stride(1), METRIC=metric, UPCAST=primitives.interpreted(score_few_kernel),

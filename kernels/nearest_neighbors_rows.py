@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .nearest_neighbors import STEP
-from .primitives import inverse_of_power, launch, launcher, power_of_two, widen
+from .primitives import ceil_div, inverse_of_power, launch, launcher, power_of_two, widen
 
 ZERO_NORM = tl.constexpr(1e-30)  # a row with a smaller norm counts as a zero row for cosine
 EXTRA_COLUMNS = {"cosine": 2, "dot": 3, "l2": 8}
@@ -224,7 +224,7 @@ def row_statistics(x: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tens
     finite = torch.empty(n, dtype=torch.bool, device=x.device)
     if n:
         launch(
-            row_statistics_kernel, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),), width=d, int64_for=(x,),
+            row_statistics_kernel, lambda meta: (ceil_div(n, meta["BLOCK_N"]),), width=d, int64_for=(x,),
             x=x, norms=norms, inverse_norms=inverse_norms, roundoffs=roundoffs, finite=finite, n=n, d=d,
             x_m=x.stride(0), x_d=x.stride(1), METRIC=metric,
         )  # fmt: skip
@@ -260,11 +260,11 @@ def prepare_rows(
     first, stop, _ = (rows if isinstance(rows, slice) else slice(None)).indices(x.shape[0])
     n = rows.shape[0] if isinstance(rows, Tensor) else max(0, stop - first)
     d = x.shape[1]
-    w = triton.cdiv(d + EXTRA_COLUMNS[metric], STEP) * STEP
+    w = ceil_div(d + EXTRA_COLUMNS[metric], STEP) * STEP
     out = torch.empty(n, w, dtype=torch.bfloat16, device=x.device)
     if n:
         launch(
-            prepare_rows_kernel, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),), width=d, int64_for=(x, out),
+            prepare_rows_kernel, lambda meta: (ceil_div(n, meta["BLOCK_N"]),), width=d, int64_for=(x, out),
             x=x, rows=rows if isinstance(rows, Tensor) else None, norms=norms, inverse_norms=inverse_norms,
             roundoffs=roundoffs, out=out, n=n, d=d, w=w, first=first, rounding=rounding, underflow=underflow,
             x_m=x.stride(0), x_d=x.stride(1), METRIC=metric, QUERIES=queries, TAIL=_TAIL,
@@ -290,7 +290,7 @@ def row_movements(
     out = torch.empty(n, dtype=torch.float32, device=new.device)
     if n:
         launch(
-            row_movements_kernel, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),), width=d, int64_for=(old, new),
+            row_movements_kernel, lambda meta: (ceil_div(n, meta["BLOCK_N"]),), width=d, int64_for=(old, new),
             old=old, old_inverse=old_inverse_norms, new=new, new_inverse=new_inverse_norms, out=out, n=n, d=d,
             old_m=old.stride(0), old_d=old.stride(1), new_m=new.stride(0), new_d=new.stride(1), METRIC=metric,
         )  # fmt: skip

@@ -96,11 +96,25 @@ def random_words(seed, step, row_id, stream):
 def needs_int64(*tensors: Tensor | None) -> bool:
     """Whether an element of one of the tensors lies 2^31 elements or more from its first. Reads shapes and strides
     only, so it works on meta tensors too."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
-        for x in tensors
-        if x is not None and x.numel() and not (x.is_contiguous() and x.numel() <= 2**31)
-    )
+    for x in tensors:
+        if x is None or not (count := x.numel()) or (count <= 2**31 and x.is_contiguous()):
+            continue
+        if sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31:
+            return True
+    return False
+
+
+# triton's own cdiv and next_power_of_2 are for kernels too, which costs them some five microseconds a call.
+
+
+def ceil_div(x: int, y: int) -> int:
+    """How many pieces of `y` cover `x`."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of 2 that is at least `x`, which is at least 1."""
+    return 1 << (x - 1).bit_length()
 
 
 # Of every launch. Products and sums are contracted where the code does not forbid it by `tl.fma`: the default differs
@@ -111,7 +125,7 @@ OPTIONS = {"enable_fp_fusion": True}
 def aligned_rows(rows: int, width: int, device: torch.device) -> Tensor:
     """float32 [rows, width], or a few columns more, so that every row begins at a multiple of 16 bytes: a kernel is
     compiled anew for pointers that do not."""
-    return torch.empty(rows, triton.cdiv(width, 4) * 4, dtype=torch.float32, device=device)
+    return torch.empty(rows, ceil_div(width, 4) * 4, dtype=torch.float32, device=device)
 
 
 class Launch(NamedTuple):
@@ -234,7 +248,12 @@ class _Bound:
         one, two, three = (*grid(arguments), 1, 1)[:3]
         signature = (
             id(config), driver.active.get_current_device(), self.constants(arguments),
-            tuple(map(_kind, self.values(arguments))),
+            tuple([
+                _integer_kind(value) if (kind := type(value)) is int
+                else kind if kind in _ALL_ALIKE
+                else (value.dtype, value.data_ptr() & 15 == 0)
+                for value in self.values(arguments)
+            ]),
         )  # fmt: skip
         if (found := self.compiled.get(signature)) is not None:
             found[0][one, two, three](*self.in_order(arguments))
@@ -252,13 +271,14 @@ def _getter(names: list[str]) -> Callable[[dict[str, Any]], Any]:
     return operator.itemgetter(*names) if names else lambda arguments: ()
 
 
-def _kind(value: Any) -> Any:
-    """What triton compiles a value that is no constant for, or finer."""
-    if isinstance(value, Tensor):
-        return value.dtype, not value.data_ptr() & 15
-    if type(value) is int:
-        return value == 1, not value & 15, -(2**31) <= value < 2**31, value < 2**63
-    return type(value)
+# Of these triton compiles one form. To ask whether they are tensors takes longer than all else.
+_ALL_ALIKE = frozenset((float, bool, type(None)))
+
+
+def _integer_kind(value: int) -> int:
+    """What triton compiles an integer that is no constant for."""
+    width = 0 if -(2**31) <= value < 2**31 else 8 if value < 2**63 else 16
+    return width | 4 | (value & 15 == 0) << 1 | (value == 1)
 
 
 def _autotune() -> bool:

@@ -20,7 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .primitives import LN_2, aligned_rows, exponentials, interpreted, launch, launcher, merged, scale, widen
+from .primitives import (
+    LN_2,
+    aligned_rows,
+    ceil_div,
+    exponentials,
+    interpreted,
+    launch,
+    launcher,
+    merged,
+    next_power_of_2,
+    scale,
+    widen,
+)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -116,7 +128,7 @@ def forward(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> t
     normalizer = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     kernel = selective_log_softmax_partials_kernel
     config = configs.pinned(kernel.__name__, v, interpreted=interpreted(kernel))
-    splits = triton.cdiv(v, config.kwargs["BLOCK_V"])
+    splits = ceil_div(v, config.kwargs["BLOCK_V"])
     pieces = aligned_rows(3, n * splits, logits.device)
     of_temperature = _of_temperature(temperature)
     common: dict[str, Any] = {
@@ -129,8 +141,8 @@ def forward(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> t
     launch(
         selective_log_softmax_forward_kernel, lambda meta: (n,), width=v, int64_for=(logits, ids), **common, ids=ids,
         logprobs=logprobs, entropies=entropies, normalizer=normalizer, n=n, inverse=inverse,
-        residual=1.0 / temperature - inverse, K=k, BLOCK_K=triton.next_power_of_2(k),
-        BLOCK_S=triton.next_power_of_2(splits),
+        residual=1.0 / temperature - inverse, K=k, BLOCK_K=next_power_of_2(k),
+        BLOCK_S=next_power_of_2(splits),
     )  # fmt: skip
     return logprobs, entropies, normalizer
 
@@ -144,11 +156,11 @@ def backward(
     (b, t, v), (n, k) = logits.shape, ids.shape
     out = logits if in_place else torch.empty(b, t, v, dtype=logits.dtype, device=logits.device)
     launch(
-        selective_log_softmax_backward_kernel, lambda meta: (n, triton.cdiv(v, meta["BLOCK_V"])),
+        selective_log_softmax_backward_kernel, lambda meta: (n, ceil_div(v, meta["BLOCK_V"])),
         width=v, int64_for=(logits, out, ids), tunable=not in_place,
         grad=grad, grad_entropy=grad_entropy, logits=logits, ids=ids, entropy=entropy, normalizer=normalizer,
         out=out, n=n, t=t, v=v, stride_b=logits.stride(0), stride_t=logits.stride(1), stride_v=logits.stride(2),
         out_b=out.stride(0), out_t=out.stride(1), out_v=out.stride(2), **_of_temperature(temperature),
-        K=k, BLOCK_K=triton.next_power_of_2(k), ENTROPY=entropy.numel() > 0,
+        K=k, BLOCK_K=next_power_of_2(k), ENTROPY=entropy.numel() > 0,
     )  # fmt: skip
     return out

@@ -28,7 +28,7 @@ class Trainer(NGRPOTrainer):
 
 
 def make(model: str, out: Path, steps: int) -> Trainer:
-    # More prompts than steps: past its first epoch TRL takes up the first one's order again when it resumes (docs/trl.md).
+    # More prompts than steps: in a later epoch TRL resumes with the order of the first one (docs/trl.md).
     texts = [" ".join(f"w{3 + (7 * i + j) % 60}" for j in range(2 + i % 4)) for i in range(64)]
     settings = NGRPOConfig(
         str(out), use_cpu=True, bf16=False, report_to="none", num_generations=4, per_device_train_batch_size=4,

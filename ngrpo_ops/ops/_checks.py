@@ -66,6 +66,11 @@ def require_floating(tensor: Any, name: str) -> None:
         raise TypeError(f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}")
 
 
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at a tensor's values: nothing waits for a device then, and nothing is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def require_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(tensor.shape)}")

@@ -25,6 +25,7 @@ from .._checks import (
     require_same_device,
     require_shape,
     require_tensor,
+    values_are_readable,
 )
 
 MAX_KERNEL_K = 32
@@ -211,7 +212,7 @@ def _by_row(
         require_floating(value, name)
         require_shape(value, (logits.shape[0],), name, "[B]")
         require_same_device(name, value, "logits", logits)
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if not values_are_readable(value):
             return value
         low, high = (float(x) for x in value.aminmax())
     else:
@@ -233,7 +234,7 @@ def _temperature(value: float | Tensor, logits: Tensor) -> Tensor:
     tiny = None
     if not isinstance(value, Tensor):
         tiny = value if 0 < value < LEAST_POSITIVE else None
-    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif values_are_readable(value):
         found = value[(value > 0) & (value < LEAST_POSITIVE)]
         tiny = float(found[0]) if len(found) else None
     if tiny is not None:

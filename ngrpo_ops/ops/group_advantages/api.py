@@ -25,6 +25,7 @@ from .._checks import (
     require_same_device,
     require_shape,
     require_tensor,
+    values_are_readable,
 )
 from .._library import choose_backend
 from .._precision import compute_dtype
@@ -192,7 +193,7 @@ def _require_companions(
         require_same_device("reward_weights", reward_weights, "rewards", rewards)
     if lengths is not None:
         require_ids(lengths, "lengths")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+        if values_are_readable(lengths) and bool((lengths < 0).any()):
             raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
         require_shape(lengths, (rows,), "lengths", "[N]")
         require_same_device("lengths", lengths, "rewards", rewards)
