@@ -26,7 +26,7 @@ class Versions(NamedTuple):
 VERSIONS = {
     "transformers": Versions("5.17", None, ("5.17", "5.19", "5.23")),
     "trl": Versions("1.9.2", "1.16", ("1.9.2", "1.16")),
-    "vllm": Versions("0.29", "0.33", ("0.29", "0.32")),
+    "vllm": Versions("0.29", "0.33", ("0.29", "0.31", "0.32")),
     "openrlhf": Versions("0.11.2", "0.11.2", ("0.11.2",)),
     "verl": Versions("0.9.1", "0.9.1", ("0.9.1",)),
 }
@@ -68,7 +68,7 @@ def tested(framework: str) -> str:
     Examples:
         >>> from ngrpo_ops.versions import tested
         >>> tested("vllm")
-        '0.29, 0.32'
+        '0.29, 0.31, 0.32'
     """
     return ", ".join(VERSIONS[framework].tested)
 
