@@ -134,7 +134,7 @@ def claims() -> list[Claim]:
         ("with backward, float32 / bfloat16 | {:.1f} / {:.1f} ms | log_softmax + gather | {:.2f} / {:.2f} | TRL's {:.1f} / {:.1f} |",
          *_both(ms, _BACKWARD, _SOFTMAX), *_peers(_BACKWARD, _SOFTMAX, _GATHER, _GATHER),
          *_peers(_BACKWARD, _SOFTMAX, _TRL, _TRL)),
-        ("groups of 8, before 0.9 | {:.2f} ms | `torch.compile` of TRL's formula | {:.2f} | TRL's {:.1f}; OpenRLHF's {:.1f} |",
+        ("groups of 8, measured before 0.9 | {:.2f} ms | `torch.compile` of TRL's formula | {:.2f} | TRL's {:.1f}; OpenRLHF's {:.1f} |",
          ms(*_REWARDS), *(times(who, *_REWARDS) for who in
                           ("torch.compile of TRL's formula", "TRL's formula", "OpenRLHF's group_norm"))),
         ("the same by label | {:.1f} ms | verl's loop | {:.0f} |",

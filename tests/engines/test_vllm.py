@@ -669,3 +669,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names["llm"].llm_engine.engine_core.shutdown()
     record = names["record"]
     assert len(record) == 2 and record.length <= 32 and record.gate.any()
+    width = names["width"]
+    logprobs = names["logits"][:, width - 1 : -1].log_softmax(-1).gather(-1, names["ids"][:, width:, None])[..., 0]
+    live = names["mask"][:, width:].bool()
+    assert float((logprobs - record.logprobs)[live].abs().max()) < 1e-4  # the page's replay
