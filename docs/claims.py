@@ -160,8 +160,17 @@ def claims() -> list[Claim]:
     return [
         *(Claim(_PAGE, text, tuple(figures)) for text, *figures in found),
         *(Claim(page, rollout, shown_rollout()) for page in ("README.md", "docs/rollouts.md")),
+        Claim(_PAGE, "lower than GRPO's\n  by {} [{}, {}]", pass1_of_the_replication()),
         Claim("docs/metrics.md", "1e-6 to {} in float32", (f"{error:.0e}".replace("e-0", "e-"),)),
     ]
+
+
+def pass1_of_the_replication() -> tuple[str, ...]:
+    """By how much N-GRPO's pass@1 is below GRPO's on "equation": the estimate, and the ends of its interval."""
+    section = (ROOT / "docs/study/replication/report.md").read_text().partition("\n## equation\n")[2]
+    found = re.search(r"^\| N-GRPO \| 12 \| -(0\.\d+) \[-(0\.\d+), -(0\.\d+)\]", section, flags=re.M)
+    assert found is not None
+    return found[1], found[3], found[2]
 
 
 def _real(shape: str, *who: str, op: str = "nearest_neighbors") -> tuple[float, ...]:
