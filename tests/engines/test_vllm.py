@@ -563,7 +563,7 @@ def test_an_engine_without_the_plugin_is_noticed(engine: Any, monkeypatch: pytes
     with pytest.raises(ValueError, match="cannot mix"):
         adapter.require_mixing(engine())
     monkeypatch.delattr(WorkerBase, "take_mix_records")
-    with pytest.raises(ValueError, match="VLLM_PLUGINS.*`python -m ngrpo_ops env`"):
+    with pytest.raises(ValueError, match=r"VLLM_PLUGINS.*`python -m ngrpo_ops env`"):
         adapter.require_mixing(engine(MixingConfig()))
 
 
