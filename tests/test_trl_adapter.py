@@ -546,6 +546,22 @@ def test_settings_under_which_nothing_would_mix_are_refused(train: Any, settings
         train.make(**settings)
 
 
+def test_a_loss_of_liger_s_is_refused(train: Any, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It scores by a forward of its own, past `_compute_loss`. TRL 1.9.2 has one, TRL 1.16 none."""
+    bare = NGRPOConfig("out", use_cpu=True, bf16=False, use_liger_kernel=True)
+    given = {"model": checkpoint}
+    monkeypatch.delattr(GRPOTrainer, "compute_liger_loss", raising=False)
+    checks.refuse_settings(bare, given)
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", lambda self, model, inputs: None, raising=False)
+    with pytest.raises(
+        ValueError, match=r"^use_liger_kernel=True is not supported by NGRPOTrainer: TRL \S+ scores in Liger's own loss"
+    ):
+        checks.refuse_settings(bare, given)
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        train.make(use_liger_kernel=True)
+    checks.refuse_settings(NGRPOConfig("out", use_cpu=True, bf16=False), given)
+
+
 def test_models_that_cannot_be_replayed_are_refused(train: Any) -> None:
     for family in ("gpt2", "xglm"):
         with pytest.raises(ValueError, match="absolute positions"):

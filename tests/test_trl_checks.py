@@ -63,6 +63,14 @@ def test_rate_zero_takes_what_the_stock_trainer_takes(train: Any, settings: dict
     assert not [hook for hook in hooks if hook.__module__.startswith("ngrpo_ops")]
 
 
+def test_a_rate_that_draws_no_step_trains_as_rate_zero(train: Any) -> None:  # noqa: F811
+    """By our path, records and replays included: the baseline that docs/trl.md has for LoRA with a server."""
+    plain, ours = train(steps=2, mixing_rate=0.0), train(steps=2, mixing_rate=1e-9)
+    assert logged(ours, "mix/gated_share") == [0.0, 0.0] and max(logged(ours, "mix/replay_error")) < 1e-5
+    for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_rate_zero_leaves_a_replaced_generate_alone(train: Any) -> None:  # noqa: F811
     trainer = train(steps=1, mixing_rate=0.0, model=own_generate(tiny_model()))
     assert len(logged(trainer, "loss")) == 1

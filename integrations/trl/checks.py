@@ -79,6 +79,12 @@ def refuse_settings(args: NGRPOConfig, given: Mapping[str, Any]) -> None:
                 args.neftune_noise_alpha,
                 "its noise on the embeddings is drawn anew in every training forward, so no rollout could be replayed",
             ),
+            Refusal(
+                "use_liger_kernel=True",
+                args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"),
+                f"TRL {trl.__version__} scores in Liger's own loss then, past every replay; TRL 1.16 applies Liger to "
+                "the model's layers alone",
+            ),
             *_unscored(args),
             Refusal("rollout_func", given.get("rollout_func"), "a rollout of your own is not mixed"),
             Refusal("tools", given.get("tools"), f"a tool's {_LATER_TURN}"),

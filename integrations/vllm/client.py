@@ -16,6 +16,8 @@ from .records import unpack
 
 TAKE = "take_mix_records"  # the workers' method that `collective_rpc` calls
 
+_REMEDY = "`python -m ngrpo_ops env` says it there, and `pip install .` in a checkout of ngrpo_ops brings the plugin."
+
 
 def engine_kwargs(config: MixingConfig) -> dict[str, Any]:
     """Keyword arguments of `LLM` or `EngineArgs` for an engine that can mix.
@@ -123,7 +125,7 @@ async def fetch_records(engine: Any, row_ids: Sequence[int], lengths: Sequence[i
         raise RuntimeError(
             f"the engine has no record of a mixed sample ({error}). If it does not know {call[0]!r}, the plugin "
             "'ngrpo_ops' was not loaded in its process: is ngrpo-ops installed on every node, and is it among "
-            "VLLM_PLUGINS where that is set?"
+            f"VLLM_PLUGINS where that is set? {_REMEDY}"
         ) from error
     return read_records(replies)
 
@@ -151,7 +153,7 @@ def require_mixing(llm: Any) -> None:
     except (NotImplementedError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the engine cannot mix, the plugin 'ngrpo_ops' was not loaded in it ({error}): is ngrpo-ops installed, "
-            "and is it among VLLM_PLUGINS where that is set?"
+            f"and is it among VLLM_PLUGINS where that is set? {_REMEDY}"
         ) from error
 
 

@@ -563,7 +563,7 @@ def test_an_engine_without_the_plugin_is_noticed(engine: Any, monkeypatch: pytes
     with pytest.raises(ValueError, match="cannot mix"):
         adapter.require_mixing(engine())
     monkeypatch.delattr(WorkerBase, "take_mix_records")
-    with pytest.raises(ValueError, match="VLLM_PLUGINS"):
+    with pytest.raises(ValueError, match=r"VLLM_PLUGINS.*`python -m ngrpo_ops env`"):
         adapter.require_mixing(engine(MixingConfig()))
 
 
@@ -669,3 +669,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names["llm"].llm_engine.engine_core.shutdown()
     record = names["record"]
     assert len(record) == 2 and record.length <= 32 and record.gate.any()
+    width = names["width"]
+    logprobs = names["logits"][:, width - 1 : -1].log_softmax(-1).gather(-1, names["ids"][:, width:, None])[..., 0]
+    live = names["mask"][:, width:].bool()
+    assert float((logprobs.detach() - record.logprobs)[live].abs().max()) < 1e-4  # the page's replay
