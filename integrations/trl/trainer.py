@@ -258,7 +258,18 @@ class NGRPOTrainer(GRPOTrainer):
             self._log_replay_error(result[0], record, attention_mask[:, -logits_to_keep:])
         return result
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._scored = False
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self._scored and any(name.startswith(_PREFIX) for name in inputs):
+            raise RuntimeError(
+                f"TRL {trl.__version__} scored a mixed rollout past GRPOTrainer._compute_loss, so its mixes were not "
+                "replayed: a setting chose another loss (use_liger_kernel?)"
+            )
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._scored = True
         with self._replaying(inputs):
             return super()._compute_loss(model, inputs)
 
