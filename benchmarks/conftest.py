@@ -1,19 +1,24 @@
 """Benchmarks run with `pytest benchmarks --benchmark-only`: ours and its peers beside it, in the same run.
 
 Each runs on the CPU, and on the GPU where there is one. The last lines are the ratios. With NGRPO_OPS_RESULTS naming a
-folder, the figures are kept there in a CSV named by device and versions.
+folder, the figures are kept there in a CSV named by device and versions, with the commit that was measured.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import DEVICES, file_name, keep_freed_memory
 from peers import NOT_THE_SAME
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are not installed
+
+from examples.measure import commit
 
 keep_freed_memory()
 
@@ -25,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 COLUMNS = (
     "op", "shape", "dtype", "device", "who", "q20_s", "median_s", "q80_s", "peak_mib", "gb", "gb_per_s",
-    "times_ours", "best_times_ours", "speed_to_best_peer", "scored_pairs",
+    "times_ours", "best_times_ours", "speed_to_best_peer", "scored_pairs", "commit",
 )  # fmt: skip
 
 
@@ -75,7 +80,7 @@ def _keep(folder: Path, rows: list[dict[str, Any]]) -> None:
     """In the file of this device and these versions, in the place of what it has of the same operations."""
     folder.mkdir(parents=True, exist_ok=True)
     for device in DEVICES:
-        mine = [row for row in rows if row["device"] == device]
+        mine = [row | {"commit": commit()} for row in rows if row["device"] == device]
         if not mine:
             continue
         path = folder / f"{file_name(device)}.csv"

@@ -28,6 +28,7 @@ from shapes import QUERIES
 from tables import ModelUnavailableError, real_tables, scored_pairs
 from torch import Tensor
 
+from examples.measure import commit  # found by `tables`
 from ngrpo_ops import nearest_neighbors
 
 K = 2
@@ -148,7 +149,7 @@ def main() -> None:
         (v, d), (times, scored) = embedding.shape, measure(embedding, device)
         for who, seconds in times.items():
             row = {"device": device, "rows": of, "V": v, "d": d, "who": who, "seconds": seconds}
-            rows.append({**row, "scored_pairs": scored if who == "ours" else ""})
+            rows.append({**row, "scored_pairs": scored if who == "ours" else "", "commit": commit()})
         shown = ", ".join(f"{who} {t:.3f} s" for who, t in times.items())
         print(f"{i}/{len(tables)}  {of} rows, V = {v}, d = {d}: {shown}; {scored:.1f} pairs scored a query", flush=True)
     with (folder / f"search_scaling_{device}.csv").open("w", newline="") as file:

@@ -1,13 +1,34 @@
-"""What the studies of the examples share: pass@k, intervals over problems, the temperature of an entropy, tables."""
+"""What the studies of the examples share: pass@k, intervals over problems, the temperature of an entropy, tables.
+
+The benchmarks take the commit from here.
+"""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 TEMPERATURE_TOLERANCE = 0.002  # of matched entropies, relative
+
+
+def commit() -> str:
+    """The commit of this checkout, and whether something was changed since; "unknown" without git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" and changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def pass_at_k(samples: int, correct: np.ndarray, k: int) -> np.ndarray:

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -38,7 +37,7 @@ from ngrpo_ops.files import FileError, read_json, write_json
 from ngrpo_ops.integrations.transformers import NeighborMixing
 from ngrpo_ops.rollout import reads_table
 
-from ..measure import temperature_of_entropy
+from ..measure import commit, temperature_of_entropy
 from .cells import CELLS, SEED, Cell, excluded_tokens
 from .load import NAME, NOTE, ModelUnavailableError, load_model
 from .paths import path_of
@@ -90,22 +89,6 @@ class Setting(NamedTuple):
     tokenizer: Any
     mixing: dict[str, NeighborMixing]
     preset: Preset
-
-
-def commit() -> str:
-    """The commit of this checkout, and whether something was changed since; "unknown" without git."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (" and changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def shared_settings(model: str | None, task: str) -> dict[str, Any]:
