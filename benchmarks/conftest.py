@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are not in
 
 from examples.measure import commit
 
+COMMIT = commit()  # before anything is measured and written
+
 keep_freed_memory()
 
 
@@ -80,7 +82,7 @@ def _keep(folder: Path, rows: list[dict[str, Any]]) -> None:
     """In the file of this device and these versions, in the place of what it has of the same operations."""
     folder.mkdir(parents=True, exist_ok=True)
     for device in DEVICES:
-        mine = [row | {"commit": commit()} for row in rows if row["device"] == device]
+        mine = [row | {"commit": COMMIT} for row in rows if row["device"] == device]
         if not mine:
             continue
         path = folder / f"{file_name(device)}.csv"

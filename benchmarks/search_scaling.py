@@ -144,12 +144,13 @@ def main() -> None:
     else:
         tables += [(RANDOM, partial(random_rows, *real.shape)), (name, lambda: real)]
     rows: list[dict[str, Any]] = []
+    measured = commit()
     for i, (of, make) in enumerate(tables, start=1):
         embedding = make()
         (v, d), (times, scored) = embedding.shape, measure(embedding, device)
         for who, seconds in times.items():
             row = {"device": device, "rows": of, "V": v, "d": d, "who": who, "seconds": seconds}
-            rows.append({**row, "scored_pairs": scored if who == "ours" else "", "commit": commit()})
+            rows.append({**row, "scored_pairs": scored if who == "ours" else "", "commit": measured})
         shown = ", ".join(f"{who} {t:.3f} s" for who, t in times.items())
         print(f"{i}/{len(tables)}  {of} rows, V = {v}, d = {d}: {shown}; {scored:.1f} pairs scored a query", flush=True)
     with (folder / f"search_scaling_{device}.csv").open("w", newline="") as file:

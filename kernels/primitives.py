@@ -278,7 +278,7 @@ _ALL_ALIKE = frozenset((float, bool, type(None)))
 def _integer_kind(value: int) -> int:
     """What triton compiles an integer that is no constant for."""
     width = 0 if -(2**31) <= value < 2**31 else 8 if value < 2**63 else 16
-    return width | 4 | (value & 15 == 0) << 1 | (value == 1)
+    return width | (value & 15 == 0) << 1 | (value == 1)
 
 
 def _autotune() -> bool:

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -234,6 +235,15 @@ def test_nearest_neighbors_are_known_words(loaded, table):
     (ids,) = zip(*(tokenizer(word, add_special_tokens=False)["input_ids"] for word in nearest), strict=True)
     found = [tokenizer.decode([i]) for i in table.ids[list(ids), 0].tolist()]
     assert dict(zip(nearest, found, strict=True)) == nearest
+
+
+@pytest.mark.slow
+def test_the_page_s_digits_are_the_tokens_with_a_digit(loaded):
+    """And not those with a byte that stands as a superscript in a byte-level vocabulary, as of "没"."""
+    names = {"tokenizer": loaded[1]}
+    (line,) = re.findall(r"^digits = .*$", (ROOT / "docs/choosing.md").read_text(), flags=re.M)
+    exec(line, names)
+    assert sorted(map(names["tokenizer"].decode, names["digits"])) == list("0123456789")
 
 
 @pytest.mark.slow

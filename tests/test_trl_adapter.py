@@ -562,17 +562,21 @@ def test_a_loss_of_liger_s_is_refused(train: Any, checkpoint: str, monkeypatch: 
     checks.refuse_settings(NGRPOConfig("out", use_cpu=True, bf16=False), given)
 
 
-def test_a_loss_past_the_replay_stops(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a setting of a later TRL may choose one, whatever its name is."""
+@pytest.mark.parametrize("method", ["compute_loss", "_compute_loss"])
+@pytest.mark.parametrize("where", ["TRL", "subclass"])
+def test_a_loss_past_the_replay_stops(train: Any, monkeypatch: pytest.MonkeyPatch, method: str, where: str) -> None:
+    """As a setting of a later TRL may choose one, or a trainer of the user's own."""
 
     def bypass(self: Any, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         return model(input_ids=ids).logits.float().mean()
 
-    monkeypatch.setattr(GRPOTrainer, "compute_loss", bypass)
-    with pytest.raises(RuntimeError, match=r"^TRL \S+ scored a mixed rollout past GRPOTrainer\._compute_loss"):
-        train(steps=1, mixing_rate=0.5)
-    train(steps=1, mixing_rate=0.0)
+    trainer = type("Own", (NGRPOTrainer,), {method: bypass} if where == "subclass" else {})
+    if where == "TRL":
+        monkeypatch.setattr(GRPOTrainer, method, bypass)
+    with pytest.raises(RuntimeError, match=r"^a training step of TRL \S+ did not replay its mixed rollout"):
+        train(trainer, steps=1, mixing_rate=0.5)
+    train(trainer, steps=1, mixing_rate=0.0)
 
 
 def test_models_that_cannot_be_replayed_are_refused(train: Any) -> None:

@@ -27,7 +27,7 @@ EXPECTED_PARAMETERS = {
     "_generate": ["self", "prompts"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
-    "compute_loss": ["self", "model", "inputs"],
+    "training_step": ["self", "model", "inputs"],
     "_compute_loss": ["self", "model", "inputs"],
     "_log_completion_extra": ["self", "column", "values"],
     "_save_checkpoint": ["self", "model", "trial"],

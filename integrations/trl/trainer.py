@@ -254,22 +254,22 @@ class NGRPOTrainer(GRPOTrainer):
         record = record.fit(logits_to_keep, input_ids.shape[1] - logits_to_keep)
         with self.mixing.replay(record, self.accelerator.unwrap_model(model)):
             result = score(logits_to_keep, *args, **kwargs)
-        if self._batch_record is not None and record.logprobs is not None:
+        self._replayed = self._batch_record is not None
+        if self._replayed and record.logprobs is not None:
             self._log_replay_error(result[0], record, attention_mask[:, -logits_to_keep:])
         return result
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self._scored = False
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self._scored and any(name.startswith(_PREFIX) for name in inputs):
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self._replayed = False
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._mixes and not self._replayed:
             raise RuntimeError(
-                f"TRL {trl.__version__} scored a mixed rollout past GRPOTrainer._compute_loss, so its mixes were not "
-                "replayed: a setting chose another loss (use_liger_kernel?)"
+                f"a training step of TRL {trl.__version__} did not replay its mixed rollout: a setting or a subclass "
+                "scores it past GRPOTrainer._get_per_token_logps_and_entropies"
             )
         return loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        self._scored = True
         with self._replaying(inputs):
             return super()._compute_loss(model, inputs)
 

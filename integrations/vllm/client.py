@@ -16,7 +16,10 @@ from .records import unpack
 
 TAKE = "take_mix_records"  # the workers' method that `collective_rpc` calls
 
-_REMEDY = "`python -m ngrpo_ops env` says it there, and `pip install .` in a checkout of ngrpo_ops brings the plugin."
+_REMEDY = (
+    "Run `python -m ngrpo_ops env` in its environment to see which. `pip install .` in a checkout of ngrpo_ops "
+    "installs the plugin."
+)
 
 
 def engine_kwargs(config: MixingConfig) -> dict[str, Any]:
