@@ -84,8 +84,8 @@ def _head(results: Mapping[str, Any]) -> str:
 
 Model: {results["model"]}
 
-Written by `python -m examples.real_model.study`; the question and its test are in [README.md](README.md), which was
-committed before the runs. Runs at commit {results["commit"]}; {versions}; seed {results["seed"]}.
+Written by `python -m examples.real_model.study`; what the words mean is in [README.md](README.md). Runs at commit
+{results["commit"]}; {versions}; seed {results["seed"]}.
 
 {results["problems"]} problems of {settings["task"]} x {samples} samples in each of {len(results["arms"])} cells,
 temperature {settings["temperature"]}, at most {settings["tokens"]} tokens, weights in {settings["dtype"]}. Intervals
@@ -108,7 +108,8 @@ def _question(results: Mapping[str, Any]) -> str:
     entropy = "; ".join(f"{arms[name]['label']} {arms[name]['entropy']:.3f}" for name in ("ngrpo", *ASKED))
     return f"""## The question
 
-Does mixing add solution paths at equal accuracy, compared with sampling at equal entropy?
+Does mixing add solution paths at equal accuracy, compared with sampling at equal entropy? The question and its test
+were committed in [README.md](README.md) before the runs.
 
 **Answer: {question["answer"]}.**
 
