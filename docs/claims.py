@@ -181,7 +181,7 @@ def real_models() -> list[Claim]:
         return *found["mixes"]["cosine"].values(), found["mixes"]["anchor_weight"]
 
     return [
-        Claim(_PAGE, "solved {} one-digit word problems, {} samples each", (
+        Claim(_PAGE, "was given {} one-digit word problems, {} samples each", (
             smollm["problems"], smollm["arms"]["ngrpo"]["samples"])),
         Claim(_PAGE, "differs by {:+.3f} [{:+.3f}, {:+.3f}] from that of plain", tuple(matched["pass@1"])),
         Claim(_PAGE, "by {:.3f} [{:.3f}, {:.3f}] a problem", tuple(
