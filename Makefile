@@ -28,7 +28,7 @@ help:
 	@echo "Try other versions, engines and machines"
 	@echo "  make test-matrix   the fast tests with the oldest and the newest torch, triton, transformers and TRL"
 	@echo "  make test-engines  vLLM, TRL with vLLM, DeepSpeed, OpenRLHF: real engines on the CPU, in .venv-engines;"
-	@echo "                     VLLM=0.31, VLLM=0.32: the first two with that vLLM, in .venv-engines-vllm-0.3x"
+	@echo "                     VLLM=0.31, VLLM=0.32: the first two with that vLLM, in an environment of its own"
 	@echo "  make test-engines-fast  the same without OpenRLHF's loops"
 	@echo "  make test-engines-verl  verl: its training loop on the CPU, in .venv-engines-verl"
 	@echo "  make gpu           on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, installing nothing"

@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import DEVICES, file_name, keep_freed_memory
+from harness import COMMIT, DEVICES, file_name, keep_freed_memory
 from peers import NOT_THE_SAME
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are not installed
-
-from examples.measure import commit
-
-COMMIT = commit()  # before anything is measured and written
 
 keep_freed_memory()
 

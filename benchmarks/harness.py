@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are not installed
+
+from examples.measure import commit
+
+COMMIT = commit()  # before anything is measured and written
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

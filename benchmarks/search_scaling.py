@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import DEVICES, environment, keep_freed_memory
+from harness import COMMIT, DEVICES, environment, keep_freed_memory
 from matplotlib.figure import Figure
 from peers import faiss_index, tiled_matmul_topk
 from shapes import QUERIES
 from tables import ModelUnavailableError, real_tables, scored_pairs
 from torch import Tensor
 
-from examples.measure import commit  # found by `tables`
 from ngrpo_ops import nearest_neighbors
 
 K = 2
@@ -144,13 +143,12 @@ def main() -> None:
     else:
         tables += [(RANDOM, partial(random_rows, *real.shape)), (name, lambda: real)]
     rows: list[dict[str, Any]] = []
-    measured = commit()
     for i, (of, make) in enumerate(tables, start=1):
         embedding = make()
         (v, d), (times, scored) = embedding.shape, measure(embedding, device)
         for who, seconds in times.items():
             row = {"device": device, "rows": of, "V": v, "d": d, "who": who, "seconds": seconds}
-            rows.append({**row, "scored_pairs": scored if who == "ours" else "", "commit": measured})
+            rows.append({**row, "scored_pairs": scored if who == "ours" else "", "commit": COMMIT})
         shown = ", ".join(f"{who} {t:.3f} s" for who, t in times.items())
         print(f"{i}/{len(tables)}  {of} rows, V = {v}, d = {d}: {shown}; {scored:.1f} pairs scored a query", flush=True)
     with (folder / f"search_scaling_{device}.csv").open("w", newline="") as file:

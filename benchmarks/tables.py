@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+import harness  # noqa: F401  it makes the examples importable
 import pytest
 import torch
 from shapes import DIVISOR
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples are not installed
 
 from examples.real_model.load import NAME, ModelUnavailableError, load_model
 from ngrpo_ops.ops.nearest_neighbors.scores import ScoredRows

@@ -78,3 +78,12 @@ def test_the_picture_of_the_data_flow_is_what_its_code_draws(tmp_path: Path) -> 
 def test_a_picture_is_on_a_page(picture: Path) -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     assert any(picture.name in page.read_text() for page in pages), picture
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.csv")), ids=lambda path: path.name)
+def test_a_row_of_a_measurement_names_its_commit(file: Path) -> None:
+    """The commit, alone or with "and changes". Tables that are computed and not measured have other columns."""
+    with file.open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    if {"median_s", "seconds"} & rows[0].keys():
+        assert all(re.fullmatch(r"[0-9a-f]{40}( and changes)?", row["commit"]) for row in rows)

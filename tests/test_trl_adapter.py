@@ -575,7 +575,7 @@ def test_a_loss_past_the_replay_stops(train: Any, monkeypatch: pytest.MonkeyPatc
     if where == "TRL":
         monkeypatch.setattr(GRPOTrainer, method, bypass)
     with pytest.raises(RuntimeError, match=r"^a training step of TRL \S+ did not replay its mixed rollout"):
-        train(trainer, steps=1, mixing_rate=0.5)
+        train(trainer, steps=1, mixing_rate=0.5, beta=0.04)  # a reference, whose forward in the rollout does replay
     train(trainer, steps=1, mixing_rate=0.0)
 
 
